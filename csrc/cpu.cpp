@@ -1,0 +1,74 @@
+// Which instruction sets this processor, and this kernel, can run.
+#include <cstring>
+#include "mill.h"
+#ifdef MILL_X86
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace mill {
+
+#ifdef MILL_X86
+namespace {
+
+// The operating system must give a process the tile registers before the first tile instruction.
+bool amx_permitted() {
+  constexpr int kArchReqXcompPerm = 0x1023, kXfeatureTileData = 18;
+  static const bool ok = syscall(SYS_arch_prctl, kArchReqXcompPerm, kXfeatureTileData) == 0;
+  return ok;
+}
+
+bool has_amx() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  const bool tile = d >> 24 & 1, int8 = d >> 25 & 1, bf16 = d >> 22 & 1;
+  return tile && int8 && bf16 && amx_permitted();
+}
+
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+}
+
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+}
+
+}  // namespace
+#endif
+
+int detect_isas(const char** names) {
+  int n = 0;
+#ifdef MILL_X86
+  __builtin_cpu_init();
+  const bool wide = has_avx512() && has_avx2();
+  if (wide && has_amx()) names[n++] = "amx";
+  if (wide) names[n++] = "avx512";
+  if (has_avx2()) names[n++] = "avx2";
+#endif
+  names[n++] = "portable";
+  return n;
+}
+
+const Kernels* find_kernels(const char* name) {
+  const char* names[8];
+  const int n = detect_isas(names);
+  bool available = false;
+  for (int i = 0; i < n; i++) available = available || !strcmp(names[i], name);
+  if (!available) return nullptr;
+#ifdef MILL_X86
+  if (!strcmp(name, "amx")) return kernels_amx();
+  if (!strcmp(name, "avx512")) return kernels_avx512();
+  if (!strcmp(name, "avx2")) return kernels_avx2();
+#endif
+  return kernels_portable();
+}
+
+}  // namespace mill

@@ -1,0 +1,111 @@
+// Shared by all kernels: what a weight matrix, a row of activations and an attention task look like in
+// memory, and the table of functions that every instruction set fills.
+//
+// The arithmetic is defined once, without fused multiply-add and with a fixed order of every sum, so
+// that all instruction sets and the numpy twin (src/tokenmill/kernels/twin.py) agree bit for bit:
+//   * integer products are exact;
+//   * float sums over a row run in 16 lanes (lane j takes elements j, j+16, ...), then a fixed tree;
+//   * bf16 products are summed as the AMX instruction TDPBF16PS does: in chunks of 32 inputs, even and
+//     odd inputs in two chains that start at zero, then chunk = even + odd, then sum += chunk. A product
+//     of two bf16 numbers is exact in float32, so a fused multiply-add gives the same bits there.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace mill {
+
+constexpr int kTileN = 16;      // outputs in one weight tile
+constexpr int kKvBlock = 32;    // tokens in one KV block
+constexpr int kSpanBlocks = 16; // blocks between two rescalings of the online softmax
+constexpr int kSpan = kKvBlock * kSpanBlocks;
+constexpr int kGroup = 32;      // inputs that share one entry of Act::group_sums
+constexpr int kSlackRows = 32;  // rows that kernels may read (never use) past the last one
+
+enum class LinearKind { i8c, i8g, i4g, bf16 };
+
+// What a linear reads: 8 bits with a scale a row, 8 bits with a scale a group of 32 inputs, or bf16.
+enum class ActKind { int8, int8_groups, bf16 };
+
+// Quantised activations: [rows][ld] int8 or bf16, zero from K up to the padded width.
+struct Act {
+  int8_t* q;
+  float* scale;          // [rows], or [rows][ld / 32] for groups
+  int32_t* row_sum;      // [rows] sum of q
+  int32_t* group_sums;   // [rows][ld / 32] sum of q over 32 inputs
+  uint16_t* b;           // [rows][ld]
+  int ld;                // elements between two rows: the inputs padded to whole tiles
+};
+
+// One weight matrix [N, K] in tile order; packing.py documents each layout.
+struct LinearWeight {
+  LinearKind kind;
+  int n, k, group;
+  bool symmetric;
+  const uint8_t* data;
+  const void* scales;      // float32 [N16] for i8c, float16 [N/16][K/group][16] for groups
+  const uint16_t* mins;    // float16, as scales; null when symmetric
+};
+
+struct LinearTask {
+  const LinearWeight* w;
+  const Act* act;
+  float* dst;      // [rows][ld_dst]
+  int ld_dst;
+  int rows;
+  bool accumulate;
+};
+
+// Rows of one sequence against its blocks, for one KV head. A row is a (token, query head) pair.
+struct AttendTask {
+  const uint16_t* q;         // [rows][head_pad] bf16, contiguous
+  int rows;                  // 1..16
+  const int32_t* positions;  // [rows]
+  int num_blocks;
+  const int32_t* blocks;     // [num_blocks][3] block id, first position, rows in use
+  const uint16_t* k;         // K of this layer and head: block b at k + b * block_stride
+  const uint16_t* v;
+  size_t block_stride;
+  int head_dim, head_pad;
+  float scale;               // softmax scale times log2(e)
+  float* out;                // row r at out + out_offset[r], head_dim values
+  const size_t* out_offset;
+};
+
+struct AttendScratch {
+  float* scores;    // [16][kSpan]
+  uint16_t* probs;  // [16][kSpan]
+  float* acc;       // [16][head_pad]
+  float* span;      // [16][head_pad]
+};
+
+struct Kernels {
+  const char* name;
+  void (*begin_thread)();
+  void (*end_thread)();
+  // Output tiles [tile0, tile1) of 16 columns.
+  void (*linear)(const LinearTask&, int tile0, int tile1);
+  void (*norm)(const float* src, int d, const float* weight, float eps, float* tmp, Act&, int row, ActKind);
+  void (*quantize)(const float* src, int d, Act&, int row, ActKind);
+  void (*gated)(const float* gate, const float* up, float* dst, int f);
+  void (*rope)(const float* src, int head_dim, const float* cos, const float* sin, uint16_t* dst);
+  void (*attend)(const AttendTask&, const AttendScratch&);
+  double (*log_sum_exp)(const float* row, int n);
+  // One pass over `bytes` of memory; returns something that depends on all of it.
+  uint64_t (*read_pass)(const uint8_t* p, size_t bytes);
+  // `iters` rounds of the fastest multiply-add; returns operations done (a multiply-add is two).
+  double (*int8_ops)(int iters);
+  double (*bf16_ops)(int iters);
+};
+
+const Kernels* kernels_portable();
+#ifdef MILL_X86
+const Kernels* kernels_avx2();
+const Kernels* kernels_avx512();
+const Kernels* kernels_amx();
+#endif
+
+// Best first: names of the instruction sets this processor and kernel can run.
+int detect_isas(const char** names);
+const Kernels* find_kernels(const char* name);  // null if unknown or not available here
+
+}  // namespace mill

@@ -1,0 +1,194 @@
+// Python bindings. Arrays are borrowed: the Python side keeps every weight alive as long as its plan.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+
+#include "plan.h"
+#include "probe.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+using Ints = nb::ndarray<const int32_t, nb::c_contig, nb::device::cpu>;
+using Floats = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Bytes = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
+
+const mill::Kernels& kernels_of(const std::string& isa) {
+  const mill::Kernels* k = mill::find_kernels(isa.c_str());
+  if (!k) throw std::invalid_argument("instruction set not available: " + isa);
+  return *k;
+}
+
+mill::LinearKind linear_kind(const std::string& kind) {
+  if (kind == "i8c") return mill::LinearKind::i8c;
+  if (kind == "i8g") return mill::LinearKind::i8g;
+  if (kind == "i4g") return mill::LinearKind::i4g;
+  if (kind == "bf16") return mill::LinearKind::bf16;
+  throw std::invalid_argument("unknown linear kind: " + kind);
+}
+
+mill::ActKind act_kind(const std::string& act) {
+  if (act == "int8") return mill::ActKind::int8;
+  if (act == "int8_groups") return mill::ActKind::int8_groups;
+  if (act == "bf16") return mill::ActKind::bf16;
+  throw std::invalid_argument("unknown activation format: " + act);
+}
+
+int buffer_id(const std::string& name) {
+  const char* names[mill::kNumBuffers] = {"x", "y", "qkv", "z", "gate_up", "h", "logits"};
+  for (int i = 0; i < mill::kNumBuffers; i++)
+    if (name == names[i]) return i;
+  throw std::invalid_argument("unknown buffer: " + name);
+}
+
+const void* pointer_or_null(const Bytes& a) { return a.size() ? a.data() : nullptr; }
+
+// A plan and the arrays it points into.
+class NativePlan {
+ public:
+  NativePlan(const std::string& isa, int threads, int max_rows, int max_outs, int num_blocks, int max_inputs,
+             int hidden, int heads, int kv_heads, int head_dim, int inner, int vocab, int layers,
+             float softmax_scale, Bytes cos, Bytes sin)
+      : plan_({hidden, heads, kv_heads, head_dim, inner, vocab, layers, int(cos.shape(0)), softmax_scale,
+               (const float*)cos.data(), (const float*)sin.data()},
+              kernels_of(isa), threads, max_rows, max_outs, num_blocks, max_inputs) {
+    owned_.insert(owned_.end(), {cos, sin});
+  }
+
+  void add_embed(Bytes table, Bytes scales) {
+    mill::Op op{mill::OpKind::embed};
+    op.table = table.data();
+    op.table_scales = (const uint16_t*)pointer_or_null(scales);
+    keep(op, {table, scales});
+  }
+  void add_norm(const std::string& src, Bytes weight, float eps, const std::string& act, bool out_rows) {
+    mill::Op op{mill::OpKind::norm, buffer_id(src)};
+    op.weight = (const float*)weight.data();
+    op.eps = eps, op.act = act_kind(act), op.out_rows = out_rows;
+    keep(op, {weight});
+  }
+  void add_linear(const std::string& dst, const std::string& kind, int n, int k, int group, bool symmetric,
+                  Bytes data, Bytes scales, Bytes mins, bool accumulate, bool out_rows) {
+    mill::Op op{mill::OpKind::linear};
+    op.dst = buffer_id(dst);
+    op.linear = {linear_kind(kind), n, k, group, symmetric, (const uint8_t*)data.data(),
+                 pointer_or_null(scales), (const uint16_t*)pointer_or_null(mins)};
+    op.accumulate = accumulate, op.out_rows = out_rows;
+    keep(op, {data, scales, mins});
+  }
+  void add_quantize(const std::string& src, const std::string& act) {
+    mill::Op op{mill::OpKind::quantize, buffer_id(src)};
+    op.act = act_kind(act);
+    plan_.add(op);
+  }
+  void add_rope_kv(int layer) { add_layer(mill::OpKind::rope_kv, layer); }
+  void add_attend(int layer) { add_layer(mill::OpKind::attend, layer); }
+  void add_gated() { plan_.add({mill::OpKind::gated, mill::kGateUp}); }
+  void add_select() {
+    mill::Op op{mill::OpKind::select};
+    op.out_rows = true;
+    plan_.add(op);
+  }
+
+  void run(Ints tokens, Ints positions, Ints kv_slots, Ints row_starts, Ints block_starts, Ints blocks,
+           Ints out_rows, int first, int last) {
+    const int rows = int(tokens.size()), sequences = int(row_starts.size()) - 1;
+    if (int(positions.size()) != rows || int(kv_slots.size()) != rows)
+      throw std::invalid_argument("tokens, positions and kv_slots differ in length");
+    if (sequences < 1 || block_starts.size() != row_starts.size())
+      throw std::invalid_argument("row_starts and block_starts differ in length or are empty");
+    const mill::Batch batch{rows, sequences, int(blocks.size() / 3), int(out_rows.size()), tokens.data(),
+                          positions.data(), kv_slots.data(), row_starts.data(), block_starts.data(),
+                          blocks.data(), out_rows.data()};
+    nb::gil_scoped_release release;
+    plan_.run(batch, first, last);
+  }
+
+  nb::ndarray<nb::numpy, float, nb::ndim<2>> buffer(const std::string& name) {
+    int rows, width;
+    float* data = plan_.buffer(buffer_id(name), rows, width);
+    return nb::ndarray<nb::numpy, float, nb::ndim<2>>(data, {size_t(rows), size_t(width)}, nb::find(this));
+  }
+  void copy_block(int from, int to) { plan_.copy_block(from, to); }
+
+ private:
+  void keep(const mill::Op& op, std::initializer_list<Bytes> arrays) {
+    plan_.add(op);
+    owned_.insert(owned_.end(), arrays);
+  }
+  void add_layer(mill::OpKind kind, int layer) {
+    mill::Op op{kind, mill::kQkv};
+    op.layer = layer;
+    plan_.add(op);
+  }
+
+  mill::Plan plan_;
+  std::vector<Bytes> owned_;
+};
+
+std::vector<std::string> available_isas() {
+  const char* names[8];
+  const int n = mill::detect_isas(names);
+  return {names, names + n};
+}
+
+nb::ndarray<nb::numpy, double, nb::ndim<1>> log_sum_exp_rows(Floats logits, const std::string& isa) {
+  const mill::Kernels& k = kernels_of(isa);
+  const size_t rows = logits.shape(0);
+  auto* out = new double[rows];
+  nb::capsule owner(out, [](void* p) noexcept { delete[] static_cast<double*>(p); });
+  {
+    nb::gil_scoped_release release;
+    for (size_t r = 0; r < rows; r++)
+      out[r] = k.log_sum_exp(logits.data() + r * logits.shape(1), int(logits.shape(1)));
+  }
+  return {out, {rows}, owner};
+}
+
+double read_bandwidth(const std::string& isa, int threads, size_t bytes, double seconds) {
+  nb::gil_scoped_release release;
+  mill::Pool pool(threads);
+  return mill::read_bandwidth(kernels_of(isa), pool, bytes, seconds);
+}
+
+double op_rate(const std::string& isa, int threads, bool int8, double seconds) {
+  nb::gil_scoped_release release;
+  mill::Pool pool(threads);
+  const mill::Kernels& k = kernels_of(isa);
+  return mill::op_rate(int8 ? k.int8_ops : k.bf16_ops, pool, seconds);
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.def("available_isas", &available_isas);
+  m.def("log_sum_exp_rows", &log_sum_exp_rows, "logits"_a, "isa"_a);
+  m.def("read_bandwidth", &read_bandwidth, "isa"_a, "threads"_a, "bytes"_a, "seconds"_a);
+  m.def("op_rate", &op_rate, "isa"_a, "threads"_a, "int8"_a, "seconds"_a);
+  nb::class_<NativePlan>(m, "Plan")
+      .def(nb::init<const std::string&, int, int, int, int, int, int, int, int, int, int, int, int, float, Bytes,
+                    Bytes>(),
+           "isa"_a, "threads"_a, "max_rows"_a, "max_outs"_a, "num_blocks"_a, "max_inputs"_a, "hidden"_a, "heads"_a,
+           "kv_heads"_a, "head_dim"_a, "inner"_a, "vocab"_a, "layers"_a, "softmax_scale"_a, "cos"_a, "sin"_a)
+      .def("add_embed", &NativePlan::add_embed, "table"_a, "scales"_a)
+      .def("add_norm", &NativePlan::add_norm, "src"_a, "weight"_a, "eps"_a, "act"_a, "out_rows"_a)
+      .def("add_linear", &NativePlan::add_linear, "dst"_a, "kind"_a, "n"_a, "k"_a, "group"_a, "symmetric"_a, "data"_a,
+           "scales"_a, "mins"_a, "accumulate"_a, "out_rows"_a)
+      .def("add_quantize", &NativePlan::add_quantize, "src"_a, "act"_a)
+      .def("add_rope_kv", &NativePlan::add_rope_kv, "layer"_a)
+      .def("add_attend", &NativePlan::add_attend, "layer"_a)
+      .def("add_gated", &NativePlan::add_gated)
+      .def("add_select", &NativePlan::add_select)
+      .def("run", &NativePlan::run, "tokens"_a, "positions"_a, "kv_slots"_a, "row_starts"_a, "block_starts"_a,
+           "blocks"_a, "out_rows"_a, "first"_a, "last"_a)
+      .def("buffer", &NativePlan::buffer, "name"_a)
+      .def("copy_block", &NativePlan::copy_block, "source"_a, "target"_a);
+}

@@ -1,0 +1,266 @@
+#include "plan.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+
+#define MILL_ISA baseline
+#include "vec.h"
+
+namespace mill {
+
+using baseline::from_bf16;
+using baseline::from_f16;
+using baseline::to_bf16;
+
+template <class T> Array<T>::Array(size_t count) : bytes_(count * sizeof(T)) {
+  if (!count) return;
+  void* p = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (p == MAP_FAILED) throw std::bad_alloc();
+  madvise(p, bytes_, MADV_HUGEPAGE);
+  at_ = static_cast<T*>(p);
+}
+template <class T> Array<T>::~Array() {
+  if (at_) munmap(at_, bytes_);
+}
+
+namespace {
+
+int round_up(int x, int to) { return (x + to - 1) / to * to; }
+
+// Inputs of a linear, padded to whole AMX tiles.
+int padded(int inputs, ActKind act) { return round_up(inputs, act == ActKind::int8 ? 64 : 32); }
+
+ActKind act_of(LinearKind kind) {
+  if (kind == LinearKind::i8c) return ActKind::int8;
+  return kind == LinearKind::bf16 ? ActKind::bf16 : ActKind::int8_groups;
+}
+
+// The part of [0, total) that belongs to a thread.
+struct Range { int begin, end; };
+Range part(int total, int thread, int threads) {
+  return {int(int64_t(total) * thread / threads), int(int64_t(total) * (thread + 1) / threads)};
+}
+
+void require(bool ok, const char* what) {
+  if (!ok) throw std::invalid_argument(what);
+}
+
+bool all_within(const int32_t* at, int count, int32_t limit) {
+  for (int i = 0; i < count; i++)
+    if (at[i] < 0 || at[i] >= limit) return false;
+  return true;
+}
+
+bool rises(const int32_t* starts, int sequences, int total) {
+  if (starts[0] != 0 || starts[sequences] != total) return false;
+  for (int s = 0; s < sequences; s++)
+    if (starts[s + 1] < starts[s]) return false;
+  return true;
+}
+
+}  // namespace
+
+Plan::Plan(const Shape& shape, const Kernels& kernels, int threads, int max_rows, int max_outs, int num_blocks,
+           int max_inputs)
+    : shape_(shape), kernels_(kernels), pool_(threads), max_rows_(max_rows), max_outs_(max_outs),
+      num_blocks_(num_blocks), head_pad_(round_up(shape.head_dim, 32)),
+      block_size_(size_t(shape.layers) * 2 * shape.kv_heads * kKvBlock * head_pad_) {
+  const int qkv = (shape.heads + 2 * shape.kv_heads) * shape.head_dim;
+  const int widths[kNumBuffers] = {shape.hidden, shape.hidden, qkv, shape.heads * shape.head_dim,
+                                   2 * shape.inner, shape.inner, shape.vocab};
+  for (int b = 0; b < kNumBuffers; b++) {
+    widths_[b] = widths[b];
+    capacity_[b] = b == kY || b == kLogits ? max_outs : max_rows;
+    buffers_[b] = Array<float>(size_t(capacity_[b]) * widths[b] + 16);
+  }
+  const size_t rows = size_t(std::max(max_rows, max_outs)) + kSlackRows, inputs = round_up(max_inputs, 64);
+  q_ = Array<uint16_t>((size_t(max_rows) * shape.heads + kSlackRows) * head_pad_);
+  kv_ = Array<uint16_t>(size_t(num_blocks) * block_size_);
+  act_q_ = Array<int8_t>(rows * inputs);
+  act_b_ = Array<uint16_t>(rows * inputs);
+  act_scale_ = Array<float>(rows * inputs / kGroup);
+  act_sums_ = Array<int32_t>(rows);
+  act_groups_ = Array<int32_t>(rows * inputs / kGroup);
+  act_ = {act_q_.get(), act_scale_.get(), act_sums_.get(), act_groups_.get(), act_b_.get(), 0};
+  for (int t = 0; t < threads; t++)
+    threads_.push_back({Array<float>(std::max(max_inputs, shape.hidden)), Array<float>(16 * kSpan),
+                        Array<float>(16 * head_pad_), Array<float>(16 * head_pad_), Array<uint16_t>(16 * kSpan)});
+}
+
+void Plan::check(const Batch& b, int first, int last) const {
+  require(0 <= first && first <= last && last <= num_ops(), "operations out of range");
+  require(b.rows >= 1 && b.rows <= max_rows_, "too many rows");
+  require(b.outs <= max_outs_, "too many rows that need logits");
+  require(all_within(b.tokens, b.rows, shape_.vocab), "token id out of range");
+  require(all_within(b.positions, b.rows, shape_.positions), "position out of range");
+  require(all_within(b.kv_slots, b.rows, num_blocks_ * kKvBlock), "KV slot out of range");
+  require(all_within(b.out_rows, b.outs, b.rows), "output row out of range");
+  require(rises(b.row_starts, b.sequences, b.rows), "row_starts must rise from 0 to the number of rows");
+  require(rises(b.block_starts, b.sequences, b.blocks), "block_starts must rise from 0 to the number of blocks");
+  for (int i = 0; i < b.blocks; i++) {
+    const int32_t* block = b.block_list + i * 3;
+    require(block[0] >= 0 && block[0] < num_blocks_, "KV block out of range");
+    require(block[2] >= 0 && block[2] <= kKvBlock, "rows of a KV block out of range");
+  }
+}
+
+void Plan::run(const Batch& batch, int first, int last) {
+  check(batch, first, last);
+  plan_attention(batch);
+  pool_.run([&](int thread) {
+    kernels_.begin_thread();
+    for (int i = first; i < last; i++) {
+      step(batch, ops_[i], thread);
+      pool_.barrier();
+    }
+    kernels_.end_thread();
+  });
+}
+
+// Tiles of up to 16 rows of one sequence; the longest work first, so that threads end together.
+void Plan::plan_attention(const Batch& b) {
+  tasks_.clear();
+  const int group = shape_.heads / shape_.kv_heads;
+  for (int s = 0; s < b.sequences; s++) {
+    const int rows = (b.row_starts[s + 1] - b.row_starts[s]) * group;
+    for (int r = 0; r < rows; r += 16) tasks_.push_back({s, r, std::min(16, rows - r)});
+  }
+  std::stable_sort(tasks_.begin(), tasks_.end(), [&](const Task& x, const Task& y) {
+    return b.block_starts[x.sequence + 1] - b.block_starts[x.sequence] >
+           b.block_starts[y.sequence + 1] - b.block_starts[y.sequence];
+  });
+}
+
+int Plan::rows_of(const Batch& b, const Op& op) const { return op.out_rows ? b.outs : b.rows; }
+
+void Plan::step(const Batch& b, const Op& op, int thread) {
+  const Range rows = part(rows_of(b, op), thread, pool_.size());
+  float* src = buffers_[op.src].get();
+  const int width = widths_[op.src];
+  switch (op.kind) {
+    case OpKind::linear: return linear(b, op, thread);
+    case OpKind::attend: return attend(b, op, thread);
+    default: break;
+  }
+  Act act = act_;
+  act.ld = padded(width, op.act);
+  for (int r = rows.begin; r < rows.end; r++) {
+    const float* row = src + size_t(r) * width;
+    switch (op.kind) {
+      case OpKind::embed: embed(b, op, r); break;
+      case OpKind::norm:
+        kernels_.norm(row, width, op.weight, op.eps, threads_[thread].row.get(), act, r, op.act);
+        break;
+      case OpKind::quantize: kernels_.quantize(row, width, act, r, op.act); break;
+      case OpKind::gated:
+        kernels_.gated(row, row + shape_.inner, buffers_[kH].get() + size_t(r) * shape_.inner, shape_.inner);
+        break;
+      case OpKind::rope_kv: rope_kv(b, op, r); break;
+      default:  // select
+        std::memcpy(buffers_[kY].get() + size_t(r) * shape_.hidden,
+                    buffers_[kX].get() + size_t(b.out_rows[r]) * shape_.hidden, shape_.hidden * sizeof(float));
+    }
+  }
+}
+
+void Plan::embed(const Batch& b, const Op& op, int row) const {
+  const int d = shape_.hidden;
+  float* x = buffers_[kX].get() + size_t(row) * d;
+  const size_t at = size_t(b.tokens[row]) * d;
+  if (!op.table_scales) {
+    const auto* table = static_cast<const uint16_t*>(op.table) + at;
+    for (int i = 0; i < d; i++) x[i] = from_bf16(table[i]);
+    return;
+  }
+  const auto* table = static_cast<const int8_t*>(op.table) + at;
+  const uint16_t* scales = op.table_scales + at / kGroup;
+  for (int i = 0; i < d; i++) x[i] = from_f16(scales[i / kGroup]) * float(table[i]);
+}
+
+void Plan::linear(const Batch& b, const Op& op, int thread) {
+  Act act = act_;
+  act.ld = padded(op.linear.k, act_of(op.linear.kind));
+  const LinearTask task{&op.linear, &act, buffers_[op.dst].get(), widths_[op.dst], rows_of(b, op), op.accumulate};
+  // Whole pairs of tiles, so that no thread is left with half of one.
+  const int tiles = (op.linear.n + kTileN - 1) / kTileN;
+  const Range pairs = part((tiles + 1) / 2, thread, pool_.size());
+  if (task.rows > 0) kernels_.linear(task, pairs.begin * 2, std::min(pairs.end * 2, tiles));
+}
+
+size_t Plan::kv_offset(int layer, int kind, int head) const {
+  return ((size_t(layer) * 2 + kind) * shape_.kv_heads + head) * kKvBlock * head_pad_;
+}
+
+void Plan::rope_kv(const Batch& b, const Op& op, int row) {
+  const int e = shape_.head_dim, group = shape_.heads / shape_.kv_heads;
+  const float* qkv = buffers_[kQkv].get() + size_t(row) * widths_[kQkv];
+  const float* cos = shape_.cos + size_t(b.positions[row]) * (e / 2);
+  const float* sin = shape_.sin + size_t(b.positions[row]) * (e / 2);
+  for (int h = 0; h < shape_.heads; h++) {
+    const size_t at = (size_t(h / group) * max_rows_ + row) * group + h % group;
+    kernels_.rope(qkv + h * e, e, cos, sin, q_.get() + at * head_pad_);
+  }
+  const int slot = b.kv_slots[row] % kKvBlock;
+  uint16_t* block = kv_.get() + size_t(b.kv_slots[row] / kKvBlock) * block_size_;
+  uint16_t key[512];
+  for (int g = 0; g < shape_.kv_heads; g++) {
+    kernels_.rope(qkv + (shape_.heads + g) * e, e, cos, sin, key);
+    const float* value = qkv + (shape_.heads + shape_.kv_heads + g) * e;
+    uint16_t* k = block + kv_offset(op.layer, 0, g) + slot / 16 * 512 + slot % 16 * 2;
+    uint16_t* v = block + kv_offset(op.layer, 1, g) + slot / 2 * 32 + slot % 2;
+    for (int i = 0; i < e; i++) {
+      k[i / 32 * 1024 + i % 32 / 2 * 32 + i % 2] = key[i];
+      v[i / 16 * 512 + i % 16 * 2] = to_bf16(value[i]);
+    }
+  }
+}
+
+void Plan::attend(const Batch& b, const Op& op, int thread) {
+  const int group = shape_.heads / shape_.kv_heads, count = int(tasks_.size()) * shape_.kv_heads;
+  const Thread& own = threads_[thread];
+  const AttendScratch scratch{own.scores.get(), own.probs.get(), own.acc.get(), own.span.get()};
+  while (true) {
+    const int i = next_task_.fetch_add(1, std::memory_order_relaxed);
+    if (i >= count) break;
+    const Task& task = tasks_[i / shape_.kv_heads];
+    const int g = i % shape_.kv_heads, row0 = b.row_starts[task.sequence];
+    int32_t positions[16];
+    size_t out_offset[16];
+    for (int r = 0; r < task.rows; r++) {
+      const int row = row0 + (task.first_row + r) / group, head = g * group + (task.first_row + r) % group;
+      positions[r] = b.positions[row];
+      out_offset[r] = size_t(row) * widths_[kZ] + size_t(head) * shape_.head_dim;
+    }
+    const int block0 = b.block_starts[task.sequence];
+    const size_t q_row = (size_t(g) * max_rows_ + row0) * group + task.first_row;
+    kernels_.attend({q_.get() + q_row * head_pad_, task.rows, positions, b.block_starts[task.sequence + 1] - block0,
+                     b.block_list + size_t(block0) * 3, kv_.get() + kv_offset(op.layer, 0, g),
+                     kv_.get() + kv_offset(op.layer, 1, g), block_size_, shape_.head_dim, head_pad_,
+                     shape_.softmax_scale * 1.44269504088896341f, buffers_[kZ].get(), out_offset},
+                    scratch);
+  }
+  // The counter is ready for the next attention once everybody has left this one.
+  pool_.barrier();
+  if (thread == 0) next_task_.store(0, std::memory_order_relaxed);
+}
+
+float* Plan::buffer(int id, int& rows, int& width) {
+  rows = capacity_[id], width = widths_[id];
+  return buffers_[id].get();
+}
+
+void Plan::copy_block(int from, int to) {
+  require(from >= 0 && from < num_blocks_ && to >= 0 && to < num_blocks_, "KV block out of range");
+  std::memmove(kv_.get() + to * block_size_, kv_.get() + from * block_size_, block_size_ * sizeof(uint16_t));
+}
+
+template class Array<float>;
+template class Array<int8_t>;
+template class Array<int32_t>;
+template class Array<uint16_t>;
+
+}  // namespace mill

@@ -1,0 +1,105 @@
+// The native step executor: a list of operations over buffers that it owns, and the paged KV cache.
+// One call of `run` is one step (or a part of one, between two taps). Python describes the operations
+// once; src/tokenmill/kernels/plan.py explains them.
+#pragma once
+#include <cstddef>
+#include <utility>
+#include <vector>
+
+#include "threads.h"
+#include "mill.h"
+
+namespace mill {
+
+enum class OpKind { embed, norm, linear, rope_kv, attend, quantize, gated, select };
+enum Buffer { kX, kY, kQkv, kZ, kGateUp, kH, kLogits, kNumBuffers };
+
+struct Op {
+  OpKind kind;
+  int src = 0, dst = 0, layer = 0;
+  bool accumulate = false, out_rows = false;
+  ActKind act = ActKind::int8;
+  float eps = 0;
+  const float* weight = nullptr;
+  LinearWeight linear{};
+  const void* table = nullptr;          // embeddings: bf16 bits or int8
+  const uint16_t* table_scales = nullptr;  // float16 a 32 inputs, or null for bf16
+};
+
+struct Shape {
+  int hidden, heads, kv_heads, head_dim, inner, vocab, layers, positions;
+  float softmax_scale;
+  const float *cos, *sin;  // [positions][head_dim / 2]
+};
+
+struct Batch {
+  int rows, sequences, blocks, outs;
+  const int32_t *tokens, *positions, *kv_slots, *row_starts, *block_starts, *block_list, *out_rows;
+};
+
+// Zeroed memory from the operating system: untouched pages cost nothing.
+template <class T> class Array {
+ public:
+  explicit Array(size_t count = 0);
+  ~Array();
+  Array(Array&& other) noexcept : at_(other.at_), bytes_(other.bytes_) { other.at_ = nullptr; }
+  Array& operator=(Array&& other) noexcept {
+    std::swap(at_, other.at_), std::swap(bytes_, other.bytes_);
+    return *this;
+  }
+  T* get() const { return at_; }
+
+ private:
+  T* at_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+class Plan {
+ public:
+  Plan(const Shape&, const Kernels&, int threads, int max_rows, int max_outs, int num_blocks, int max_inputs);
+
+  void add(const Op& op) { ops_.push_back(op); }
+  int num_ops() const { return int(ops_.size()); }
+  // Throws std::invalid_argument if the batch does not fit; nothing is changed then.
+  void run(const Batch&, int first, int last);
+  float* buffer(int id, int& rows, int& width);
+  void copy_block(int from, int to);
+  Pool& pool() { return pool_; }
+  const Kernels& kernels() const { return kernels_; }
+
+ private:
+  struct Task { int sequence, first_row, rows; };
+  struct Thread { Array<float> row, scores, acc, span; Array<uint16_t> probs; };
+
+  void check(const Batch&, int first, int last) const;
+  void plan_attention(const Batch&);
+  void step(const Batch&, const Op&, int thread);
+  void embed(const Batch&, const Op&, int row) const;
+  void linear(const Batch&, const Op&, int thread);
+  void rope_kv(const Batch&, const Op&, int row);
+  void attend(const Batch&, const Op&, int thread);
+  // Where K (kind 0) or V (kind 1) of a layer and head lies inside a block.
+  size_t kv_offset(int layer, int kind, int head) const;
+  int rows_of(const Batch&, const Op&) const;
+
+  const Shape shape_;
+  const Kernels& kernels_;
+  Pool pool_;
+  const int max_rows_, max_outs_, num_blocks_, head_pad_;
+  const size_t block_size_;  // bf16 values in one block: all layers and heads
+  std::vector<Op> ops_;
+  Array<float> buffers_[kNumBuffers];
+  int widths_[kNumBuffers], capacity_[kNumBuffers];
+  Array<uint16_t> q_;   // [kv_heads][max_rows * heads / kv_heads + slack][head_pad]
+  Array<uint16_t> kv_;  // [num_blocks][layers][K, V][kv_heads][32 * head_pad]
+  Array<int8_t> act_q_;
+  Array<float> act_scale_;
+  Array<int32_t> act_sums_, act_groups_;
+  Array<uint16_t> act_b_;
+  Act act_{};
+  std::vector<Task> tasks_;  // attention row tiles of the current step
+  std::atomic<int> next_task_{0};
+  std::vector<Thread> threads_;
+};
+
+}  // namespace mill

@@ -1,0 +1,129 @@
+// Sixteen-lane arithmetic in GCC vector extensions: one source for every instruction set. Included into
+// each isa_*.cpp inside that file's own namespace, so the linker never mixes instruction sets.
+#pragma once
+#include <cmath>
+#include <cstring>
+#include <limits>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+#include "mill.h"
+
+#define MILL_INLINE inline __attribute__((always_inline))
+
+namespace mill::MILL_ISA {
+
+typedef float vf __attribute__((vector_size(64)));
+typedef int32_t vi __attribute__((vector_size(64)));
+typedef uint32_t vu __attribute__((vector_size(64)));
+typedef uint16_t vh __attribute__((vector_size(32)));
+typedef int8_t vb __attribute__((vector_size(16)));
+
+template <class T, class P> MILL_INLINE T load(const P* p) { T v; memcpy(&v, p, sizeof v); return v; }
+template <class T, class P> MILL_INLINE void store(P* p, T v) { memcpy(p, &v, sizeof v); }
+MILL_INLINE vf splat(float x) { return x - vf{}; }
+MILL_INLINE vi splat_i(int32_t x) { return x - vi{}; }
+
+// First `n` lanes from memory, the rest zero.
+MILL_INLINE vf load_head(const float* p, int n) { vf v{}; memcpy(&v, p, n * sizeof(float)); return v; }
+
+MILL_INLINE vf fmin16(vf a, vf b) { return a < b ? a : b; }
+MILL_INLINE vf fmax16(vf a, vf b) { return a > b ? a : b; }
+MILL_INLINE vf fabs16(vf a) { return (vf)((vu)a & 0x7fffffffu); }
+
+// acc + a * b where the product is exact (bf16 inputs): fused or not, the same bits.
+MILL_INLINE vf madd_exact(vf a, vf b, vf acc) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)acc);
+#else
+  return acc + a * b;
+#endif
+}
+
+// Fixed tree: 8 + 8, 4 + 4, 2 + 2, 1 + 1.
+MILL_INLINE float sum16(vf v) {
+  float a[16], b[8], c[4];
+  store(a, v);
+  for (int i = 0; i < 8; i++) b[i] = a[i] + a[i + 8];
+  for (int i = 0; i < 4; i++) c[i] = b[i] + b[i + 4];
+  return (c[0] + c[2]) + (c[1] + c[3]);
+}
+
+MILL_INLINE float max16(vf v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
+  float a[16], m;
+  store(a, v);
+  m = a[0];
+  for (int i = 1; i < 16; i++) m = a[i] > m ? a[i] : m;
+  return m;
+#endif
+}
+
+// Nearest integer, ties to even, for |x| < 2^22.
+MILL_INLINE vf round16(vf x) {
+  const vf magic = splat(12582912.0f);
+  return (x + magic) - magic;
+}
+
+// 2^t for t in [-125, 125]; the twin has the same polynomial.
+MILL_INLINE vf exp2_16(vf t) {
+  const vf n = round16(t), f = t - n;
+  vf p = splat(1.54614447e-4f);
+  p = p * f + splat(1.34004282e-3f);
+  p = p * f + splat(9.61805668e-3f);
+  p = p * f + splat(5.55032723e-2f);
+  p = p * f + splat(2.40226509e-1f);
+  p = p * f + splat(6.93147207e-1f);
+  p = p * f + splat(1.0f);
+  return (vf)((vi)p + (__builtin_convertvector(n, vi) << 23));
+}
+
+// Bits of bf16, rounded to nearest even.
+MILL_INLINE vh to_bf16(vf x) {
+  const vu u = (vu)x;
+  return __builtin_convertvector((u + 0x7fffu + ((u >> 16) & 1u)) >> 16, vh);
+}
+MILL_INLINE uint16_t to_bf16(float x) {
+  uint32_t u;
+  memcpy(&u, &x, 4);
+  return uint16_t((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+}
+MILL_INLINE vf from_bf16(vh h) { return (vf)(__builtin_convertvector(h, vu) << 16); }
+MILL_INLINE float from_bf16(uint16_t h) {
+  const uint32_t u = uint32_t(h) << 16;
+  float x;
+  memcpy(&x, &u, 4);
+  return x;
+}
+
+MILL_INLINE float from_f16(uint16_t h) {
+  const uint32_t sign = uint32_t(h & 0x8000u) << 16, exp = (h >> 10) & 31u, man = h & 1023u;
+  uint32_t u = exp ? sign | ((exp + 112u) << 23) | (man << 13) : sign;
+  if (exp == 31) u = sign | 0x7f800000u | (man << 13);
+  float x;
+  memcpy(&x, &u, 4);
+  if (!exp && man) x = (sign ? -1.0f : 1.0f) * float(man) * 5.9604644775390625e-8f;
+  return x;
+}
+MILL_INLINE vf load_f16(const uint16_t* p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+  vf v;
+  store((float*)&v, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)));
+  store((float*)&v + 8, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8))));
+  return v;
+#else
+  vf v;
+  for (int i = 0; i < 16; i++) v[i] = from_f16(p[i]);
+  return v;
+#endif
+}
+
+// Even and odd members of 16 pairs of bf16 as floats.
+MILL_INLINE vf even_bf16(vu pairs) { return (vf)(pairs << 16); }
+MILL_INLINE vf odd_bf16(vu pairs) { return (vf)(pairs & 0xffff0000u); }
+
+}  // namespace mill::MILL_ISA

@@ -1,0 +1,1 @@
+"""What the Makefile calls: small programs that are no part of the package."""

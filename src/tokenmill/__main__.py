@@ -1,0 +1,7 @@
+"""`python -m tokenmill`."""
+
+import sys
+
+from tokenmill.cli.main import main
+
+sys.exit(main())

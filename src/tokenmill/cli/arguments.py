@@ -1,0 +1,182 @@
+"""What the commands' arguments have in common: one parser class, the flags that several commands share.
+
+Importing this must stay cheap, for `tokenmill --help` imports every command: no numpy, no engine. A
+command module has `add_parser(subparsers)`, which calls `add_command`, and its handler `(args, out) -> int`
+returns the exit code (0) and imports what is heavy inside. Errors are raised, never printed.
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias
+
+from tokenmill.cli.output import Output
+from tokenmill.core import SamplingParams, UsageError
+
+if TYPE_CHECKING:
+    from tokenmill.engine import LLMConfig
+    from tokenmill.models.directory import ModelDirectory
+
+__all__ = [
+    "WEIGHTS",
+    "Handler",
+    "Parser",
+    "Subparsers",
+    "add_command",
+    "add_engine_flags",
+    "add_model_argument",
+    "add_sampling_flags",
+    "llm_config",
+    "open_model",
+    "positive",
+    "sampling_params",
+    "text_argument",
+]
+
+Handler: TypeAlias = Callable[[argparse.Namespace, Output], int]
+"""Runs a command: parsed arguments and the output to write to; returns the exit code."""
+
+WEIGHTS: Final = ("w8a8", "w4a8", "bf16")
+"""The engine's weight formats, its default first, known here without importing it; a test compares."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are UsageErrors, and which takes no abbreviated flags."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UsageError with a pointer to this command's help."""
+        raise UsageError(message, hint=f"see `{self.prog} --help`")
+
+
+Subparsers: TypeAlias = "argparse._SubParsersAction[Parser]"
+
+
+def add_command(
+    subparsers: Subparsers, name: str, handler: Handler, *, summary: str, description: str = ""
+) -> Parser:
+    """A new command with its handler, and the flags that every command has: `--json` and `--debug`."""
+    parser = subparsers.add_parser(
+        name,
+        help=summary,
+        description=description or f"{summary[0].upper()}{summary[1:]}.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(handler=handler)
+    shared = parser.add_argument_group("for every command")
+    shared.add_argument(
+        "--json", action="store_true", help="print one JSON document, and nothing else, on stdout"
+    )
+    shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def add_model_argument(parser: Parser) -> None:
+    """MODEL."""
+    parser.add_argument(
+        "model", metavar="MODEL", help="a name of `tokenmill models`, or the path of a model directory"
+    )
+
+
+def add_engine_flags(parser: Parser) -> None:
+    """`--weights` and `--threads`; not given, the engine's own defaults hold."""
+    engine = parser.add_argument_group("engine")
+    engine.add_argument("--weights", choices=WEIGHTS, help=f"format of the weights (default: {WEIGHTS[0]})")
+    engine.add_argument("--threads", type=positive, metavar="N", help="threads (default: one a processor)")
+
+
+def add_sampling_flags(parser: Parser) -> None:
+    """The fields of SamplingParams, with their defaults."""
+    default = SamplingParams()
+    group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "--max-tokens",
+        type=int,
+        default=default.max_tokens,
+        metavar="N",
+        help="longest answer, in tokens (default: %(default)s)",
+    )
+    group.add_argument(
+        "--temperature",
+        type=float,
+        default=default.temperature,
+        metavar="T",
+        help="0 takes the likeliest token (default: %(default)s)",
+    )
+    group.add_argument(
+        "--top-p",
+        type=float,
+        default=default.top_p,
+        metavar="P",
+        help="sample from the likeliest tokens that hold this probability (default: %(default)s)",
+    )
+    group.add_argument(
+        "--top-k",
+        type=int,
+        default=default.top_k,
+        metavar="K",
+        help="sample from the K likeliest tokens, 0: all (default: %(default)s)",
+    )
+    group.add_argument(
+        "--seed",
+        type=int,
+        default=default.seed,
+        metavar="N",
+        help="makes sampling reproducible (default: drawn)",
+    )
+    group.add_argument(
+        "--stop",
+        type=text_argument,
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before this text; may be given several times",
+    )
+
+
+def sampling_params(args: argparse.Namespace) -> SamplingParams:
+    """What the sampling flags say. Raises UsageError for a value out of bounds."""
+    return SamplingParams(
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        seed=args.seed,
+        stop=tuple(args.stop),
+    )
+
+
+def llm_config(args: argparse.Namespace) -> "LLMConfig":
+    """What the engine flags say; imports the engine."""
+    from tokenmill.engine import LLMConfig
+
+    given = {"weights": args.weights, "num_threads": args.threads}
+    return LLMConfig(**{name: value for name, value in given.items() if value is not None})
+
+
+def open_model(args: argparse.Namespace) -> "ModelDirectory":
+    """The model that MODEL names. Raises NotFoundError with the way to get it."""
+    from tokenmill.models.library import Library
+
+    return Library().find(args.model)
+
+
+def positive(text: str) -> int:
+    """An argument that is a whole number of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return value
+
+
+def text_argument(text: str) -> str:
+    """An argument that is text; the system hands bytes over, which may be none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("the text is not UTF-8") from None
+    return text

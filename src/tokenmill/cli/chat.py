@@ -1,0 +1,181 @@
+"""`tokenmill chat`: a conversation, one line a turn, at a terminal or through pipes."""
+
+import argparse
+import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from tokenmill.cli.arguments import (
+    Subparsers,
+    add_command,
+    add_engine_flags,
+    add_model_argument,
+    add_sampling_flags,
+    llm_config,
+    open_model,
+    sampling_params,
+)
+from tokenmill.cli.inputs import stdin_is_terminal
+from tokenmill.cli.output import Output
+from tokenmill.cli.run import completion_fields, summary
+from tokenmill.core import Completion, Message, SamplingParams, UsageError
+
+if TYPE_CHECKING:
+    from tokenmill.engine import LLM
+
+__all__ = ["Conversation", "add_parser"]
+
+_DESCRIPTION = """\
+Talk to a model: one line a turn. `/new` forgets the conversation, `/exit` or Ctrl-D ends it, Ctrl-C stops
+an answer. When the conversation no longer fits into the model's context, its oldest turns are left out.
+"""
+_PROMPT = "> "
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add `chat`."""
+    parser = add_command(subparsers, "chat", _chat, summary="talk to a model", description=_DESCRIPTION)
+    add_model_argument(parser)
+    add_sampling_flags(parser)
+    add_engine_flags(parser)
+
+
+class Conversation:
+    """The messages of a chat, and what each answer took."""
+
+    def __init__(self, llm: "LLM", params: SamplingParams, out: Output) -> None:
+        self.messages: list[Message] = []
+        self.turns: list[dict[str, Any]] = []
+        self._llm = llm
+        self._params = params
+        self._out = out
+
+    def forget(self) -> None:
+        """Start anew; what was answered stays on record."""
+        self.messages.clear()
+
+    def say(self, text: str) -> None:
+        """One turn: the answer is streamed and remembered, also if Ctrl-C cut it short."""
+        self.messages.append(Message(role="user", content=text))
+        try:
+            ids = self._fitting_prompt()
+        except UsageError:
+            self.messages.pop()
+            raise
+        pieces: list[str] = []
+        completion = None
+        try:
+            for piece in self._llm.stream(ids, self._params):
+                if isinstance(piece, Completion):
+                    completion = piece
+                else:
+                    pieces.append(piece)
+                    self._out.text(piece, end="")
+        except KeyboardInterrupt:
+            self._out.note(" [stopped]")
+        answer = "".join(pieces)
+        if completion is not None and not answer.endswith("\n"):
+            self._out.text("")
+        self.messages.append(Message(role="assistant", content=answer))
+        self._record(text, answer, completion)
+
+    def _record(self, text: str, answer: str, completion: Completion | None) -> None:
+        if completion is None:
+            self.turns.append({"prompt": text, "text": answer, "finish_reason": "cancelled"})
+            return
+        self.turns.append({"prompt": text, **completion_fields(completion)})
+        if self._out.stderr.isatty():
+            self._out.note(summary(completion))
+
+    def _fitting_prompt(self) -> list[int]:
+        """The conversation as tokens, the oldest turns left out until there is room for an answer."""
+        ids = self._llm.encode_chat(self.messages)
+        num_left_out = 0
+        while len(ids) >= self._llm.context_length and len(self.messages) > 2:
+            del self.messages[:2]
+            num_left_out += 1
+            ids = self._llm.encode_chat(self.messages)
+        if num_left_out:
+            self._out.note(f"[the context is full: the oldest {num_left_out} turns are left out]")
+        if len(ids) >= self._llm.context_length:
+            raise UsageError(
+                f"the text has {len(ids)} tokens; the model's context is {self._llm.context_length}",
+                hint="say it in fewer words",
+            )
+        return ids
+
+
+def _chat(args: argparse.Namespace, out: Output) -> int:
+    params = sampling_params(args)
+    model = open_model(args)
+    if model.chat_template() is None:
+        raise UsageError(
+            f"{model.name} has no chat template: it is a base model",
+            hint=f'continue a text instead: tokenmill run {args.model} "text"',
+        )
+
+    from tokenmill.engine import LLM
+
+    llm = LLM(model, llm_config(args))
+    conversation = Conversation(llm, params, out)
+    if not stdin_is_terminal():
+        _talk_through_pipe(conversation)
+    else:
+        out.note(f"{model.name} ({llm.config.weights}). /new forgets, /exit or Ctrl-D ends, Ctrl-C stops an answer.")
+        _talk(conversation, out)
+    out.document({"model": model.name, "weights": llm.config.weights, "turns": conversation.turns})
+    return 0
+
+
+def _talk_through_pipe(conversation: Conversation) -> None:
+    """One line a turn; any error ends it."""
+    for data in sys.stdin.buffer:
+        try:
+            line = data.decode("utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise UsageError("standard input is not UTF-8", hint="give plain text") from error
+        if not _obey(line, conversation):
+            break
+
+
+def _talk(conversation: Conversation, out: Output) -> None:
+    """At a terminal an error in a turn is shown, and the conversation goes on."""
+    while True:
+        try:
+            line = _ask(out).strip()
+        except KeyboardInterrupt:
+            out.note("")
+            continue
+        except EOFError:
+            out.note("")
+            break
+        try:
+            if not _obey(line, conversation):
+                break
+        except UsageError as error:
+            out.note(f"error: {error}")
+
+
+def _obey(line: str, conversation: Conversation) -> bool:
+    """Do what one line says; False if it ends the conversation."""
+    if line == "/exit":
+        return False
+    if line == "/new":
+        conversation.forget()
+    elif line:
+        conversation.say(line)
+    return True
+
+
+def _ask(out: Output) -> str:
+    """One line from the terminal, with editing and history where it can; EOFError at its end."""
+    if out.as_json or not out.stdout.isatty():
+        out.stderr.write(_PROMPT)
+        out.stderr.flush()
+        line = sys.stdin.readline()
+        if not line:
+            raise EOFError
+        return line
+    with suppress(ImportError):
+        import readline  # noqa: F401  (input() uses it once it is imported)
+    return input(_PROMPT)

@@ -1,0 +1,73 @@
+"""The one error tree: what went wrong, in one line, and the next step.
+
+    TokenmillError                exit code 1
+    ├── UsageError                2   a flag, argument or parameter that cannot be used
+    ├── NotFoundError             3   a model, file or name that does not exist
+    ├── ModelFormatError          4   a model file that is damaged, hostile or not supported
+    ├── StorageError              5   the disk: full, unwritable, or its content changed
+    ├── DownloadError             6   a download that failed or did not match its hash
+    └── ResourceError             7   memory, time or a queue bound that was reached
+
+Every error carries `hint`: what the reader should do next. The command line prints both and exits
+with the class's `exit_code`; the table above is the documentation of those codes.
+"""
+
+__all__ = [
+    "DownloadError",
+    "ModelFormatError",
+    "NotFoundError",
+    "ResourceError",
+    "StorageError",
+    "TokenmillError",
+    "UsageError",
+]
+
+
+class TokenmillError(Exception):
+    """Root of all errors that tokenmill raises on purpose."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}; {self.hint}" if self.hint else self.message
+
+
+class UsageError(TokenmillError):
+    """A flag, argument or parameter that cannot be used."""
+
+    exit_code = 2
+
+
+class NotFoundError(TokenmillError):
+    """A model, file or name that does not exist."""
+
+    exit_code = 3
+
+
+class ModelFormatError(TokenmillError):
+    """A model file that is damaged, hostile or not supported. The message names file and field."""
+
+    exit_code = 4
+
+
+class StorageError(TokenmillError):
+    """The disk is full, not writable, or holds something else than the manifest says."""
+
+    exit_code = 5
+
+
+class DownloadError(TokenmillError):
+    """A download that failed, or whose content does not match its hash."""
+
+    exit_code = 6
+
+
+class ResourceError(TokenmillError):
+    """Memory, time or a queue bound was reached."""
+
+    exit_code = 7

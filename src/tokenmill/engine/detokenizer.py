@@ -1,0 +1,76 @@
+"""Token by token to text, for streams: whole characters only, and never a piece of a stop string.
+
+Text is what comes out of the tokens' bytes read as UTF-8. Bytes that can never become a character turn
+into U+FFFD at once; bytes that may still become one wait for the next token. If the sequence ends there,
+they are dropped: text never ends in half a character, nor in a replacement for one.
+
+Token ids, and so usage counts, are not changed by any of this.
+"""
+
+import codecs
+from collections.abc import Callable
+from typing import NamedTuple
+
+__all__ = ["Detokenizer", "Piece", "StopMatcher"]
+
+
+class Piece(NamedTuple):
+    """New text, and whether a stop string ended it."""
+
+    text: str
+    stopped: bool
+
+
+class StopMatcher:
+    """Cuts a stream of text before the stop string that is complete first (of two, the longer one).
+
+    The rule speaks of characters only, so the outcome does not depend on how the text was split. Text
+    is withheld only while it is a proper prefix of a stop string.
+    """
+
+    def __init__(self, stop: tuple[str, ...]) -> None:
+        self._stop = stop
+        self._held = ""
+        self._stopped = False
+
+    def push(self, text: str) -> Piece:
+        """Add text; get back what can be shown."""
+        assert not self._stopped, "text after a stop string"
+        text = self._held + text
+        ends = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
+        if ends:
+            self._held, self._stopped = "", True
+            return Piece(text[: min(ends)[1]], True)
+        num_held = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - num_held :]
+        return Piece(text[: len(text) - num_held], False)
+
+    def finish(self) -> str:
+        """The withheld text, which turned out not to be a stop string."""
+        held, self._held = self._held, ""
+        return held
+
+
+class Detokenizer:
+    """Turns the tokens of one sequence into text. `token_bytes` gives the bytes of one token."""
+
+    def __init__(self, token_bytes: Callable[[int], bytes], stop: tuple[str, ...] = ()) -> None:
+        self._token_bytes = token_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._matcher = StopMatcher(stop) if stop else None
+
+    def push(self, token_id: int) -> Piece:
+        """Add a token; get back the text that can be shown now."""
+        text = self._decoder.decode(self._token_bytes(token_id))
+        return self._matcher.push(text) if self._matcher else Piece(text, False)
+
+    def finish(self) -> str:
+        """The text that waited for a stop string; an incomplete character is dropped."""
+        self._decoder.reset()
+        return self._matcher.finish() if self._matcher else ""
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
+    longest = min(len(stop) - 1, len(text))
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,175 @@
+"""The native executor: hands a step plan to the extension once, then one call a step."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tokenmill.core import ResourceError, UsageError
+from tokenmill.kernels import twin
+from tokenmill.kernels.isa import NUMPY, choose_isa, default_threads, load_native
+from tokenmill.kernels.numpy_executor import NumpyExecutor
+from tokenmill.kernels.plan import (
+    Attend,
+    BufferName,
+    Embed,
+    Executor,
+    F32Array,
+    GatedUnit,
+    Linear,
+    Norm,
+    Op,
+    Quantize,
+    RopeKv,
+    StepBatch,
+    StepPlan,
+)
+
+__all__ = ["NativeExecutor", "create_executor", "log_sum_exp_rows"]
+
+_MAX_HEAD_DIM = 512
+
+
+class NativeExecutor:
+    """Runs a plan in C++ with its own threads, buffers and paged KV cache.
+
+    Not safe for use by several threads at once; a step releases the interpreter lock.
+    """
+
+    def __init__(
+        self,
+        plan: StepPlan,
+        *,
+        max_rows: int,
+        max_out_rows: int,
+        num_blocks: int,
+        num_threads: int,
+        isa: str,
+    ) -> None:
+        shape = plan.shape
+        if shape.head_dim > _MAX_HEAD_DIM:
+            raise UsageError(
+                f"head width {shape.head_dim} is above {_MAX_HEAD_DIM}", hint="use TOKENMILL_ISA=numpy"
+            )
+        native: Any = load_native()
+        self.plan = plan
+        self.max_rows = max_rows
+        self.max_out_rows = max_out_rows
+        self.isa = isa
+        self.num_threads = num_threads
+        try:
+            self._native = native.Plan(
+                isa=isa,
+                threads=num_threads,
+                max_rows=max_rows,
+                max_outs=max_out_rows,
+                num_blocks=num_blocks,
+                max_inputs=max(linear.num_in for linear in plan.linears),
+                hidden=shape.hidden_size,
+                heads=shape.num_heads,
+                kv_heads=shape.num_kv_heads,
+                head_dim=shape.head_dim,
+                inner=shape.intermediate_size,
+                vocab=shape.vocab_size,
+                layers=shape.num_layers,
+                softmax_scale=shape.softmax_scale,
+                cos=np.ascontiguousarray(shape.cos),
+                sin=np.ascontiguousarray(shape.sin),
+            )
+        except MemoryError as error:
+            raise ResourceError(
+                f"no memory for {num_blocks} KV blocks", hint="give the engine a smaller KV cache"
+            ) from error
+        for op in plan.ops:
+            self._add(op)
+
+    def run(self, batch: StepBatch, first: int = 0, last: int | None = None) -> None:
+        """Run operations [first, last) of the plan in one native call."""
+        self._native.run(
+            batch.tokens,
+            batch.positions,
+            batch.kv_slots,
+            batch.row_starts,
+            batch.block_starts,
+            batch.blocks,
+            batch.out_rows,
+            first,
+            len(self.plan.ops) if last is None else last,
+        )
+
+    def buffer(self, name: BufferName) -> F32Array:
+        """A writable view of the live buffer."""
+        view: F32Array = self._native.buffer(name)
+        return view
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy KV blocks (source, destination) in every layer."""
+        for source, target in pairs:
+            self._native.copy_block(source, target)
+
+    def _add(self, op: Op) -> None:
+        native = self._native
+        match op:
+            case Embed():
+                native.add_embed(np.ascontiguousarray(op.table.data), np.ascontiguousarray(op.table.scales))
+            case Norm():
+                native.add_norm(op.src, np.ascontiguousarray(op.weight), op.eps, op.act, op.src == "y")
+            case Linear():
+                w = op.weight
+                native.add_linear(
+                    op.dst,
+                    w.kind,
+                    w.num_out,
+                    w.num_in,
+                    w.group,
+                    w.symmetric,
+                    w.data,
+                    w.scales,
+                    w.mins,
+                    op.accumulate,
+                    op.rows == "L",
+                )
+            case Quantize():
+                native.add_quantize(op.src, op.act)
+            case RopeKv():
+                native.add_rope_kv(op.layer)
+            case Attend():
+                native.add_attend(op.layer)
+            case GatedUnit():
+                native.add_gated()
+            case _:
+                native.add_select()
+
+
+def create_executor(
+    plan: StepPlan,
+    *,
+    max_rows: int,
+    max_out_rows: int,
+    num_blocks: int,
+    num_threads: int | None = None,
+    isa: str | None = None,
+) -> Executor:
+    """The fastest executor available here for a plan; `isa` and `num_threads` default to the machine's."""
+    isa = isa or choose_isa()
+    if isa == NUMPY:
+        return NumpyExecutor(plan, max_rows=max_rows, max_out_rows=max_out_rows, num_blocks=num_blocks)
+    return NativeExecutor(
+        plan,
+        max_rows=max_rows,
+        max_out_rows=max_out_rows,
+        num_blocks=num_blocks,
+        num_threads=num_threads or default_threads(),
+        isa=isa,
+    )
+
+
+def log_sum_exp_rows(logits_LV: F32Array) -> npt.NDArray[np.float64]:
+    """log(sum(exp(row))) of each row, in float64; NaN for a row that holds a value that is not finite."""
+    isa = choose_isa()
+    if isa == NUMPY:
+        return twin.log_sum_exp_rows(logits_LV)
+    native: Any = load_native()
+    sums: npt.NDArray[np.float64] = native.log_sum_exp_rows(logits_LV, isa)
+    return sums

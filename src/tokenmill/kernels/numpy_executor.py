@@ -1,0 +1,136 @@
+"""Runs a step plan with the numpy twin: slow, plain, and the measure of the native executor.
+
+It is also what runs where no compiler was available at installation.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from tokenmill.kernels import twin
+from tokenmill.kernels.plan import (
+    KV_BLOCK,
+    Attend,
+    BufferName,
+    Embed,
+    F32Array,
+    GatedUnit,
+    Linear,
+    Norm,
+    Op,
+    Quantize,
+    RopeKv,
+    StepBatch,
+    StepPlan,
+)
+
+__all__ = ["NumpyExecutor"]
+
+
+class NumpyExecutor:
+    """The twin of `NativeExecutor`: same plan, same batches, same buffers."""
+
+    def __init__(self, plan: StepPlan, *, max_rows: int, max_out_rows: int, num_blocks: int) -> None:
+        shape = plan.shape
+        self.plan = plan
+        self.max_rows = max_rows
+        self.max_out_rows = max_out_rows
+        widths: dict[BufferName, int] = {
+            "x": shape.hidden_size,
+            "y": shape.hidden_size,
+            "qkv": shape.qkv_size,
+            "z": shape.num_heads * shape.head_dim,
+            "gate_up": 2 * shape.intermediate_size,
+            "h": shape.intermediate_size,
+            "logits": shape.vocab_size,
+        }
+        self._buffers = {
+            name: np.zeros((max_out_rows if name in ("y", "logits") else max_rows, width), np.float32)
+            for name, width in widths.items()
+        }
+        # The rows as the next linear reads them, before rounding: each linear rounds to its own format.
+        self._act = np.zeros((0, 0), np.float32)
+        self._q = np.zeros((max_rows, shape.num_heads, shape.head_dim), np.float32)
+        # [blocks, layers, keys and values, heads, tokens, head width], bf16 values in float32.
+        self._kv = np.zeros(
+            (num_blocks, shape.num_layers, 2, shape.num_kv_heads, KV_BLOCK, shape.head_dim), np.float32
+        )
+
+    def run(self, batch: StepBatch, first: int = 0, last: int | None = None) -> None:
+        """Run operations [first, last) of the plan."""
+        for op in self.plan.ops[first:last]:
+            self._step(batch, op)
+
+    def buffer(self, name: BufferName) -> F32Array:
+        """The live buffer; writable."""
+        return self._buffers[name]
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy KV blocks (source, destination) in every layer."""
+        for source, target in pairs:
+            self._kv[target] = self._kv[source]
+
+    def _step(self, batch: StepBatch, op: Op) -> None:
+        rows = batch.num_rows
+        match op:
+            case Embed():
+                self._buffers["x"][:rows] = _embed(op, batch)
+            case Norm():
+                count = rows if op.src == "x" else len(batch.out_rows)
+                self._act = twin.rms_norm(self._buffers[op.src][:count], op.weight, op.eps)
+            case Linear():
+                dst = self._buffers[op.dst][: self._act.shape[0]]
+                product = twin.linear(op.weight, self._act)
+                dst[:] = dst + product if op.accumulate else product
+            case Quantize():
+                self._act = self._buffers[op.src][:rows].copy()
+            case GatedUnit():
+                gate_up = self._buffers["gate_up"][:rows]
+                inner = self.plan.shape.intermediate_size
+                self._buffers["h"][:rows] = twin.gated_unit(gate_up[:, :inner], gate_up[:, inner:])
+            case RopeKv():
+                self._rope_kv(batch, op.layer)
+            case Attend():
+                self._attend(batch, op.layer)
+            case _:
+                self._buffers["y"][: len(batch.out_rows)] = self._buffers["x"][batch.out_rows]
+
+    def _rope_kv(self, batch: StepBatch, layer: int) -> None:
+        shape, rows = self.plan.shape, batch.num_rows
+        heads = self._buffers["qkv"][:rows].reshape(rows, -1, shape.head_dim)
+        cos, sin = shape.cos[batch.positions], shape.sin[batch.positions]
+        first_value = shape.num_heads + shape.num_kv_heads
+        turned = twin.rope(heads[:, :first_value], cos, sin)
+        self._q[:rows] = turned[:, : shape.num_heads]
+        block, slot = batch.kv_slots // KV_BLOCK, batch.kv_slots % KV_BLOCK
+        values = twin.bf16_values(twin.bf16_bits(heads[:, first_value:]))
+        self._kv[block, layer, 0, :, slot] = turned[:, shape.num_heads :]
+        self._kv[block, layer, 1, :, slot] = values
+
+    def _attend(self, batch: StepBatch, layer: int) -> None:
+        shape = self.plan.shape
+        group = shape.num_heads // shape.num_kv_heads
+        for s in range(len(batch.row_starts) - 1):
+            rows = slice(batch.row_starts[s], batch.row_starts[s + 1])
+            blocks = batch.blocks[batch.block_starts[s] : batch.block_starts[s + 1]]
+            at = np.arange(KV_BLOCK)
+            key_positions = (blocks[:, 1, None] + at).reshape(-1)
+            in_use = (at < blocks[:, 2, None]).reshape(-1)
+            seen_TS = in_use & (key_positions <= batch.positions[rows, None])
+            for g in range(shape.num_kv_heads):
+                k, v = (self._kv[blocks[:, 0], layer, kind, g].reshape(-1, shape.head_dim) for kind in (0, 1))
+                heads = slice(g * group, (g + 1) * group)
+                z = twin.attend_rows(
+                    self._q[rows, heads].transpose(1, 0, 2), k, v, seen_TS, shape.softmax_scale
+                )
+                z_THE = self._buffers["z"][rows].reshape(-1, shape.num_heads, shape.head_dim)
+                z_THE[:, heads] = z.transpose(1, 0, 2)
+
+
+def _embed(op: Embed, batch: StepBatch) -> F32Array:
+    rows = op.table.data[batch.tokens]
+    if not op.table.scales.size:
+        return twin.bf16_values(rows)
+    scales = op.table.scales[batch.tokens].astype(np.float32)
+    values: F32Array = np.repeat(scales, 32, axis=1)[:, : rows.shape[1]] * rows.astype(np.float32)
+    return values

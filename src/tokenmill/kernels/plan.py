@@ -1,0 +1,255 @@
+"""The step plan: what a model does in one step, as a short list of named operations.
+
+A model's description is compiled once to a `StepPlan`. Two executors run the same plan: the native one
+(C++, one call a step) and the numpy twin. Both take a flat batch: the rows of all sequences one after
+the other, whatever mixture of prefill chunks and single decode tokens they are.
+
+    tokens ─Embed─► x ─Norm─► a ─Linear─► qkv ─RopeKv─► q, KV cache ─Attend─► z ─Quantize─► a
+           ─Linear(+=)─► x ─Norm─► a ─Linear─► gate_up ─GatedUnit─► h ─Quantize─► a ─Linear(+=)─► x
+           ... ─Select─► y ─Norm─► a ─Linear─► logits
+
+Every operation may carry the name of the point it produces (`blocks.3.hook_resid_post`). A plan can be
+run from one operation to another, so a tap on a named point stops there, reads or replaces the
+buffer, and goes on.
+
+Shape legend: T rows of the step, S sequences, L rows that need logits, D model width, H query heads,
+G key-value heads, E head width, F inner width of the gated unit, V vocabulary, N and K outputs and
+inputs of a linear.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = [
+    "KV_BLOCK",
+    "SPAN_BLOCKS",
+    "ActFormat",
+    "Attend",
+    "BufferName",
+    "Embed",
+    "EmbedTable",
+    "Executor",
+    "F32Array",
+    "GatedUnit",
+    "I32Array",
+    "Linear",
+    "LinearKind",
+    "Norm",
+    "Op",
+    "PackedLinear",
+    "PlanShape",
+    "Quantize",
+    "RopeKv",
+    "Select",
+    "StepBatch",
+    "StepPlan",
+]
+
+F32Array: TypeAlias = npt.NDArray[np.float32]
+I32Array: TypeAlias = npt.NDArray[np.int32]
+
+KV_BLOCK = 32
+"""Tokens in one block of the paged KV cache."""
+
+SPAN_BLOCKS = 16
+"""Blocks that attention treats at once between two rescalings of the online softmax."""
+
+ActFormat = Literal["int8", "int8_groups", "bf16"]
+LinearKind = Literal["i8c", "i8g", "i4g", "bf16"]
+BufferName = Literal["x", "y", "qkv", "z", "gate_up", "h", "logits"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedLinear:
+    """One weight matrix [N, K], packed for the native kernels. `packing.py` makes and unmakes it.
+
+    `i8c`: 8 bits, one float32 scale an output. `i8g`: 8 bits, one float16 scale a group of inputs.
+    `i4g`: 4 bits, one float16 scale and, unless symmetric, one float16 minimum a group. `bf16`: as is.
+    Inputs come in 8 bits with a scale a row (`i8c`) or a scale a 32 inputs (`i8g`, `i4g`), or in bf16.
+    """
+
+    kind: LinearKind
+    num_out: int
+    num_in: int
+    group: int
+    symmetric: bool
+    data: npt.NDArray[np.uint8]
+    scales: npt.NDArray[Any]
+    mins: npt.NDArray[Any]
+
+    @property
+    def act_format(self) -> ActFormat:
+        """The format this matrix wants its inputs in."""
+        formats: dict[LinearKind, ActFormat] = {"i8c": "int8", "bf16": "bf16"}
+        return formats.get(self.kind, "int8_groups")
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that one pass over the matrix reads."""
+        return self.data.nbytes + self.scales.nbytes + self.mins.nbytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedTable:
+    """Token embeddings [V, D]: bf16 bits (`scales` empty), or int8 with a float16 scale a 32 inputs."""
+
+    data: npt.NDArray[Any]
+    scales: npt.NDArray[np.float16]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanShape:
+    """The sizes that every operation of a plan shares. `cos` and `sin` are [positions, E/2]."""
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    num_layers: int
+    softmax_scale: float
+    cos: F32Array
+    sin: F32Array
+
+    @property
+    def qkv_size(self) -> int:
+        """Outputs of the fused query, key and value projection."""
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embed:
+    """x = table[tokens]."""
+
+    table: EmbedTable
+    name: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norm:
+    """a = quantised RMSNorm(src) * weight. `src` is x, or y for the rows that need logits."""
+
+    src: BufferName
+    weight: F32Array
+    eps: float
+    act: ActFormat
+    name: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear:
+    """dst = a @ weight.T, or dst += where `accumulate`. `rows` names the row count: T or L."""
+
+    weight: PackedLinear
+    dst: BufferName
+    accumulate: bool = False
+    rows: Literal["T", "L"] = "T"
+    name: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeKv:
+    """Rotates queries and keys of qkv by position; q becomes bf16, keys and values go to the cache."""
+
+    layer: int
+    name: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attend:
+    """z = causal softmax attention of q over each sequence's list of blocks."""
+
+    layer: int
+    name: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantize:
+    """a = src in the format of the next linear."""
+
+    src: BufferName
+    act: ActFormat
+    name: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedUnit:
+    """h = silu(gate) * up, where gate_up holds both side by side."""
+
+    name: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Select:
+    """y = x[out_rows]: only rows that need logits reach the head."""
+
+    name: str = ""
+
+
+Op: TypeAlias = Embed | Norm | Linear | RopeKv | Attend | Quantize | GatedUnit | Select
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """A whole model as operations. `ops[head_start:]` are the head: Select, Norm, Linear to logits."""
+
+    shape: PlanShape
+    ops: tuple[Op, ...]
+
+    @property
+    def head_start(self) -> int:
+        """Index of the Select operation."""
+        return next(i for i, op in enumerate(self.ops) if isinstance(op, Select))
+
+    @property
+    def linears(self) -> tuple[PackedLinear, ...]:
+        """Every weight matrix, in order of use."""
+        return tuple(op.weight for op in self.ops if isinstance(op, Linear))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBatch:
+    """The flat inputs of one step. All arrays are int32 and contiguous.
+
+    Sequence s owns rows [row_starts[s], row_starts[s+1]) and blocks [block_starts[s],
+    block_starts[s+1]) of `blocks`. Each block is (block id, position of its first token, rows in use
+    after this step); attention sees exactly these, never an implied range.
+    """
+
+    tokens: I32Array
+    positions: I32Array
+    kv_slots: I32Array
+    row_starts: I32Array
+    block_starts: I32Array
+    blocks: I32Array
+    out_rows: I32Array
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of this step."""
+        return int(self.tokens.shape[0])
+
+
+class Executor(Protocol):
+    """Runs a plan over batches. The native executor and the numpy twin are the two implementations."""
+
+    plan: StepPlan
+    max_rows: int
+    max_out_rows: int
+
+    def run(self, batch: StepBatch, first: int = 0, last: int | None = None) -> None:
+        """Run operations [first, last) of the plan; the KV cache and the buffers change."""
+        ...
+
+    def buffer(self, name: BufferName) -> F32Array:
+        """The live buffer, [max_rows or max_out_rows, width]; valid until the next run, writable."""
+        ...
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy KV blocks (source, destination) in every layer."""
+        ...

@@ -1,0 +1,207 @@
+"""The numpy twin of every native kernel: the documentation of the arithmetic, to the last bit.
+
+No fused multiply-add, every sum in the order that the native kernels use (see `csrc/mill.h`): 16 lanes
+and a fixed tree for float sums over a row; for bf16 products the order of the AMX instruction TDPBF16PS
+(Intel SDM, volume 2): chunks of 32 inputs, even and odd inputs in two chains, then added. Only the
+8-, 4-bit and attention arithmetic is exact against the native kernels; the bf16 linear uses the linear
+algebra library (`linear`), with `linear_bf16_ordered` as the exact, slow form for tests.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tokenmill.kernels.packing import unpack_bf16, unpack_groups, unpack_i8c
+from tokenmill.kernels.plan import KV_BLOCK, SPAN_BLOCKS, F32Array, PackedLinear
+
+__all__ = [
+    "ACT_GROUP",
+    "attend_rows",
+    "bf16_bits",
+    "bf16_values",
+    "dot_bf16_ordered",
+    "exp2",
+    "gated_unit",
+    "linear",
+    "linear_bf16_ordered",
+    "log_sum_exp_rows",
+    "quantize_rows",
+    "rms_norm",
+    "rope",
+    "sum_lanes",
+]
+
+ACT_GROUP = 32
+"""Inputs that share a scale where the weights have groups."""
+
+_LOG2E = np.float32(1.44269504088896341)
+_EXP2 = tuple(
+    np.float32(c)
+    for c in (1.54614447e-4, 1.34004282e-3, 9.61805668e-3, 5.55032723e-2, 2.40226509e-1, 6.93147207e-1, 1.0)
+)
+
+
+def bf16_bits(x: F32Array) -> npt.NDArray[np.uint16]:
+    """Bits of bf16, rounded to nearest even."""
+    u = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    return ((u + np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(
+        np.uint16
+    )
+
+
+def bf16_values(bits: npt.NDArray[np.uint16]) -> F32Array:
+    """bf16 bits as float32."""
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def sum_lanes(x: F32Array) -> F32Array:
+    """Sum over the last axis in 16 lanes and a fixed tree."""
+    extra = -x.shape[-1] % 16
+    if extra:
+        x = np.concatenate([x, np.zeros((*x.shape[:-1], extra), np.float32)], axis=-1)
+    parts = x.reshape(*x.shape[:-1], -1, 16)
+    lanes = np.zeros((*x.shape[:-1], 16), np.float32)
+    for i in range(parts.shape[-2]):
+        lanes = lanes + parts[..., i, :]
+    lanes = lanes[..., :8] + lanes[..., 8:]
+    lanes = lanes[..., :4] + lanes[..., 4:]
+    total: F32Array = (lanes[..., 0] + lanes[..., 2]) + (lanes[..., 1] + lanes[..., 3])
+    return total
+
+
+def exp2(t: F32Array) -> F32Array:
+    """2**t for t in [-125, 125]: a degree-6 polynomial on [-0.5, 0.5], relative error about 1e-7."""
+    n = np.rint(t)
+    f = t - n
+    p = np.full_like(t, _EXP2[0])
+    for c in _EXP2[1:]:
+        p = p * f + c
+    return (p.view(np.int32) + (n.astype(np.int32) << np.int32(23))).view(np.float32)
+
+
+def rms_norm(x_TD: F32Array, weight_D: F32Array, eps: float) -> F32Array:
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019)."""
+    mean_T = sum_lanes(x_TD * x_TD) / np.float32(x_TD.shape[1]) + np.float32(eps)
+    inv_T = np.float32(1) / np.sqrt(mean_T)
+    normed_TD: F32Array = (x_TD * inv_T[:, None]) * weight_D
+    return normed_TD
+
+
+def quantize_rows(x_TK: F32Array) -> tuple[npt.NDArray[np.int8], F32Array]:
+    """8 bits: values [T, K] and scales absmax / 127 [T]."""
+    peak_T = np.abs(x_TK).max(axis=1)
+    inv_T = np.divide(np.float32(127), peak_T, out=np.zeros_like(peak_T), where=peak_T > 0)
+    return np.rint(x_TK * inv_T[:, None]).astype(np.int8), peak_T / np.float32(127)
+
+
+def linear(packed: PackedLinear, x_TK: F32Array) -> F32Array:
+    """x @ weight.T with x quantised to what the matrix wants. [T, K] to [T, N]."""
+    if packed.kind == "bf16":
+        return bf16_values(bf16_bits(x_TK)) @ bf16_values(unpack_bf16(packed)).T
+    if packed.kind != "i8c":
+        return _linear_groups(packed, x_TK)
+    q_TK, scale_T = quantize_rows(x_TK)
+    w_NK, scale_N = unpack_i8c(packed)
+    dots_TN = _exact_dots(q_TK, w_NK).astype(np.float32)
+    return (dots_TN * scale_N) * scale_T[:, None]
+
+
+def _exact_dots(q_TK: npt.NDArray[np.int8], w_NK: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Integer products through the float library: 1,024 terms of 127 * 127 stay below 2^24."""
+    total = np.zeros((q_TK.shape[0], w_NK.shape[0]), np.float64)
+    for k in range(0, q_TK.shape[1], 1024):
+        part = slice(k, k + 1024)
+        total += q_TK[:, part].astype(np.float32) @ w_NK[:, part].astype(np.float32).T
+    return total
+
+
+def _linear_groups(packed: PackedLinear, x_TK: F32Array) -> F32Array:
+    """Groups of weights; the inputs are quantised in groups of 32, whatever the weights' group is."""
+    values_NK, scales_NG, mins_NG = unpack_groups(packed)
+    total_TN: F32Array = np.zeros((x_TK.shape[0], packed.num_out), np.float32)
+    for k in range(0, packed.num_in, ACT_GROUP):
+        part, group = slice(k, k + ACT_GROUP), k // packed.group
+        q_TK, scale_T = quantize_rows(x_TK[:, part])
+        dots_TN: F32Array = q_TK.astype(np.float32) @ values_NK[:, part].astype(np.float32).T
+        scale_N = scales_NG[:, group].astype(np.float32)
+        total_TN = total_TN + (scale_N * dots_TN) * scale_T[:, None]
+        if mins_NG is not None:
+            sums_T = scale_T * q_TK.sum(axis=1, dtype=np.int32).astype(np.float32)
+            total_TN = total_TN + mins_NG[:, group].astype(np.float32) * sums_T[:, None]
+    return total_TN
+
+
+def dot_bf16_ordered(a_RK: F32Array, b_CK: F32Array) -> F32Array:
+    """a @ b.T over the last axis for bf16 values, summed as TDPBF16PS does. [..., R, K], [..., C, K]."""
+    extra = -a_RK.shape[-1] % 32
+    if extra:
+        a_RK = np.concatenate([a_RK, np.zeros((*a_RK.shape[:-1], extra), np.float32)], axis=-1)
+        b_CK = np.concatenate([b_CK, np.zeros((*b_CK.shape[:-1], extra), np.float32)], axis=-1)
+    a, b = a_RK[..., :, None, :], b_CK[..., None, :, :]
+    total = np.zeros(np.broadcast_shapes(a.shape, b.shape)[:-1], np.float32)
+    for chunk in range(0, a.shape[-1], 32):
+        even, odd = np.zeros_like(total), np.zeros_like(total)
+        for k in range(chunk, chunk + 32, 2):
+            even = even + a[..., k] * b[..., k]
+            odd = odd + a[..., k + 1] * b[..., k + 1]
+        total = total + (even + odd)
+    return total
+
+
+def linear_bf16_ordered(packed: PackedLinear, x_TK: F32Array) -> F32Array:
+    """The bf16 linear in the exact order of the native kernels; slow, for tests."""
+    return dot_bf16_ordered(bf16_values(bf16_bits(x_TK)), bf16_values(unpack_bf16(packed)))
+
+
+def rope(x_THE: F32Array, cos_TE: F32Array, sin_TE: F32Array) -> F32Array:
+    """Rotate pairs (i, i + E/2) by position (Su et al. 2021), rounded to bf16. cos, sin: [T, E/2]."""
+    half = x_THE.shape[-1] // 2
+    a, b = x_THE[..., :half], x_THE[..., half:]
+    c, s = cos_TE[:, None, :], sin_TE[:, None, :]
+    turned = np.concatenate([a * c - b * s, b * c + a * s], axis=-1)
+    return bf16_values(bf16_bits(turned))
+
+
+def gated_unit(gate_TF: F32Array, up_TF: F32Array) -> F32Array:
+    """silu(gate) * up (Shazeer 2020)."""
+    t = np.minimum(np.maximum(gate_TF * -_LOG2E, np.float32(-125)), np.float32(125))
+    return (gate_TF / (np.float32(1) + exp2(t))) * up_TF
+
+
+def attend_rows(
+    q_HTE: F32Array, k_SE: F32Array, v_SE: F32Array, seen_TS: npt.NDArray[np.bool_], softmax_scale: float
+) -> F32Array:
+    """Attention of the query heads that share one key-value head, [H, T, E], over S listed keys.
+
+    `seen_TS` says which key a row may see. Online softmax over spans of 16 blocks: [H, T, E].
+    """
+    scale = np.float32(softmax_scale) * _LOG2E
+    span = SPAN_BLOCKS * KV_BLOCK
+    top = np.full(q_HTE.shape[:2], -np.inf, np.float32)
+    total = np.zeros(q_HTE.shape[:2], np.float32)
+    acc = np.zeros(q_HTE.shape, np.float32)
+    for start in range(0, k_SE.shape[0], span):
+        part = slice(start, start + span)
+        scores = np.where(seen_TS[:, part], dot_bf16_ordered(q_HTE, k_SE[part]), np.float32(-np.inf))
+        new_top = np.maximum(top, scores.max(axis=-1))
+        if not np.isfinite(new_top).all():
+            raise AssertionError("every row sees at least one key of the first span")
+        lowest = np.float32(-125)
+        probs = exp2(np.maximum((scores - new_top[..., None]) * scale, lowest))
+        probs = np.where(np.isneginf(scores), np.float32(0), bf16_values(bf16_bits(probs)))
+        alpha = exp2(np.maximum((top - new_top) * scale, lowest))
+        total = total * alpha + sum_lanes(probs)
+        acc = acc * alpha[..., None] + dot_bf16_ordered(probs, v_SE[part].T)
+        top = new_top
+    return acc * (np.float32(1) / total)[..., None]
+
+
+def log_sum_exp_rows(logits_LV: F32Array) -> npt.NDArray[np.float64]:
+    """log(sum(exp(row))) of each row, in float64; NaN where a value is not finite."""
+    finite_L = np.asarray(np.isfinite(logits_LV).all(axis=1))
+    logits_LV = np.where(finite_L[:, None], logits_LV, np.float32(0))
+    peak_L = logits_LV.max(axis=1).astype(np.float64)
+    result: npt.NDArray[np.float64] = peak_L + np.log(np.exp(logits_LV - peak_L[:, None]).sum(axis=1))
+    result[~finite_L] = np.nan
+    return result

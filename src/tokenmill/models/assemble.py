@@ -1,0 +1,175 @@
+"""Making a model directory: from a GGUF file, or from a folder in the Hugging Face layout.
+
+Both work inside a staging folder and end with a manifest; placing the folder in the store is the caller's
+part. Tensors pass through memory one at a time. What the directory will need at run time (tokenizer,
+template, every tensor) is opened once here, so that a bad file fails at import and not later.
+"""
+
+import json
+import os
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tokenmill import __version__
+from tokenmill.core import Message, UsageError
+from tokenmill.models.architecture import Architecture
+from tokenmill.models.convert import GgufWeights, gguf_architecture
+from tokenmill.models.directory import LAYOUT, ModelDirectory
+from tokenmill.models.fetch import Progress
+from tokenmill.models.files import atomic_file, copy_file, disk_errors, hash_file
+from tokenmill.models.gguf import GgufFile
+from tokenmill.models.manifest import DeclaredCosts, FileEntry, Manifest
+from tokenmill.models.safetensors import StoredArray, write_safetensors
+from tokenmill.models.tokenizer import Tokenizer
+
+__all__ = ["Origin", "from_gguf", "from_hf_folder", "write_manifest"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What the manifest says about where a model came from."""
+
+    name: str
+    source: str
+    licences: tuple[str, ...] = ()
+
+
+def from_gguf(staging: Path, origin: Origin, progress: Progress) -> None:
+    """Turn `staging/model.gguf` into a model directory around it.
+
+    Raises ModelFormatError for a file that is damaged or not supported, StorageError for a full disk.
+    """
+    path = staging / "model.gguf"
+    parent = f"sha256:{hash_file(path)}"
+    with GgufFile.open(path) as gguf:
+        architecture = gguf_architecture(gguf)
+        _convert_weights(staging, gguf, architecture, progress)
+        _write_small_files(staging, gguf, architecture)
+        kinds = sorted({tensor.dtype for tensor in gguf.tensors.values() if len(tensor.shape) == 2})
+        licence = gguf.metadata.get("general.license")
+    has_grid = any(kind.startswith("Q") for kind in kinds)
+    if not has_grid:
+        with disk_errors(path):
+            path.unlink()
+    _check(staging)
+    write_manifest(
+        staging,
+        Manifest(
+            name=origin.name,
+            source=origin.source,
+            licences=origin.licences or ((licence,) if isinstance(licence, str) else ()),
+            quantisation=_quantisation(kinds, has_grid),
+            grid_file=path.name if has_grid else "",
+            parent=parent,
+            recipe={"step": "convert", "from": "gguf"},
+            costs=DeclaredCosts.of(architecture),
+            files={},
+        ),
+    )
+
+
+def from_hf_folder(folder: Path, staging: Path, origin: Origin, progress: Progress) -> None:
+    """Copy the known files of a Hugging Face folder into `staging`, check them, and add a manifest.
+
+    Only files that are ever read are taken, never code. Raises ModelFormatError or StorageError.
+    """
+    names = [name for name in LAYOUT if name != "model.gguf" and (folder / name).is_file()]
+    for name in names:
+        with disk_errors(folder / name), (folder / name).open("rb") as source:
+            size = os.fstat(source.fileno()).st_size
+            with atomic_file(staging / name) as target:
+                copy_file(source, target, size, partial(_report, progress, size))
+    _check(staging)
+    write_manifest(
+        staging,
+        Manifest(
+            name=origin.name,
+            source=origin.source,
+            licences=origin.licences,
+            recipe={"step": "copy", "from": "hugging face folder"},
+            costs=DeclaredCosts.of(ModelDirectory.open(staging).architecture),
+            files={},
+        ),
+    )
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `manifest` with the hashes of every file that `folder` has now. Raises StorageError."""
+    files = {}
+    for name in LAYOUT:
+        path = folder / name
+        if path.is_file():
+            files[name] = FileEntry(sha256=hash_file(path), num_bytes=path.stat().st_size)
+    replace(manifest, files=files, made_by=f"tokenmill {__version__}").write(folder)
+
+
+def _convert_weights(staging: Path, gguf: GgufFile, architecture: Architecture, progress: Progress) -> None:
+    weights = GgufWeights(gguf, architecture)
+    shapes = architecture.tensor_shapes()
+    total = 2 * architecture.num_params
+    done = 0
+
+    def load(name: str) -> StoredArray:
+        nonlocal done
+        values = weights.bf16(name)
+        done += values.nbytes
+        progress("convert", done, total)
+        return values
+
+    write_safetensors(staging / "model.safetensors", shapes, "BF16", load)
+
+
+def _write_small_files(staging: Path, gguf: GgufFile, architecture: Architecture) -> None:
+    tokenizer = Tokenizer.from_gguf(gguf)
+    template = gguf.metadata.get("tokenizer.chat_template")
+    config = architecture.to_config()
+    eos = config["eos_token_id"]
+    files = {
+        "config.json": json.dumps(config, indent=2),
+        "generation_config.json": json.dumps({"bos_token_id": config["bos_token_id"], "eos_token_id": eos}),
+        "tokenizer.json": tokenizer.to_json(),
+        "tokenizer_config.json": json.dumps(_tokenizer_config(gguf, tokenizer, architecture), indent=2),
+    }
+    if isinstance(template, str) and template:
+        files["chat_template.jinja"] = template
+    for name, text in files.items():
+        with atomic_file(staging / name) as file:
+            file.write(text.encode())
+
+
+def _tokenizer_config(gguf: GgufFile, tokenizer: Tokenizer, architecture: Architecture) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        # The class that takes tokenizer.json as it is; model-specific ones rebuild it and get it wrong.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": architecture.max_positions,
+        "clean_up_tokenization_spaces": False,
+        "add_prefix_space": False,
+    }
+    for field, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        token_id = gguf.metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if isinstance(token_id, int) and 0 <= token_id < tokenizer.vocab_size:
+            config[f"{field}_token"] = tokenizer.token_bytes(token_id).decode("utf-8", errors="replace")
+    return config
+
+
+def _check(staging: Path) -> None:
+    """Open everything that running the model will open. Raises ModelFormatError."""
+    model = ModelDirectory.open(staging)
+    model.weights()
+    model.tokenizer()
+    template = model.chat_template()
+    if template is not None:
+        with suppress(UsageError):  # a template may refuse this conversation and still be sound
+            template.render([Message(role="user", content="Hello")])
+
+
+def _quantisation(kinds: list[str], has_grid: bool) -> str:
+    text = f"source matrices are {', '.join(kinds)}; model.safetensors holds them rounded to bf16"
+    return f"{text}; model.gguf keeps the source's exact integers and scales" if has_grid else text
+
+
+def _report(progress: Progress, total: int, done: int) -> None:
+    progress("copy", done, total)

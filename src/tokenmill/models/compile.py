@@ -1,0 +1,70 @@
+"""From a model directory to an executor: weights packed once and cached, laid out as a plan, handed over.
+
+ModelDirectory ─► pack_model (cached on disk) ─► compile_plan ─► Executor
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+from tokenmill.core import StorageError, UsageError
+from tokenmill.kernels import Executor
+from tokenmill.kernels import create_executor as create_plan_executor
+from tokenmill.models.directory import ModelDirectory
+from tokenmill.models.layout import compile_plan
+from tokenmill.models.pack import WEIGHT_FORMATS, WeightFormat, pack_model
+from tokenmill.models.packed import PackedModel, read_packed, write_packed
+
+__all__ = ["create_executor", "load_packed"]
+
+_LAYOUT_VERSION = 2
+"""Part of every cache file's name: raise it when packing or smoothing changes."""
+
+
+def create_executor(
+    directory: ModelDirectory,
+    *,
+    weights: WeightFormat,
+    max_rows: int,
+    max_out_rows: int,
+    num_blocks: int,
+    num_threads: int | None = None,
+    isa: str | None = None,
+) -> Executor:
+    """An executor for a model directory in one weight format, with `num_blocks` KV blocks."""
+    plan = compile_plan(directory.architecture, load_packed(directory, weights))
+    return create_plan_executor(
+        plan,
+        max_rows=max_rows,
+        max_out_rows=max_out_rows,
+        num_blocks=num_blocks,
+        num_threads=num_threads,
+        isa=isa,
+    )
+
+
+def load_packed(directory: ModelDirectory, weights: WeightFormat) -> PackedModel:
+    """The packed weights, from the cache where it has them; else packed now, and cached if the disk lets."""
+    if weights not in WEIGHT_FORMATS:
+        raise UsageError(f"weights is {weights!r}", hint=f"use one of {', '.join(WEIGHT_FORMATS)}")
+    key = hashlib.sha256(f"{_LAYOUT_VERSION} {weights} {directory.digest}".encode()).hexdigest()
+    path = _cache_folder() / f"{key[:32]}.packed"
+    if (cached := read_packed(path)) is not None:
+        return cached
+    model = pack_model(directory.architecture, directory.weights(), weights)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_packed(path, model)
+    except (OSError, StorageError):
+        # A cache that cannot be written costs start-up time only.
+        return model
+    return read_packed(path) or model
+
+
+def _cache_folder() -> Path:
+    """`TOKENMILL_HOME/cache`, else the user's cache folder."""
+    home = os.environ.get("TOKENMILL_HOME")
+    if home:
+        return Path(home) / "cache"
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "tokenmill"

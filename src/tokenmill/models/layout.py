@@ -1,0 +1,78 @@
+"""The step plan of a decoder: its description and its packed weights as a list of operations.
+
+Named points are those of TransformerLens: `blocks.3.attn.hook_z`, `blocks.3.mlp.hook_post`,
+`blocks.3.hook_resid_mid`, `blocks.3.hook_resid_post`.
+"""
+
+import numpy as np
+
+from tokenmill.kernels import (
+    ActFormat,
+    Attend,
+    Embed,
+    GatedUnit,
+    Linear,
+    Norm,
+    Op,
+    PlanShape,
+    Quantize,
+    RopeKv,
+    Select,
+    StepPlan,
+)
+from tokenmill.models.architecture import Architecture
+from tokenmill.models.packed import PackedModel
+
+__all__ = ["compile_plan"]
+
+
+def compile_plan(architecture: Architecture, packed: PackedModel) -> StepPlan:
+    """The step plan of a decoder: norms, fused linears, attention and gated units, then the head."""
+    act = packed.linears["head"].act_format
+    ops: list[Op] = [Embed(table=packed.embed, name="hook_embed")]
+    for layer in range(architecture.num_layers):
+        ops += _block_ops(layer, architecture, packed, act)
+    ops += [
+        Select(),
+        Norm(src="y", weight=packed.norms["ln_final"], eps=architecture.norm_eps, act=act),
+        Linear(weight=packed.linears["head"], dst="logits", rows="L"),
+    ]
+    return StepPlan(shape=_plan_shape(architecture), ops=tuple(ops))
+
+
+def _block_ops(layer: int, architecture: Architecture, packed: PackedModel, act: ActFormat) -> list[Op]:
+    name, eps, linears = f"blocks.{layer}", architecture.norm_eps, packed.linears
+    return [
+        Norm(src="x", weight=packed.norms[f"{name}.ln1"], eps=eps, act=act),
+        Linear(weight=linears[f"{name}.qkv"], dst="qkv"),
+        RopeKv(layer=layer),
+        Attend(layer=layer, name=f"{name}.attn.hook_z"),
+        Quantize(src="z", act=act),
+        Linear(weight=linears[f"{name}.out"], dst="x", accumulate=True, name=f"{name}.hook_resid_mid"),
+        Norm(src="x", weight=packed.norms[f"{name}.ln2"], eps=eps, act=act),
+        Linear(weight=linears[f"{name}.gate_up"], dst="gate_up"),
+        GatedUnit(name=f"{name}.mlp.hook_post"),
+        Quantize(src="h", act=act),
+        Linear(weight=linears[f"{name}.down"], dst="x", accumulate=True, name=f"{name}.hook_resid_post"),
+    ]
+
+
+def _plan_shape(architecture: Architecture) -> PlanShape:
+    # Angles in float32, as the reference implementations of these models compute them.
+    half = architecture.head_dim // 2
+    exponents = np.arange(half, dtype=np.float32) / np.float32(half)
+    frequencies = (np.float32(1) / np.float32(architecture.rope_theta) ** exponents).astype(np.float32)
+    positions = np.arange(architecture.max_positions, dtype=np.float32)
+    angles = (positions[:, None] * frequencies).astype(np.float32)
+    return PlanShape(
+        hidden_size=architecture.hidden_size,
+        num_heads=architecture.num_heads,
+        num_kv_heads=architecture.num_kv_heads,
+        head_dim=architecture.head_dim,
+        intermediate_size=architecture.intermediate_size,
+        vocab_size=architecture.vocab_size,
+        num_layers=architecture.num_layers,
+        softmax_scale=architecture.head_dim**-0.5,
+        cos=np.cos(angles),
+        sin=np.sin(angles),
+    )

