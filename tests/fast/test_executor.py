@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 
 from tests.fast.random_plan import FORMATS, make_batch, make_plan
-from tokenmill.kernels import Executor, F32Array, StepBatch, available_isas, create_executor
+from tokenmill.kernels import Executor, F32Array, NumpyExecutor, StepBatch, available_isas, create_executor
 
 NATIVE_ISAS = [isa for isa in available_isas() if isa != "numpy"]
 
 
 def executor(plan_seed: int, kind: str, isa: str, threads: int = 2, **sizes: int) -> Executor:
     plan = make_plan(kind, seed=plan_seed, **sizes)
+    if isa == "numpy":
+        return NumpyExecutor(plan, max_rows=64, max_out_rows=64, num_blocks=24, ordered=True)
     return create_executor(plan, max_rows=64, max_out_rows=64, num_blocks=24, num_threads=threads, isa=isa)
 
 
@@ -43,10 +45,7 @@ def test_native_equals_numpy(kind: str, isa: str, sizes: dict[str, int]) -> None
     second = make_batch([([4], 45, [3, 5]), ([t % vocab for t in tokens(3, 20)], 3, [1])], out_rows=[0, 20])
     for batch in (first, second):
         got, want = logits(native, batch), logits(twin, batch)
-        if kind == "bf16":
-            np.testing.assert_allclose(got, want, atol=2e-2)
-        else:
-            np.testing.assert_array_equal(got, want, err_msg=f"largest gap {np.abs(got - want).max()}")
+        np.testing.assert_array_equal(got, want, err_msg=f"largest gap {np.abs(got - want).max()}")
 
 
 @pytest.mark.parametrize("isa", NATIVE_ISAS)

@@ -28,11 +28,18 @@ __all__ = ["NumpyExecutor"]
 
 
 class NumpyExecutor:
-    """The twin of `NativeExecutor`: same plan, same batches, same buffers."""
+    """The twin of `NativeExecutor`: same plan, same batches, same buffers.
 
-    def __init__(self, plan: StepPlan, *, max_rows: int, max_out_rows: int, num_blocks: int) -> None:
+    `ordered` sums bf16 linears in the native order: equal to the bit, and very slow. The other formats
+    are equal to the bit anyway.
+    """
+
+    def __init__(
+        self, plan: StepPlan, *, max_rows: int, max_out_rows: int, num_blocks: int, ordered: bool = False
+    ) -> None:
         shape = plan.shape
         self.plan = plan
+        self._ordered = ordered
         self.max_rows = max_rows
         self.max_out_rows = max_out_rows
         widths: dict[BufferName, int] = {
@@ -80,7 +87,8 @@ class NumpyExecutor:
                 self._act = twin.rms_norm(self._buffers[op.src][:count], op.weight, op.eps)
             case Linear():
                 dst = self._buffers[op.dst][: self._act.shape[0]]
-                product = twin.linear(op.weight, self._act)
+                exact = self._ordered and op.weight.kind == "bf16"
+                product = (twin.linear_bf16_ordered if exact else twin.linear)(op.weight, self._act)
                 dst[:] = dst + product if op.accumulate else product
             case Quantize():
                 self._act = self._buffers[op.src][:rows].copy()

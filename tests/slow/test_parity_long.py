@@ -1,0 +1,13 @@
+"""Native = twin on the real model, teacher-forced on 200 prompts in every weight format (about 10 minutes)."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.model.parity import check_parity
+from tokenmill.models.pack import WeightFormat
+
+
+@pytest.mark.parametrize(("weights", "num_tokens"), [("w8a8", 24), ("w4a8", 12), ("bf16", 4)])
+def test_native_equals_twin_on_200_prompts(model_dir: Path, weights: WeightFormat, num_tokens: int) -> None:
+    check_parity(model_dir, weights, num_prompts=200, num_tokens=num_tokens)
