@@ -14,75 +14,76 @@ static void begin_thread() {
 }
 static void end_thread() { tile_release(); }
 
-// Reads that the hardware prefetcher is too late for: the next tiles of the weight stream.
-MILL_INLINE void prefetch_tile(const uint8_t* p) {
-  for (int i = 0; i < 1024; i += 64) _mm_prefetch((const char*)p + i, _MM_HINT_T0);
-}
-
 struct alignas(64) Sums {
   int32_t at[2][2][16][16];  // row half, tile, row, column
 };
 
-// Up to 16 rows (r = 1) or 32 rows (r = 2) by two tiles of outputs.
-template <int R, bool Int8> static void products(const LinearTask& t, int row, int tile, Sums& sums) {
+// One line of inputs: up to 32 rows by a pair of tiles.
+template <int R, bool Int8> MILL_INLINE void multiply_line() {
+  if (Int8) {
+    tile_dot_su<0, 4, 6>(), tile_dot_su<1, 4, 7>();
+    if (R == 2) tile_dot_su<2, 5, 6>(), tile_dot_su<3, 5, 7>();
+  } else {
+    tile_dot_bf16<0, 4, 6>(), tile_dot_bf16<1, 4, 7>();
+    if (R == 2) tile_dot_bf16<2, 5, 6>(), tile_dot_bf16<3, 5, 7>();
+  }
+}
+
+// Up to 16 rows (R = 1) or 32 rows (R = 2) by a pair of tiles. `ahead` is fetched on the way: the weights
+// come from memory in the first pass over them, and the hardware alone is late.
+template <int R, bool Int8>
+static void products(const LinearTask& t, int row, int pair, const uint8_t* ahead, Sums& sums) {
   const Act& act = *t.act;
-  const int chunks = act.ld / (Int8 ? 64 : 32);
-  const size_t tile_bytes = size_t(chunks) * 1024, stride = size_t(act.ld) * (Int8 ? 1 : 2);
-  const uint8_t* a0 = (Int8 ? (const uint8_t*)act.q : (const uint8_t*)act.b) + size_t(row) * stride;
-  const uint8_t* a1 = a0 + 16 * stride;
-  const uint8_t* b0 = t.w->data + size_t(tile) * tile_bytes;
-  const uint8_t* b1 = b0 + tile_bytes;
-  tile_zero<0>(); tile_zero<1>();
+  const uint8_t *a0 = act.tiles(row), *a1 = act.tiles(row + 16);
+  const uint8_t* b = t.w->data + size_t(pair) * act.lines * 2048;
+  tile_zero<0>(), tile_zero<1>();
   if (R == 2) tile_zero<2>(), tile_zero<3>();
-  for (int c = 0; c < chunks; c++) {
-    tile_load<4>(a0 + c * 64, stride);
-    if (R == 2) tile_load<5>(a1 + c * 64, stride);
-    tile_load<6>(b0 + size_t(c) * 1024, 64);
-    tile_load<7>(b1 + size_t(c) * 1024, 64);
-    if (Int8) {
-      tile_dot_su<0, 4, 6>(), tile_dot_su<1, 4, 7>();
-      if (R == 2) tile_dot_su<2, 5, 6>(), tile_dot_su<3, 5, 7>();
-    } else {
-      tile_dot_bf16<0, 4, 6>(), tile_dot_bf16<1, 4, 7>();
-      if (R == 2) tile_dot_bf16<2, 5, 6>(), tile_dot_bf16<3, 5, 7>();
-    }
+  for (int line = 0; line < act.lines; line++) {
+    tile_load<4>(a0 + size_t(line) * 1024, 64);
+    if (R == 2) tile_load<5>(a1 + size_t(line) * 1024, 64);
+    tile_load<6>(b + size_t(line) * 2048, 64);
+    tile_load<7>(b + size_t(line) * 2048 + 1024, 64);
+    if (ahead)
+      for (int i = 0; i < 2048; i += 64) _mm_prefetch((const char*)ahead + size_t(line) * 2048 + i, _MM_HINT_T1);
+    multiply_line<R, Int8>();
   }
   tile_store<0>(sums.at[0][0], 64), tile_store<1>(sums.at[0][1], 64);
   if (R == 2) tile_store<2>(sums.at[1][0], 64), tile_store<3>(sums.at[1][1], 64);
 }
 
-template <bool Int8> static void put_sums(const LinearTask& t, int row, int tile, const Sums& sums) {
+template <bool Int8> static void put_sums(const LinearTask& t, int row, int pair, const Sums& sums) {
   const Act& act = *t.act;
-  for (int c = 0; c < 2; c++) {
-    const vf scale = Int8 ? load<vf>((const float*)t.w->scales + (tile + c) * kTileN) : vf{};
-    for (int r = 0; r < 32 && row + r < t.rows; r++) {
-      const vi sum = load<vi>(sums.at[r / 16][c][r % 16]);
-      if (Int8) {
-        const vf y = to_float(sum - 128 * act.row_sum[row + r]) * scale;
-        put(t, row + r, tile + c, y * splat(act.scale[row + r]));
-      } else {
-        put(t, row + r, tile + c, (vf)sum);
-      }
+  const float* scales = (const float*)t.w->scales + pair * 2 * kTileN;
+  const vf scale0 = Int8 ? load<vf>(scales) : vf{}, scale1 = Int8 ? load<vf>(scales + kTileN) : vf{};
+  const int rows = t.rows - row < 32 ? t.rows - row : 32;
+  for (int r = 0; r < rows; r++) {
+    const vi s0 = load<vi>(sums.at[r / 16][0][r % 16]), s1 = load<vi>(sums.at[r / 16][1][r % 16]);
+    if (Int8) {
+      const vi zero = splat_i(128 * act.row_sum[row + r]);
+      const vf x_scale = splat(act.scale[row + r]);
+      put_pair(t, row + r, pair, (to_float(s0 - zero) * scale0) * x_scale, (to_float(s1 - zero) * scale1) * x_scale);
+    } else {
+      put_pair(t, row + r, pair, (vf)s0, (vf)s1);
     }
   }
 }
 
-template <bool Int8> static void linear_tiles(const LinearTask& t, int tile0, int tile1) {
+template <bool Int8> static void linear_tiles(const LinearTask& t, int pair0, int pair1) {
   Sums sums;
-  int tile = tile0;
-  for (; tile + 2 <= tile1; tile += 2)
+  const size_t pair_bytes = size_t(t.act->lines) * 2048;
+  for (int pair = pair0; pair < pair1; pair++)
     for (int row = 0; row < t.rows; row += 32) {
-      t.rows - row > 16 ? products<2, Int8>(t, row, tile, sums) : products<1, Int8>(t, row, tile, sums);
-      put_sums<Int8>(t, row, tile, sums);
+      const uint8_t* ahead = row == 0 && pair + 1 < pair1 ? t.w->data + (pair + 1) * pair_bytes : nullptr;
+      t.rows - row > 16 ? products<2, Int8>(t, row, pair, ahead, sums) : products<1, Int8>(t, row, pair, ahead, sums);
+      put_sums<Int8>(t, row, pair, sums);
     }
-  if (tile < tile1) linear_generic(t, tile, tile1);
 }
 
-static void linear(const LinearTask& t, int tile0, int tile1) {
+static void linear(const LinearTask& t, int pair0, int pair1) {
   switch (t.w->kind) {
-    case LinearKind::i8c: return t.rows < 4 ? linear_generic(t, tile0, tile1) : linear_tiles<true>(t, tile0, tile1);
-    case LinearKind::bf16: return linear_tiles<false>(t, tile0, tile1);
-    default: return linear_generic(t, tile0, tile1);
+    case LinearKind::i8c: return t.rows < 4 ? linear_generic(t, pair0, pair1) : linear_tiles<true>(t, pair0, pair1);
+    case LinearKind::bf16: return linear_tiles<false>(t, pair0, pair1);
+    default: return linear_generic(t, pair0, pair1);
   }
 }
 

@@ -5,7 +5,7 @@
 //   dot4(acc, bytes, x)  acc[n] += sum over j < 4 of unsigned bytes[n][j] * signed x[j]
 //   finish(acc)          the sums as 16 int32 lanes
 // Weights are stored unsigned with a zero point (128 for 8 bits, 8 or 0 for 4 bits), taken out again
-// with the sums of the activations, which is exact.
+// with the sums of the activations, which is exact. Work comes in pairs of tiles, 32 outputs.
 #pragma once
 #include "vec.h"
 
@@ -13,61 +13,89 @@ namespace mill::MILL_ISA {
 
 MILL_INLINE vf to_float(vi v) { return __builtin_convertvector(v, vf); }
 
-MILL_INLINE int32_t load_quad(const int8_t* p) {
+MILL_INLINE int32_t load_quad(const uint8_t* p) {
   int32_t x;
   memcpy(&x, p, 4);
   return x;
 }
 
-// Writes 16 outputs of one row; columns past N are dropped.
+// silu(gate) * up (Shazeer 2020).
+MILL_INLINE vf gated_unit(vf gate, vf up) {
+  const vf t = fmin16(fmax16(gate * splat(-1.44269504088896341f), splat(-125.0f)), splat(125.0f));
+  return (gate / (splat(1.0f) + exp2_16(t))) * up;
+}
+
+// Writes 16 outputs of one row; columns past the end are dropped.
 MILL_INLINE void put(const LinearTask& t, int row, int tile, vf y) {
+  const int width = t.gated ? t.w->n / 2 : t.w->n, n = width - tile * kTileN;
   float* dst = t.dst + size_t(row) * t.ld_dst + tile * kTileN;
-  const int n = t.w->n - tile * kTileN;
   if (n >= kTileN) {
     store(dst, t.accumulate ? load<vf>(dst) + y : y);
-  } else {
-    const vf old = t.accumulate ? load_head(dst, n) : vf{};
-    const vf sum = t.accumulate ? old + y : y;
+  } else if (n > 0) {
+    const vf sum = t.accumulate ? load_head(dst, n) + y : y;
     memcpy(dst, &sum, n * sizeof(float));
   }
 }
 
-// 8 bits, one scale an output: R rows by C tiles in registers, weights read once.
-template <int R, int C> static void i8c_block(const LinearTask& t, int row, int tile) {
-  const LinearWeight& w = *t.w;
-  const Act& act = *t.act;
-  const size_t tile_bytes = size_t(act.ld) * kTileN;
-  const uint8_t* data = w.data + tile * tile_bytes;
-  Acc acc[R][C] = {};
-  for (int quad = 0; quad < act.ld / 4; quad++) {
-    Bytes b[C];
-    for (int c = 0; c < C; c++) b[c] = load_bytes(data + c * tile_bytes + quad * 64);
-    for (int r = 0; r < R; r++) {
-      const int32_t x = load_quad(act.q + size_t(row + r) * act.ld + quad * 4);
-      for (int c = 0; c < C; c++) acc[r][c] = dot4(acc[r][c], b[c], x);
-    }
+MILL_INLINE void put_pair(const LinearTask& t, int row, int pair, vf y0, vf y1) {
+  if (t.gated) return put(t, row, pair, gated_unit(y0, y1));
+  put(t, row, pair * 2, y0);
+  put(t, row, pair * 2 + 1, y1);
+}
+
+// The rows' lines of 64 input bytes.
+template <int R> struct Lines {
+  const uint8_t* at[R];
+  Lines(const Act& act, int row) {
+    for (int r = 0; r < R; r++) at[r] = act.line(row + r, 0);
   }
+  const uint8_t* line(int r, int i) const { return at[r] + size_t(i) * 1024; }
+};
+
+// 8 bits, one scale an output: R rows by P pairs of tiles in registers, weights read once.
+template <int R, int P> static void i8c_block(const LinearTask& t, int row, int pair) {
+  const Act& act = *t.act;
+  const size_t pair_bytes = size_t(act.lines) * 2048;
+  const uint8_t* data = t.w->data + pair * pair_bytes;
+  const Lines<R> x(act, row);
+  Acc acc[R][P][2] = {};
+  for (int line = 0; line < act.lines; line++)
+    for (int quad = 0; quad < 16; quad++) {
+      Bytes b[P][2];
+      for (int p = 0; p < P; p++)
+        for (int h = 0; h < 2; h++)
+          b[p][h] = load_bytes(data + p * pair_bytes + size_t(line) * 2048 + h * 1024 + quad * 64);
+      for (int r = 0; r < R; r++) {
+        const int32_t q = load_quad(x.line(r, line) + quad * 4);
+        for (int p = 0; p < P; p++)
+          for (int h = 0; h < 2; h++) acc[r][p][h] = dot4(acc[r][p][h], b[p][h], q);
+      }
+    }
   for (int r = 0; r < R; r++)
-    for (int c = 0; c < C; c++) {
-      const vi sum = finish(acc[r][c]) - 128 * act.row_sum[row + r];
-      const vf scale = load<vf>((const float*)w.scales + (tile + c) * kTileN);
-      put(t, row + r, tile + c, (to_float(sum) * scale) * splat(act.scale[row + r]));
+    for (int p = 0; p < P; p++) {
+      vf y[2];
+      for (int h = 0; h < 2; h++) {
+        const vi sum = finish(acc[r][p][h]) - 128 * act.row_sum[row + r];
+        const vf scale = load<vf>((const float*)t.w->scales + ((pair + p) * 2 + h) * kTileN);
+        y[h] = (to_float(sum) * scale) * splat(act.scale[row + r]);
+      }
+      put_pair(t, row + r, pair + p, y[0], y[1]);
     }
 }
 
-// 8 or 4 bits with a scale (and minimum) a group of inputs, activations with a scale a 32 inputs: R rows by
-// one tile.
-template <int Bits, int R> static void group_block(const LinearTask& t, int row, int tile) {
+// 8 or 4 bits with a scale (and minimum) a group of inputs, activations with a scale a 32 inputs: one tile.
+template <int Bits, int R> static void group_tile(const LinearTask& t, int row, int tile, vf* total) {
   const LinearWeight& w = *t.w;
   const Act& act = *t.act;
   constexpr int chunk_bytes = Bits == 4 ? 256 : 512;  // 16 outputs x 32 inputs
   const int chunks = w.k / kGroup, per_group = w.group / kGroup;
   const int zero = Bits == 8 ? 128 : w.symmetric ? 8 : 0;
-  const size_t groups = w.k / w.group, act_groups = act.ld / kGroup;
+  const size_t groups = w.k / w.group, act_groups = size_t(act.lines) * 2;
   const uint8_t* data = w.data + size_t(tile) * chunks * chunk_bytes;
   const uint16_t* scales = (const uint16_t*)w.scales + tile * groups * kTileN;
   const uint16_t* mins = w.symmetric ? nullptr : w.mins + tile * groups * kTileN;
-  vf total[R] = {};
+  const Lines<R> x(act, row);
+  for (int r = 0; r < R; r++) total[r] = vf{};
   for (int c = 0; c < chunks; c++) {
     Acc acc[R] = {};
     const uint8_t* p = data + size_t(c) * chunk_bytes;
@@ -76,9 +104,9 @@ template <int Bits, int R> static void group_block(const LinearTask& t, int row,
       const Bytes lo = Bits == 4 ? low_nibbles(raw) : raw;
       const Bytes hi = Bits == 4 ? high_nibbles(raw) : load_bytes(p + (i + 4) * (chunk_bytes / 8));
       for (int r = 0; r < R; r++) {
-        const int8_t* x = act.q + size_t(row + r) * act.ld + c * kGroup + i * 4;
-        acc[r] = dot4(acc[r], lo, load_quad(x));
-        acc[r] = dot4(acc[r], hi, load_quad(x + 16));
+        const uint8_t* q = x.line(r, c / 2) + c % 2 * 32 + i * 4;
+        acc[r] = dot4(acc[r], lo, load_quad(q));
+        acc[r] = dot4(acc[r], hi, load_quad(q + 16));
       }
     }
     const vf scale = load_f16(scales + c / per_group * kTileN);
@@ -90,58 +118,61 @@ template <int Bits, int R> static void group_block(const LinearTask& t, int row,
       if (mins) total[r] = total[r] + min * splat(x_scale * float(x_sum));
     }
   }
-  for (int r = 0; r < R; r++) put(t, row + r, tile, total[r]);
 }
 
-// bf16, summed in the order of TDPBF16PS (see mill.h).
-template <int R> static void bf16_block(const LinearTask& t, int row, int tile) {
+// bf16, summed in the order of TDPBF16PS (see mill.h): one tile of a pair.
+template <int R> static void bf16_tile(const LinearTask& t, int row, int tile, vf* total) {
   const Act& act = *t.act;
-  const uint16_t* data = (const uint16_t*)t.w->data + size_t(tile) * act.ld * kTileN;
-  vf total[R] = {};
-  for (int chunk = 0; chunk < act.ld / 32; chunk++) {
+  const uint8_t* data = t.w->data + size_t(tile / 2) * act.lines * 2048 + tile % 2 * 1024;
+  const Lines<R> x(act, row);
+  for (int r = 0; r < R; r++) total[r] = vf{};
+  for (int line = 0; line < act.lines; line++) {
     vf even[R] = {}, odd[R] = {};
     for (int pair = 0; pair < 16; pair++) {
-      const vu wp = load<vu>(data + chunk * 512 + pair * 32);
+      const vu wp = load<vu>(data + size_t(line) * 2048 + pair * 64);
       const vf we = even_bf16(wp), wo = odd_bf16(wp);
       for (int r = 0; r < R; r++) {
-        const uint16_t* x = act.b + size_t(row + r) * act.ld + chunk * 32 + pair * 2;
-        even[r] = madd_exact(we, splat(from_bf16(x[0])), even[r]);
-        odd[r] = madd_exact(wo, splat(from_bf16(x[1])), odd[r]);
+        const auto* b = (const uint16_t*)(x.line(r, line) + pair * 4);
+        even[r] = madd_exact(we, splat(from_bf16(b[0])), even[r]);
+        odd[r] = madd_exact(wo, splat(from_bf16(b[1])), odd[r]);
       }
     }
     for (int r = 0; r < R; r++) total[r] = total[r] + (even[r] + odd[r]);
   }
-  for (int r = 0; r < R; r++) put(t, row + r, tile, total[r]);
 }
 
-template <int R> static void rows_by_tiles(const LinearTask& t, int row, int tile0, int tile1) {
-  constexpr int C = R == 1 ? 4 : 2;
-  int tile = tile0;
-  switch (t.w->kind) {
-    case LinearKind::i8c:
-      for (; tile + C <= tile1; tile += C) i8c_block<R, C>(t, row, tile);
-      for (; tile < tile1; tile++) i8c_block<R, 1>(t, row, tile);
-      break;
-    case LinearKind::i8g:
-      for (; tile < tile1; tile++) group_block<8, R>(t, row, tile);
-      break;
-    case LinearKind::i4g:
-      for (; tile < tile1; tile++) group_block<4, R>(t, row, tile);
-      break;
-    case LinearKind::bf16:
-      for (; tile < tile1; tile++) bf16_block<R>(t, row, tile);
-      break;
+template <int R> static void pair_by_tiles(const LinearTask& t, int row, int pair) {
+  vf y[2][R];
+  const int tiles = (t.w->n + kTileN - 1) / kTileN;
+  for (int h = 0; h < 2; h++) {
+    const int tile = pair * 2 + h;
+    if (t.w->kind == LinearKind::bf16) bf16_tile<R>(t, row, tile, y[h]);
+    else if (tile >= tiles) for (int r = 0; r < R; r++) y[h][r] = vf{};
+    else if (t.w->kind == LinearKind::i8g) group_tile<8, R>(t, row, tile, y[h]);
+    else group_tile<4, R>(t, row, tile, y[h]);
   }
+  for (int r = 0; r < R; r++) put_pair(t, row + r, pair, y[0][r], y[1][r]);
 }
 
-// Panels of tiles that stay in the nearest cache while all rows pass over them.
-static void linear_generic(const LinearTask& t, int tile0, int tile1) {
-  constexpr int panel = 4;
-  for (int tile = tile0; tile < tile1; tile += panel) {
-    const int stop = tile + panel < tile1 ? tile + panel : tile1;
+template <int R> static void rows_by_pairs(const LinearTask& t, int row, int pair0, int pair1) {
+  int pair = pair0;
+  if (t.w->kind == LinearKind::i8c) {
+    if (R == 1)
+      for (; pair + 2 <= pair1; pair += 2) i8c_block<R, 2>(t, row, pair);
+    for (; pair < pair1; pair++) i8c_block<R, 1>(t, row, pair);
+    return;
+  }
+  for (; pair < pair1; pair++) pair_by_tiles<R>(t, row, pair);
+}
+
+// Panels of outputs that stay in the nearest cache while all rows pass over them.
+static void linear_generic(const LinearTask& t, int pair0, int pair1) {
+  constexpr int panel = 2;
+  for (int pair = pair0; pair < pair1; pair += panel) {
+    const int stop = pair + panel < pair1 ? pair + panel : pair1;
     int row = 0;
-    for (; row + 4 <= t.rows; row += 4) rows_by_tiles<4>(t, row, tile, stop);
-    for (; row < t.rows; row++) rows_by_tiles<1>(t, row, tile, stop);
+    for (; row + 4 <= t.rows; row += 4) rows_by_pairs<4>(t, row, pair, stop);
+    for (; row < t.rows; row++) rows_by_pairs<1>(t, row, pair, stop);
   }
 }
 

@@ -26,14 +26,17 @@ enum class LinearKind { i8c, i8g, i4g, bf16 };
 // What a linear reads: 8 bits with a scale a row, 8 bits with a scale a group of 32 inputs, or bf16.
 enum class ActKind { int8, int8_groups, bf16 };
 
-// Quantised activations: [rows][ld] int8 or bf16, zero from K up to the padded width.
+// Quantised activations in the order of AMX tiles, [rows / 16][lines][16 rows][64 bytes], zero from K up to
+// the padded width. A line is 64 inputs of one row in 8 bits, or 32 in bf16.
 struct Act {
-  int8_t* q;
-  float* scale;          // [rows], or [rows][ld / 32] for groups
+  uint8_t* data;
+  int lines;             // of one row
+  float* scale;          // [rows], or [rows][lines * 2] for groups
   int32_t* row_sum;      // [rows] sum of q
-  int32_t* group_sums;   // [rows][ld / 32] sum of q over 32 inputs
-  uint16_t* b;           // [rows][ld]
-  int ld;                // elements between two rows: the inputs padded to whole tiles
+  int32_t* group_sums;   // [rows][lines * 2] sum of q over 32 inputs
+
+  uint8_t* tiles(int row) const { return data + size_t(row / 16) * lines * 1024; }
+  uint8_t* line(int row, int i) const { return tiles(row) + size_t(i) * 1024 + row % 16 * 64; }
 };
 
 // One weight matrix [N, K] in tile order; packing.py documents each layout.
@@ -42,7 +45,7 @@ struct LinearWeight {
   int n, k, group;
   bool symmetric;
   const uint8_t* data;
-  const void* scales;      // float32 [N16] for i8c, float16 [N/16][K/group][16] for groups
+  const void* scales;      // float32 [N32] for i8c, float16 [N/16][K/group][16] for groups
   const uint16_t* mins;    // float16, as scales; null when symmetric
 };
 
@@ -53,6 +56,7 @@ struct LinearTask {
   int ld_dst;
   int rows;
   bool accumulate;
+  bool gated;      // tiles come in pairs (gate, up); dst gets silu(gate) * up, half as wide
 };
 
 // Rows of one sequence against its blocks, for one KV head. A row is a (token, query head) pair.
@@ -82,11 +86,10 @@ struct Kernels {
   const char* name;
   void (*begin_thread)();
   void (*end_thread)();
-  // Output tiles [tile0, tile1) of 16 columns.
-  void (*linear)(const LinearTask&, int tile0, int tile1);
+  // Pairs of output tiles [pair0, pair1), 32 columns each.
+  void (*linear)(const LinearTask&, int pair0, int pair1);
   void (*norm)(const float* src, int d, const float* weight, float eps, float* tmp, Act&, int row, ActKind);
   void (*quantize)(const float* src, int d, Act&, int row, ActKind);
-  void (*gated)(const float* gate, const float* up, float* dst, int f);
   void (*rope)(const float* src, int head_dim, const float* cos, const float* sin, uint16_t* dst);
   void (*attend)(const AttendTask&, const AttendScratch&);
   double (*log_sum_exp)(const float* row, int n);

@@ -43,7 +43,7 @@ mill::ActKind act_kind(const std::string& act) {
 }
 
 int buffer_id(const std::string& name) {
-  const char* names[mill::kNumBuffers] = {"x", "y", "qkv", "z", "gate_up", "h", "logits"};
+  const char* names[mill::kNumBuffers] = {"x", "y", "qkv", "z", "h", "logits"};
   for (int i = 0; i < mill::kNumBuffers; i++)
     if (name == names[i]) return i;
   throw std::invalid_argument("unknown buffer: " + name);
@@ -76,12 +76,12 @@ class NativePlan {
     keep(op, {weight});
   }
   void add_linear(const std::string& dst, const std::string& kind, int n, int k, int group, bool symmetric,
-                  Bytes data, Bytes scales, Bytes mins, bool accumulate, bool out_rows) {
+                  Bytes data, Bytes scales, Bytes mins, bool accumulate, bool gated, bool out_rows) {
     mill::Op op{mill::OpKind::linear};
     op.dst = buffer_id(dst);
     op.linear = {linear_kind(kind), n, k, group, symmetric, (const uint8_t*)data.data(),
                  pointer_or_null(scales), (const uint16_t*)pointer_or_null(mins)};
-    op.accumulate = accumulate, op.out_rows = out_rows;
+    op.accumulate = accumulate, op.gated = gated, op.out_rows = out_rows;
     keep(op, {data, scales, mins});
   }
   void add_quantize(const std::string& src, const std::string& act) {
@@ -91,7 +91,6 @@ class NativePlan {
   }
   void add_rope_kv(int layer) { add_layer(mill::OpKind::rope_kv, layer); }
   void add_attend(int layer) { add_layer(mill::OpKind::attend, layer); }
-  void add_gated() { plan_.add({mill::OpKind::gated, mill::kGateUp}); }
   void add_select() {
     mill::Op op{mill::OpKind::select};
     op.out_rows = true;
@@ -181,11 +180,10 @@ NB_MODULE(_native, m) {
       .def("add_embed", &NativePlan::add_embed, "table"_a, "scales"_a)
       .def("add_norm", &NativePlan::add_norm, "src"_a, "weight"_a, "eps"_a, "act"_a, "out_rows"_a)
       .def("add_linear", &NativePlan::add_linear, "dst"_a, "kind"_a, "n"_a, "k"_a, "group"_a, "symmetric"_a, "data"_a,
-           "scales"_a, "mins"_a, "accumulate"_a, "out_rows"_a)
+           "scales"_a, "mins"_a, "accumulate"_a, "gated"_a, "out_rows"_a)
       .def("add_quantize", &NativePlan::add_quantize, "src"_a, "act"_a)
       .def("add_rope_kv", &NativePlan::add_rope_kv, "layer"_a)
       .def("add_attend", &NativePlan::add_attend, "layer"_a)
-      .def("add_gated", &NativePlan::add_gated)
       .def("add_select", &NativePlan::add_select)
       .def("run", &NativePlan::run, "tokens"_a, "positions"_a, "kv_slots"_a, "row_starts"_a, "block_starts"_a,
            "blocks"_a, "out_rows"_a, "first"_a, "last"_a)

@@ -31,8 +31,8 @@ namespace {
 
 int round_up(int x, int to) { return (x + to - 1) / to * to; }
 
-// Inputs of a linear, padded to whole AMX tiles.
-int padded(int inputs, ActKind act) { return round_up(inputs, act == ActKind::int8 ? 64 : 32); }
+// Lines of 64 bytes that hold the inputs of a linear.
+int lines_of(int inputs, ActKind act) { return round_up(inputs, act == ActKind::bf16 ? 32 : 64) / (act == ActKind::bf16 ? 32 : 64); }
 
 ActKind act_of(LinearKind kind) {
   if (kind == LinearKind::i8c) return ActKind::int8;
@@ -71,21 +71,20 @@ Plan::Plan(const Shape& shape, const Kernels& kernels, int threads, int max_rows
       block_size_(size_t(shape.layers) * 2 * shape.kv_heads * kKvBlock * head_pad_) {
   const int qkv = (shape.heads + 2 * shape.kv_heads) * shape.head_dim;
   const int widths[kNumBuffers] = {shape.hidden, shape.hidden, qkv, shape.heads * shape.head_dim,
-                                   2 * shape.inner, shape.inner, shape.vocab};
+                                   shape.inner, shape.vocab};
   for (int b = 0; b < kNumBuffers; b++) {
     widths_[b] = widths[b];
     capacity_[b] = b == kY || b == kLogits ? max_outs : max_rows;
     buffers_[b] = Array<float>(size_t(capacity_[b]) * widths[b] + 16);
   }
-  const size_t rows = size_t(std::max(max_rows, max_outs)) + kSlackRows, inputs = round_up(max_inputs, 64);
+  const size_t rows = round_up(std::max(max_rows, max_outs), 16) + kSlackRows, inputs = round_up(max_inputs, 64);
   q_ = Array<uint16_t>((size_t(max_rows) * shape.heads + kSlackRows) * head_pad_);
   kv_ = Array<uint16_t>(size_t(num_blocks) * block_size_);
-  act_q_ = Array<int8_t>(rows * inputs);
-  act_b_ = Array<uint16_t>(rows * inputs);
+  act_data_ = Array<uint8_t>(rows * inputs * 2);
   act_scale_ = Array<float>(rows * inputs / kGroup);
   act_sums_ = Array<int32_t>(rows);
   act_groups_ = Array<int32_t>(rows * inputs / kGroup);
-  act_ = {act_q_.get(), act_scale_.get(), act_sums_.get(), act_groups_.get(), act_b_.get(), 0};
+  act_ = {act_data_.get(), 0, act_scale_.get(), act_sums_.get(), act_groups_.get()};
   for (int t = 0; t < threads; t++)
     threads_.push_back({Array<float>(std::max(max_inputs, shape.hidden)), Array<float>(16 * kSpan),
                         Array<float>(16 * head_pad_), Array<float>(16 * head_pad_), Array<uint16_t>(16 * kSpan)});
@@ -147,7 +146,7 @@ void Plan::step(const Batch& b, const Op& op, int thread) {
     default: break;
   }
   Act act = act_;
-  act.ld = padded(width, op.act);
+  act.lines = lines_of(width, op.act);
   for (int r = rows.begin; r < rows.end; r++) {
     const float* row = src + size_t(r) * width;
     switch (op.kind) {
@@ -156,9 +155,6 @@ void Plan::step(const Batch& b, const Op& op, int thread) {
         kernels_.norm(row, width, op.weight, op.eps, threads_[thread].row.get(), act, r, op.act);
         break;
       case OpKind::quantize: kernels_.quantize(row, width, act, r, op.act); break;
-      case OpKind::gated:
-        kernels_.gated(row, row + shape_.inner, buffers_[kH].get() + size_t(r) * shape_.inner, shape_.inner);
-        break;
       case OpKind::rope_kv: rope_kv(b, op, r); break;
       default:  // select
         std::memcpy(buffers_[kY].get() + size_t(r) * shape_.hidden,
@@ -183,12 +179,10 @@ void Plan::embed(const Batch& b, const Op& op, int row) const {
 
 void Plan::linear(const Batch& b, const Op& op, int thread) {
   Act act = act_;
-  act.ld = padded(op.linear.k, act_of(op.linear.kind));
-  const LinearTask task{&op.linear, &act, buffers_[op.dst].get(), widths_[op.dst], rows_of(b, op), op.accumulate};
-  // Whole pairs of tiles, so that no thread is left with half of one.
-  const int tiles = (op.linear.n + kTileN - 1) / kTileN;
-  const Range pairs = part((tiles + 1) / 2, thread, pool_.size());
-  if (task.rows > 0) kernels_.linear(task, pairs.begin * 2, std::min(pairs.end * 2, tiles));
+  act.lines = lines_of(op.linear.k, act_of(op.linear.kind));
+  const LinearTask task{&op.linear, &act, buffers_[op.dst].get(), widths_[op.dst], rows_of(b, op), op.accumulate, op.gated};
+  const Range pairs = part(round_up(op.linear.n, 2 * kTileN) / (2 * kTileN), thread, pool_.size());
+  if (task.rows > 0) kernels_.linear(task, pairs.begin, pairs.end);
 }
 
 size_t Plan::kv_offset(int layer, int kind, int head) const {
@@ -259,7 +253,7 @@ void Plan::copy_block(int from, int to) {
 }
 
 template class Array<float>;
-template class Array<int8_t>;
+template class Array<uint8_t>;
 template class Array<int32_t>;
 template class Array<uint16_t>;
 

@@ -11,13 +11,13 @@
 
 namespace mill {
 
-enum class OpKind { embed, norm, linear, rope_kv, attend, quantize, gated, select };
-enum Buffer { kX, kY, kQkv, kZ, kGateUp, kH, kLogits, kNumBuffers };
+enum class OpKind { embed, norm, linear, rope_kv, attend, quantize, select };
+enum Buffer { kX, kY, kQkv, kZ, kH, kLogits, kNumBuffers };
 
 struct Op {
   OpKind kind;
   int src = 0, dst = 0, layer = 0;
-  bool accumulate = false, out_rows = false;
+  bool accumulate = false, gated = false, out_rows = false;
   ActKind act = ActKind::int8;
   float eps = 0;
   const float* weight = nullptr;
@@ -92,10 +92,9 @@ class Plan {
   int widths_[kNumBuffers], capacity_[kNumBuffers];
   Array<uint16_t> q_;   // [kv_heads][max_rows * heads / kv_heads + slack][head_pad]
   Array<uint16_t> kv_;  // [num_blocks][layers][K, V][kv_heads][32 * head_pad]
-  Array<int8_t> act_q_;
+  Array<uint8_t> act_data_;
   Array<float> act_scale_;
   Array<int32_t> act_sums_, act_groups_;
-  Array<uint16_t> act_b_;
   Act act_{};
   std::vector<Task> tasks_;  // attention row tiles of the current step
   std::atomic<int> next_task_{0};

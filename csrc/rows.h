@@ -1,5 +1,4 @@
-// Operations on one row of activations: norm, quantise, gated unit, rotation, and the two reductions
-// over a row of logits.
+// Operations on one row of activations: norm, quantise, rotation, and the sum over a row of logits.
 #pragma once
 #include "vec.h"
 
@@ -10,44 +9,47 @@ MILL_INLINE vf load_row(const float* src, int at, int d) {
   return at + 16 <= d ? load<vf>(src + at) : load_head(src + at, d > at ? d - at : 0);
 }
 
-// Rounds 32 inputs to 8 bits; returns their sum.
-MILL_INLINE int32_t round_group(vf a, vf b, float inv, int8_t* q) {
+// Rounds 32 inputs to 8 bits; returns their sums by lane.
+MILL_INLINE vi round_group(vf a, vf b, float inv, uint8_t* q) {
   const vi x = __builtin_convertvector(round16(a * splat(inv)), vi);
   const vi y = __builtin_convertvector(round16(b * splat(inv)), vi);
   store(q, __builtin_convertvector(x, vb));
   store(q + 16, __builtin_convertvector(y, vb));
+  return x + y;
+}
+
+MILL_INLINE int32_t sum_lanes(vi v) {
   int32_t lanes[16], sum = 0;
-  store(lanes, x + y);
+  store(lanes, v);
   for (int l = 0; l < 16; l++) sum += lanes[l];
   return sum;
 }
 
-static void quantize_int8(const float* src, int d, Act& act, int row) {
+static void quantize_int8(const float* src, int d, const Act& act, int row) {
   vf top{};
   for (int i = 0; i < d; i += 16) top = fmax16(top, fabs16(load_row(src, i, d)));
   const float peak = max16(top), inv = peak > 0 ? 127.0f / peak : 0.0f;
-  int8_t* q = act.q + size_t(row) * act.ld;
-  int32_t total = 0;
-  for (int j = 0; j < act.ld; j += kGroup)
-    total += round_group(load_row(src, j, d), load_row(src, j + 16, d), inv, q + j);
+  vi total{};
+  for (int i = 0; i < act.lines * 2; i++)
+    total += round_group(load_row(src, i * 32, d), load_row(src, i * 32 + 16, d), inv,
+                         act.line(row, i / 2) + i % 2 * 32);
   act.scale[row] = peak / 127.0f;
-  act.row_sum[row] = total;
+  act.row_sum[row] = sum_lanes(total);
 }
 
-static void quantize_groups(const float* src, int d, Act& act, int row) {
-  const size_t first = size_t(row) * (act.ld / kGroup);
-  int8_t* q = act.q + size_t(row) * act.ld;
-  for (int g = 0; g < act.ld / kGroup; g++) {
+static void quantize_groups(const float* src, int d, const Act& act, int row) {
+  const size_t first = size_t(row) * act.lines * 2;
+  for (int g = 0; g < act.lines * 2; g++) {
     const vf a = load_row(src, g * kGroup, d), b = load_row(src, g * kGroup + 16, d);
     const float peak = max16(fmax16(fabs16(a), fabs16(b))), inv = peak > 0 ? 127.0f / peak : 0.0f;
-    act.group_sums[first + g] = round_group(a, b, inv, q + g * kGroup);
+    act.group_sums[first + g] = sum_lanes(round_group(a, b, inv, act.line(row, g / 2) + g % 2 * 32));
     act.scale[first + g] = peak / 127.0f;
   }
 }
 
-static void quantize_bf16(const float* src, int d, Act& act, int row) {
-  uint16_t* b = act.b + size_t(row) * act.ld;
-  for (int j = 0; j < act.ld; j += 16) store(b + j, to_bf16(load_row(src, j, d)));
+static void quantize_bf16(const float* src, int d, const Act& act, int row) {
+  for (int i = 0; i < act.lines * 2; i++)
+    store(act.line(row, i / 2) + i % 2 * 32, to_bf16(load_row(src, i * 16, d)));
 }
 
 static void quantize(const float* src, int d, Act& act, int row, ActKind kind) {
@@ -75,18 +77,6 @@ static void norm(const float* src, int d, const float* weight, float eps, float*
   for (i = 0; i + 16 <= d; i += 16) store(tmp + i, (load<vf>(src + i) * splat(inv)) * load<vf>(weight + i));
   for (; i < d; i++) tmp[i] = (src[i] * inv) * weight[i];
   quantize(tmp, d, act, row, kind);
-}
-
-static void gated(const float* gate, const float* up, float* dst, int f) {
-  const vf log2e = splat(-1.44269504088896341f), low = splat(-125.0f), high = splat(125.0f);
-  for (int i = 0; i < f; i += 16) {
-    const int n = f - i < 16 ? f - i : 16;
-    const vf g = n == 16 ? load<vf>(gate + i) : load_head(gate + i, n);
-    const vf u = n == 16 ? load<vf>(up + i) : load_head(up + i, n);
-    const vf e = exp2_16(fmin16(fmax16(g * log2e, low), high));
-    const vf h = (g / (splat(1.0f) + e)) * u;
-    memcpy(dst + i, &h, n * sizeof(float));
-  }
 }
 
 // Rotates one head; cos and sin are the rows of its position, head_dim / 2 values each.

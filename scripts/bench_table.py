@@ -17,8 +17,8 @@ def table(result: dict[str, Any], day: str) -> str:
     """The measured rows as a table, under one line that names the machine."""
     machine = result["machine"]
     lines = [
-        f"{result['model']}, {day}, {machine['isa']}: {machine['int8_tops']:.1f} int8 TOPS, "
-        f"{machine['read_gb_s']:.0f} GB/s read bandwidth, both measured.",
+        f"{result['model']['name']}, {day}, {machine['isa']}: {machine['int8_tops']:.1f} int8 TOPS, "
+        f"{machine['read_gb_s']:.0f} GB/s read bandwidth from memory, both measured.",
         "",
         "| phase | weights | batch | prompt | output | tokens/s | of the limit | limit |",
         "|---|---|---:|---:|---:|---:|---:|---|",

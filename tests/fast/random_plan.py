@@ -8,7 +8,6 @@ from tokenmill.kernels import (
     Embed,
     EmbedTable,
     F32Array,
-    GatedUnit,
     Linear,
     Norm,
     Op,
@@ -93,8 +92,7 @@ def make_plan(
             Quantize(src="z", act=act),
             Linear(weight=matrix(hidden, heads * head_dim), dst="x", accumulate=True),
             norm("x"),
-            Linear(weight=matrix(2 * inner, hidden), dst="gate_up"),
-            GatedUnit(),
+            Linear(weight=matrix(2 * inner, hidden), dst="h", gated=True),
             Quantize(src="h", act=act),
             Linear(weight=matrix(hidden, inner), dst="x", accumulate=True),
         ]

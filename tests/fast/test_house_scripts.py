@@ -22,7 +22,11 @@ ROW = {
     "of_limit": 0.756,
     "limit": "bandwidth",
 }
-RESULT = {"machine": {"isa": "amx", "int8_tops": 12.25, "read_gb_s": 31.2}, "model": "m", "rows": [ROW]}
+RESULT = {
+    "machine": {"isa": "amx", "int8_tops": 12.25, "read_gb_s": 31.2},
+    "model": {"name": "m"},
+    "rows": [ROW],
+}
 
 
 def test_requirements_come_from_pyproject() -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
 from tests.fast.random_plan import make_batch
 from tokenmill.kernels import Executor, F32Array, NumpyExecutor, StepBatch, choose_isa
 from tokenmill.models.compile import create_executor
@@ -71,8 +72,8 @@ def check_parity(model_dir: Path, weights: WeightFormat, *, num_prompts: int, nu
     same = np.concatenate([e.same_T for e in errors])
     kept = np.sort(largest)[: int(np.ceil(0.99 * len(largest)))]
     print(
-        f"{weights}: {len(texts)} prompts, {len(largest)} positions, {np.mean(largest == 0):.2%} equal to the "
-        f"bit, median {np.median(kept):.2e}, largest {kept[-1]:.2e} (of all {largest.max():.2e})"
+        f"{weights}: {len(texts)} prompts, {len(largest)} positions, {np.mean(largest == 0):.2%} equal to "
+        f"the bit, median {np.median(kept):.2e}, largest {kept[-1]:.2e} (of all {largest.max():.2e})"
     )
     assert len(texts) == num_prompts
     assert np.median(kept) <= MEDIANS[weights]

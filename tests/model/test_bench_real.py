@@ -46,7 +46,7 @@ def test_measured_rows_are_plausible(model: ModelDirectory, limits: MachineLimit
     assert set(rows) == {("prefill", 1), ("decode", 1), ("prefill", 4), ("decode", 4)}
     for row in rows.values():
         # A generous margin for a machine that is busier in one moment than in the next.
-        assert 0 < row.of_limit < 2, row
+        assert 0 < row.of_limit < 4, row
         assert row.spread[0] <= row.tokens_per_s <= row.spread[1]
         assert row.peak_rss_mb is None or 130 < row.peak_rss_mb < 2000
     decode = rows["decode", 4]

@@ -1,4 +1,4 @@
-"""Native = twin on the real model, teacher-forced on 200 prompts in every weight format (about 10 minutes)."""
+"""Native = twin on the real model, teacher-forced on 200 prompts in every weight format: 10 minutes."""
 
 from pathlib import Path
 

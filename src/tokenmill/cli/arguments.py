@@ -7,13 +7,14 @@ returns the exit code (0) and imports what is heavy inside. Errors are raised, n
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias
 
 from tokenmill.cli.output import Output
-from tokenmill.core import SamplingParams, UsageError
+from tokenmill.core import NotFoundError, SamplingParams, UsageError
 
 if TYPE_CHECKING:
-    from tokenmill.engine import LLMConfig
+    from tokenmill.engine import LLM, LLMConfig
     from tokenmill.models.directory import ModelDirectory
 
 __all__ = [
@@ -25,7 +26,9 @@ __all__ = [
     "add_engine_flags",
     "add_model_argument",
     "add_sampling_flags",
+    "add_shared_flags",
     "llm_config",
+    "load_llm",
     "open_model",
     "positive",
     "sampling_params",
@@ -43,7 +46,14 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are UsageErrors, and which takes no abbreviated flags."""
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(allow_abbrev=False, **settings)
+        super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **settings)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """As argparse, but a command itself refuses what it does not know, and points to its own help."""
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return parsed, []
 
     def error(self, message: str) -> NoReturn:
         """Raise UsageError with a pointer to this command's help."""
@@ -53,23 +63,42 @@ class Parser(argparse.ArgumentParser):
 Subparsers: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 
+class _HelpFormatter(argparse.HelpFormatter):
+    """Folds a description to the terminal, paragraph by paragraph; indented lines stay as they are."""
+
+    def __init__(self, prog: str, **settings: Any) -> None:
+        super().__init__(prog, max_help_position=28, **settings)
+
+    def add_argument(self, action: argparse.Action) -> None:
+        """As argparse, with room for the names of commands, which it indents without counting it."""
+        super().add_argument(action)
+        if isinstance(action, argparse._SubParsersAction):
+            self._action_max_length += 2
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        parts = text.strip("\n").split("\n\n")
+        fill = super()._fill_text
+        return "\n\n".join(part if part.startswith("  ") else fill(part, width, indent) for part in parts)
+
+
 def add_command(
     subparsers: Subparsers, name: str, handler: Handler, *, summary: str, description: str = ""
 ) -> Parser:
-    """A new command with its handler, and the flags that every command has: `--json` and `--debug`."""
+    """A new command with its handler; `add_shared_flags` completes it when all of its own are there."""
     parser = subparsers.add_parser(
-        name,
-        help=summary,
-        description=description or f"{summary[0].upper()}{summary[1:]}.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        name, help=summary, description=description or f"{summary[0].upper()}{summary[1:]}."
     )
     parser.set_defaults(handler=handler)
+    return parser
+
+
+def add_shared_flags(parser: Parser) -> None:
+    """The flags that every command has: `--json` and `--debug`."""
     shared = parser.add_argument_group("for every command")
     shared.add_argument(
         "--json", action="store_true", help="print one JSON document, and nothing else, on stdout"
     )
     shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser
 
 
 def add_model_argument(parser: Parser) -> None:
@@ -159,7 +188,25 @@ def open_model(args: argparse.Namespace) -> "ModelDirectory":
     """The model that MODEL names. Raises NotFoundError with the way to get it."""
     from tokenmill.models.library import Library
 
-    return Library().find(args.model)
+    try:
+        return Library().find(args.model)
+    except NotFoundError as error:
+        path = Path(args.model).expanduser()
+        if path.is_file():
+            hint = f"take it into the store first: tokenmill pull {args.model}"
+            raise UsageError(f"{path} is a file, not a model directory", hint=hint) from error
+        raise NotFoundError(
+            error.message, hint=error.hint or "`tokenmill models` lists what is here"
+        ) from error
+
+
+def load_llm(model: "ModelDirectory", args: argparse.Namespace, out: Output) -> "LLM":
+    """The model, ready to run as the engine flags say; imports the engine."""
+    from tokenmill.engine import LLM
+
+    config = llm_config(args)
+    with out.busy(f"loading {model.name}, {config.weights}"):
+        return LLM(model, config)
 
 
 def positive(text: str) -> int:

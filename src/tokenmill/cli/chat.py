@@ -11,7 +11,7 @@ from tokenmill.cli.arguments import (
     add_engine_flags,
     add_model_argument,
     add_sampling_flags,
-    llm_config,
+    load_llm,
     open_model,
     sampling_params,
 )
@@ -113,15 +113,12 @@ def _chat(args: argparse.Namespace, out: Output) -> int:
             f"{model.name} has no chat template: it is a base model",
             hint=f'continue a text instead: tokenmill run {args.model} "text"',
         )
-
-    from tokenmill.engine import LLM
-
-    llm = LLM(model, llm_config(args))
+    llm = load_llm(model, args, out)
     conversation = Conversation(llm, params, out)
     if not stdin_is_terminal():
         _talk_through_pipe(conversation)
     else:
-        out.note(f"{model.name} ({llm.config.weights}). /new forgets, /exit or Ctrl-D ends, Ctrl-C stops an answer.")
+        out.note(f"{model.name}, {llm.config.weights}. Ctrl-C stops an answer, /new forgets, /exit ends.")
         _talk(conversation, out)
     out.document({"model": model.name, "weights": llm.config.weights, "turns": conversation.turns})
     return 0

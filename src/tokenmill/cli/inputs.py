@@ -1,4 +1,4 @@
-"""Text that a command is given in a file or through a pipe: bounded, decoded, and refused if it is no text."""
+"""Text that a command is given in a file or through a pipe: bounded, decoded, refused if it is no text."""
 
 import gzip
 import sys
@@ -44,7 +44,8 @@ def read_text_file(path: Path) -> str:
         raise UsageError(f"{path}: damaged gzip data ({error})", hint="make the file again") from error
     except OSError as error:
         raise StorageError(
-            f"{path}: cannot be read ({error.strerror or error})", hint="give the path of a readable text file"
+            f"{path}: cannot be read ({error.strerror or error})",
+            hint="give the path of a readable text file",
         ) from error
     return _decode(data, str(path))
 

@@ -4,7 +4,6 @@ The exit codes are those of `tokenmill.core.errors`, and those below for what is
 command does is in its own module; this file imports nothing heavy, so that `--help` is quick.
 """
 
-import argparse
 import importlib
 import os
 import signal
@@ -17,13 +16,13 @@ from types import FrameType
 from typing import Final, TextIO
 
 from tokenmill import __version__
-from tokenmill.cli.arguments import Parser
+from tokenmill.cli.arguments import Parser, add_shared_flags
 from tokenmill.cli.output import Output
 from tokenmill.core import TokenmillError
 
 __all__ = ["BROKEN_PIPE", "COMMANDS", "INTERRUPTED", "TERMINATED", "UNEXPECTED", "build_parser", "main"]
 
-COMMANDS: Final = ("run", "chat", "score", "bench", "doctor", "models", "completion")
+COMMANDS: Final = ("run", "chat", "score", "bench", "doctor", "models", "show", "completion")
 """Modules of this package that add commands, in the order of `--help`."""
 
 UNEXPECTED: Final = 1
@@ -35,6 +34,7 @@ _DESCRIPTION = """\
 Small language models on your own machine, and what their tokens cost.
 
 A first answer:
+
   tokenmill pull smollm2-135m
   tokenmill run smollm2-135m "Explain a hash table in two sentences."
 """
@@ -42,15 +42,15 @@ A first answer:
 
 def build_parser() -> Parser:
     """The parser of the whole command line."""
-    parser = Parser(
-        prog="tokenmill", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="tokenmill", description=_DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"tokenmill {__version__}")
     subparsers = parser.add_subparsers(
         title="commands", metavar="COMMAND", dest="command", parser_class=Parser
     )
     for name in COMMANDS:
         importlib.import_module(f"tokenmill.cli.{name}").add_parser(subparsers)
+    for command in subparsers.choices.values():
+        add_shared_flags(command)
     return parser
 
 

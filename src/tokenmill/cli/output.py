@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["Output", "ProgressBar", "format_bytes", "format_count", "format_table"]
 
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
+_CLEAR_LINE = "\r\x1b[K"
 _ONE_LINE = {**_CONTROL, ord("\n"): " ", ord("\t"): " "}
 
 
@@ -86,6 +87,18 @@ class Output:
         finally:
             bar.close()
 
+    @contextmanager
+    def busy(self, what: str) -> Iterator[None]:
+        """Say on a terminal what takes a while; the line goes when the block ends."""
+        shows = self.stderr.isatty()
+        if shows:
+            self._write(self.stderr, f"{what} ...")
+        try:
+            yield
+        finally:
+            if shows:
+                self._write(self.stderr, _CLEAR_LINE)
+
     def flush(self) -> None:
         """Hand everything to the system. Raises StorageError if it does not take it."""
         self._write(self.stdout, "")
@@ -144,7 +157,7 @@ class ProgressBar:
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns padded to their widest cell, two spaces between; figures to the right. An empty header: none."""
+    """Columns padded to their widest cell, figures to the right; the header may be empty."""
     lines = [list(header), *map(list, rows)] if header else [list(row) for row in rows]
     if not lines:
         return ""
@@ -169,12 +182,9 @@ def format_count(count: float) -> str:
 
 
 def _scaled(value: float, units: Sequence[str], space: str) -> str:
-    scaled = float(value)
-    for unit in units[:-1]:
-        if abs(scaled) < 999.5:
-            break
-        scaled /= 1000
-    else:
-        unit = units[-1]
-    digits = 0 if scaled >= 100 or unit == units[0] else 1 if scaled >= 10 else 2
-    return f"{scaled:.{digits}f}{space}{unit}"
+    power = 0
+    while abs(value) >= 999.5 and power < len(units) - 1:
+        value /= 1000
+        power += 1
+    digits = 0 if value >= 100 or power == 0 else 1 if value >= 10 else 2
+    return f"{value:.{digits}f}{space}{units[power]}"

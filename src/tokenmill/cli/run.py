@@ -10,7 +10,7 @@ from tokenmill.cli.arguments import (
     add_engine_flags,
     add_model_argument,
     add_sampling_flags,
-    llm_config,
+    load_llm,
     open_model,
     sampling_params,
     text_argument,
@@ -41,7 +41,9 @@ def add_parser(subparsers: Subparsers) -> None:
         type=text_argument,
         help="the prompt; `-`, or none with a pipe: standard input",
     )
-    parser.add_argument("--raw", action="store_true", help="continue the prompt as it is, without the chat template")
+    parser.add_argument(
+        "--raw", action="store_true", help="continue the prompt as it is, without the chat template"
+    )
     add_sampling_flags(parser)
     add_engine_flags(parser)
 
@@ -86,10 +88,7 @@ def _run(args: argparse.Namespace, out: Output) -> int:
     params = sampling_params(args)
     prompt = _prompt(args.prompt)
     model = open_model(args)
-
-    from tokenmill.engine import LLM
-
-    llm = LLM(model, llm_config(args))
+    llm = load_llm(model, args, out)
     is_raw = args.raw or model.chat_template() is None
     ids = prompt if is_raw else llm.encode_chat([Message(role="user", content=prompt)])
     completion = stream_answer(llm, ids, params, out)

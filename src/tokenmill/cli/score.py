@@ -1,8 +1,8 @@
 """`tokenmill score`: how likely a text is to a model; perplexity in windows, as it is usually measured."""
 
 import argparse
-import math
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -11,7 +11,7 @@ from tokenmill.cli.arguments import (
     add_command,
     add_engine_flags,
     add_model_argument,
-    llm_config,
+    load_llm,
     open_model,
     positive,
     text_argument,
@@ -21,8 +21,7 @@ from tokenmill.cli.output import Output, ProgressBar
 from tokenmill.core import Score, UsageError
 
 if TYPE_CHECKING:
-    from tokenmill.engine import LLM, Progress
-    from tokenmill.models.directory import ModelDirectory
+    from tokenmill.engine import Progress, ProgressCallback
 
 __all__ = ["DEFAULT_WINDOW", "add_parser"]
 
@@ -44,14 +43,18 @@ def add_parser(subparsers: Subparsers) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--file", type=Path, metavar="F", help="a text file, may be .gz; `-`: standard input")
     source.add_argument("--text", type=text_argument, metavar="T", help="the text itself")
-    parser.add_argument("--context", type=text_argument, metavar="C", help="score the text as what follows this")
+    parser.add_argument(
+        "--context", type=text_argument, metavar="C", help="score the text as what follows this"
+    )
     parser.add_argument(
         "--window",
         type=positive,
         metavar="N",
         help=f"tokens in a window (default: {DEFAULT_WINDOW}, or the model's context if that is less)",
     )
-    parser.add_argument("--windows", type=positive, metavar="N", help="score the first N windows (default: all)")
+    parser.add_argument(
+        "--windows", type=positive, metavar="N", help="score the first N windows (default: all)"
+    )
     add_engine_flags(parser)
 
 
@@ -60,20 +63,18 @@ def _score(args: argparse.Namespace, out: Output) -> int:
         raise UsageError("--context goes with no windows", hint="leave out --window and --windows")
     text = _text(args)
     model = open_model(args)
-
-    from tokenmill.engine import LLM
-
-    llm = LLM(model, llm_config(args))
-    with out.progress("tok") as bar:
-        if args.context is not None:
-            scores, num_tokens = llm.score([args.context], [text]), 0
-            window = 0
-        else:
-            window = args.window or min(DEFAULT_WINDOW, llm.context_length)
-            tokens = _tokens(model, text, window, args.windows)
-            num_tokens = len(tokens)
+    llm = load_llm(model, args, out)
+    if args.context is not None:
+        scores = llm.score([args.context], [text])
+        num_tokens = len(scores[0].logprobs)
+    else:
+        window = args.window or min(DEFAULT_WINDOW, llm.context_length)
+        tokens = llm.encode(text)
+        tokens = tokens[: args.windows * window] if args.windows else tokens
+        num_tokens = len(tokens)
+        with out.progress("tok") as bar:
             scores = llm.score_tokens(tokens, window=window, on_progress=_drawer(bar, num_tokens))
-    _report(out, model, llm, scores, window)
+    _report(out, {"model": model.name, "weights": llm.config.weights, "num_tokens": num_tokens}, scores)
     return 0
 
 
@@ -89,3 +90,44 @@ def _text(args: argparse.Namespace) -> str:
     if not text:
         raise UsageError("the text is empty", hint="give a text of at least two tokens")
     return text
+
+
+def _drawer(bar: ProgressBar, num_tokens: int) -> "ProgressCallback":
+    """What draws the steps of the engine as a bar over tokens."""
+    num_done = 0
+
+    def draw(progress: "Progress") -> None:
+        nonlocal num_done
+        num_done += progress.step.num_rows
+        bar("score", min(num_done, num_tokens), num_tokens)
+
+    return draw
+
+
+def _report(out: Output, about: dict[str, Any], scores: Sequence[Score]) -> None:
+    """Table and document. Raises UsageError if nothing was scored."""
+    whole = Score(
+        token_ids=tuple(chain.from_iterable(score.token_ids for score in scores)),
+        logprobs=tuple(chain.from_iterable(score.logprobs for score in scores)),
+    )
+    fields = _fields(whole)
+    windows = [_fields(score) for score in scores]
+    if len(windows) > 1:
+        cells = [
+            [str(at), *(_cell(entry[name]) for name in ("num_scored", "logprob", "perplexity"))]
+            for at, entry in enumerate(windows, start=1)
+        ]
+        out.table(["window", "scored", "log-prob", "perplexity"], cells)
+    out.text(
+        f"perplexity {fields['perplexity']:.4f}, log-probability {fields['logprob']:.2f}, "
+        f"{about['num_tokens']} tokens, {fields['num_scored']} scored ({about['model']}, {about['weights']})"
+    )
+    out.document({**about, **fields, "windows": windows})
+
+
+def _fields(score: Score) -> dict[str, Any]:
+    return {"num_scored": len(score.logprobs), "logprob": score.total, "perplexity": score.perplexity}
+
+
+def _cell(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.4f}"

@@ -7,6 +7,7 @@ scores and sums of attention, each weight once a step, each cached key and value
 norms, activations, sampling, writes, and the table of embeddings, of which a token reads one row.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -98,7 +99,7 @@ class Ceiling:
 
 def bandwidth_at(reads: Sequence[ReadRate], working_set: float) -> float:
     """Bytes a second for a working set: linear in its logarithm between points, level outside them."""
-    for low, high in zip(reads, reads[1:], strict=False):
+    for low, high in itertools.pairwise(reads):
         if low.working_set <= working_set <= high.working_set:
             share = math.log(working_set / low.working_set) / math.log(high.working_set / low.working_set)
             return low.bytes_per_s + share * (high.bytes_per_s - low.bytes_per_s)

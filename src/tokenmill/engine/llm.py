@@ -137,6 +137,10 @@ class LLM:
         """The most tokens, prompt and answer together, that a request may have."""
         return self._model.architecture.max_positions
 
+    def encode(self, text: str) -> list[int]:
+        """The token ids of plain text; special tokens in it are text."""
+        return self._tokenizer.encode(text)
+
     def encode_chat(self, conversation: Sequence[Message]) -> list[int]:
         """The prompt that the model's chat template makes of a conversation, ready for the answer.
 

@@ -16,7 +16,6 @@ from tokenmill.kernels.plan import (
     Embed,
     Executor,
     F32Array,
-    GatedUnit,
     Linear,
     Norm,
     Op,
@@ -128,6 +127,7 @@ class NativeExecutor:
                     w.scales,
                     w.mins,
                     op.accumulate,
+                    op.gated,
                     op.rows == "L",
                 )
             case Quantize():
@@ -136,8 +136,6 @@ class NativeExecutor:
                 native.add_rope_kv(op.layer)
             case Attend():
                 native.add_attend(op.layer)
-            case GatedUnit():
-                native.add_gated()
             case _:
                 native.add_select()
 

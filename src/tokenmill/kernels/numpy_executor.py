@@ -14,7 +14,6 @@ from tokenmill.kernels.plan import (
     BufferName,
     Embed,
     F32Array,
-    GatedUnit,
     Linear,
     Norm,
     Op,
@@ -47,7 +46,6 @@ class NumpyExecutor:
             "y": shape.hidden_size,
             "qkv": shape.qkv_size,
             "z": shape.num_heads * shape.head_dim,
-            "gate_up": 2 * shape.intermediate_size,
             "h": shape.intermediate_size,
             "logits": shape.vocab_size,
         }
@@ -89,13 +87,10 @@ class NumpyExecutor:
                 dst = self._buffers[op.dst][: self._act.shape[0]]
                 exact = self._ordered and op.weight.kind == "bf16"
                 product = (twin.linear_bf16_ordered if exact else twin.linear)(op.weight, self._act)
+                product = twin.gated_unit(product) if op.gated else product
                 dst[:] = dst + product if op.accumulate else product
             case Quantize():
                 self._act = self._buffers[op.src][:rows].copy()
-            case GatedUnit():
-                gate_up = self._buffers["gate_up"][:rows]
-                inner = self.plan.shape.intermediate_size
-                self._buffers["h"][:rows] = twin.gated_unit(gate_up[:, :inner], gate_up[:, inner:])
             case RopeKv():
                 self._rope_kv(batch, op.layer)
             case Attend():

@@ -4,13 +4,13 @@ Every layout is cut into tiles of 16 outputs, so that one 64-byte line holds 4 i
 8 bits (2 inputs in bf16): the operand that VNNI and AMX instructions want. Bytes are stored unsigned
 with a zero point, which the kernels take out again exactly.
 
-    i8c   [N/16][K64/4][16][4]           uint8, value + 128; float32 scale an output
+    i8c   [N/32][K64/64][2][16][16][4]   uint8, value + 128; float32 scale an output
     i8g   [N/16][K/4][16][4]             uint8, value + 128; float16 scale a group
     i4g   [N/16][K/32][4][16][4]         two values a byte: inputs 4 i + j and 16 + 4 i + j of 32
-    bf16  [N/16][K32/2][16][2]           bits
+    bf16  [N/32][K32/32][2][16][16][2]   bits
 
-K64 and K32 are K rounded up to 64 and 32; N is rounded up to 16. Scales and minima of groups are
-[N/16][K/group][16]. A value is scale * (stored - zero) + minimum, zero being 128, 8 (symmetric 4 bits) or 0.
+K64 and K32 are K rounded up to 64 and 32; N is rounded up to 16, or 32 where tiles come in pairs. Scales
+and minima of groups are [N/16][K/group][16]. A value is scale * (stored - zero) + minimum, zero being 128, 8 (symmetric 4 bits) or 0.
 Nothing here chooses a format: that is the business of `models.compile`.
 """
 
@@ -46,7 +46,7 @@ def pack_i8c(weight_NK: F32Array) -> PackedLinear:
     scale_N = (peak_N / np.float32(127)).astype(np.float32)
     safe_N = np.where(scale_N > 0, scale_N, np.float32(1))
     q_NK = np.rint(weight_NK / safe_N[:, None]).astype(np.int16)
-    stored = _pad(q_NK + 128, TILE, 64, fill=128).astype(np.uint8)
+    stored = _pad(q_NK + 128, 2 * TILE, 64, fill=128).astype(np.uint8)
     scales = np.zeros(stored.shape[0], np.float32)
     scales[:num_out] = scale_N
     return PackedLinear(
@@ -55,7 +55,7 @@ def pack_i8c(weight_NK: F32Array) -> PackedLinear:
         num_in=num_in,
         group=num_in,
         symmetric=True,
-        data=_lines(stored, 4),
+        data=_pairs(stored, 4),
         scales=scales,
         mins=_NO_F16,
     )
@@ -64,7 +64,7 @@ def pack_i8c(weight_NK: F32Array) -> PackedLinear:
 def unpack_i8c(packed: PackedLinear) -> tuple[npt.NDArray[np.int8], F32Array]:
     """The 8-bit values [N, K] and the scales [N]."""
     num_in64 = -(-packed.num_in // 64) * 64
-    stored = _unlines(packed.data, 4, num_in64)[: packed.num_out, : packed.num_in]
+    stored = _unpairs(packed.data, 4, num_in64)[: packed.num_out, : packed.num_in]
     return (stored.astype(np.int16) - 128).astype(np.int8), packed.scales[: packed.num_out]
 
 
@@ -128,14 +128,14 @@ def unpack_groups(
 def pack_bf16(bits_NK: npt.NDArray[np.uint16]) -> PackedLinear:
     """Pack bf16 bits as they are."""
     num_out, num_in = bits_NK.shape
-    padded = _pad(bits_NK, TILE, 32, fill=0)
+    padded = _pad(bits_NK, 2 * TILE, 32, fill=0)
     return PackedLinear(
         kind="bf16",
         num_out=num_out,
         num_in=num_in,
         group=num_in,
         symmetric=True,
-        data=_lines(padded, 2).view(np.uint8),
+        data=_pairs(padded, 2).view(np.uint8),
         scales=_NO_F16,
         mins=_NO_F16,
     )
@@ -144,7 +144,7 @@ def pack_bf16(bits_NK: npt.NDArray[np.uint16]) -> PackedLinear:
 def unpack_bf16(packed: PackedLinear) -> npt.NDArray[np.uint16]:
     """The bf16 bits [N, K]."""
     num_in32 = -(-packed.num_in // 32) * 32
-    bits = _unlines(packed.data.view(np.uint16), 2, num_in32)
+    bits = _unpairs(packed.data.view(np.uint16), 2, num_in32)
     return bits[: packed.num_out, : packed.num_in]
 
 
@@ -194,6 +194,18 @@ def _lines(matrix: npt.NDArray[Any], inputs: int) -> npt.NDArray[Any]:
 def _unlines(data: npt.NDArray[Any], inputs: int, num_in: int) -> npt.NDArray[Any]:
     tiles = data.reshape(-1, num_in // inputs, TILE, inputs)
     return tiles.transpose(0, 2, 1, 3).reshape(-1, num_in)
+
+
+def _pairs(matrix: npt.NDArray[Any], inputs: int) -> npt.NDArray[Any]:
+    """[N, K] to flat [N/32][K/(16 inputs)][2][16][16][inputs]: two AMX tiles side by side."""
+    num_out, num_in = matrix.shape
+    tiles = matrix.reshape(num_out // 32, 2, TILE, num_in // (16 * inputs), 16, inputs)
+    return np.ascontiguousarray(tiles.transpose(0, 3, 1, 4, 2, 5)).reshape(-1)
+
+
+def _unpairs(data: npt.NDArray[Any], inputs: int, num_in: int) -> npt.NDArray[Any]:
+    tiles = data.reshape(-1, num_in // (16 * inputs), 2, 16, TILE, inputs)
+    return tiles.transpose(0, 2, 4, 1, 3, 5).reshape(-1, num_in)
 
 
 def _tile_groups(scales_NG: npt.NDArray[np.float16]) -> npt.NDArray[np.float16]:

@@ -5,7 +5,7 @@ A model's description is compiled once to a `StepPlan`. Two executors run the sa
 the other, whatever mixture of prefill chunks and single decode tokens they are.
 
     tokens ─Embed─► x ─Norm─► a ─Linear─► qkv ─RopeKv─► q, KV cache ─Attend─► z ─Quantize─► a
-           ─Linear(+=)─► x ─Norm─► a ─Linear─► gate_up ─GatedUnit─► h ─Quantize─► a ─Linear(+=)─► x
+           ─Linear(+=)─► x ─Norm─► a ─Linear(gated)─► h ─Quantize─► a ─Linear(+=)─► x
            ... ─Select─► y ─Norm─► a ─Linear─► logits
 
 Every operation may carry the name of the point it produces (`blocks.3.hook_resid_post`). A plan can be
@@ -34,7 +34,6 @@ __all__ = [
     "EmbedTable",
     "Executor",
     "F32Array",
-    "GatedUnit",
     "I32Array",
     "Linear",
     "LinearKind",
@@ -60,7 +59,7 @@ SPAN_BLOCKS = 16
 
 ActFormat = Literal["int8", "int8_groups", "bf16"]
 LinearKind = Literal["i8c", "i8g", "i4g", "bf16"]
-BufferName = Literal["x", "y", "qkv", "z", "gate_up", "h", "logits"]
+BufferName = Literal["x", "y", "qkv", "z", "h", "logits"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,11 +142,15 @@ class Norm:
 
 @dataclass(frozen=True, kw_only=True)
 class Linear:
-    """dst = a @ weight.T, or dst += where `accumulate`. `rows` names the row count: T or L."""
+    """dst = a @ weight.T, or dst += where `accumulate`. `rows` names the row count: T or L.
+
+    `gated`: the outputs come in turns of 16 gates and 16 ups, and dst = silu(gate) * up is half as wide.
+    """
 
     weight: PackedLinear
     dst: BufferName
     accumulate: bool = False
+    gated: bool = False
     rows: Literal["T", "L"] = "T"
     name: str = ""
 
@@ -178,20 +181,13 @@ class Quantize:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GatedUnit:
-    """h = silu(gate) * up, where gate_up holds both side by side."""
-
-    name: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Select:
     """y = x[out_rows]: only rows that need logits reach the head."""
 
     name: str = ""
 
 
-Op: TypeAlias = Embed | Norm | Linear | RopeKv | Attend | Quantize | GatedUnit | Select
+Op: TypeAlias = Embed | Norm | Linear | RopeKv | Attend | Quantize | Select
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -185,8 +185,10 @@ def rope(x_THE: F32Array, cos_TE: F32Array, sin_TE: F32Array) -> F32Array:
     return bf16_values(bf16_bits(turned))
 
 
-def gated_unit(gate_TF: F32Array, up_TF: F32Array) -> F32Array:
-    """silu(gate) * up (Shazeer 2020)."""
+def gated_unit(gate_up_TF: F32Array) -> F32Array:
+    """silu(gate) * up (Shazeer 2020) of outputs that come in turns of 16 gates and 16 ups."""
+    turns = gate_up_TF.reshape(gate_up_TF.shape[0], -1, 2, 16)
+    gate_TF, up_TF = (turns[:, :, i].reshape(gate_up_TF.shape[0], -1) for i in (0, 1))
     t = np.minimum(np.maximum(gate_TF * -_LOG2E, np.float32(-125)), np.float32(125))
     return (gate_TF / (np.float32(1) + exp2(t))) * up_TF
 

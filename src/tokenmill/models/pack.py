@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
+import numpy.typing as npt
 
+from tokenmill.core import UsageError
 from tokenmill.kernels import EmbedTable, F32Array, PackedLinear
 from tokenmill.kernels.packing import pack_bf16, pack_i4g, pack_i8c, pack_i8g, quantize_groups
 from tokenmill.models.architecture import Architecture
@@ -23,6 +25,8 @@ from tokenmill.models.weights import WeightSource
 __all__ = ["WEIGHT_FORMATS", "WeightFormat", "pack_model"]
 
 WeightFormat: TypeAlias = Literal["w8a8", "w4a8", "bf16"]
+_RowOrder: TypeAlias = npt.NDArray[np.intp]
+
 WEIGHT_FORMATS: tuple[WeightFormat, ...] = get_args(WeightFormat)
 
 _GROUP = 32
@@ -87,7 +91,8 @@ def _pack_smoothed(architecture: Architecture, source: WeightSource) -> PackedMo
         gate_up_NK, down_NK = smooth(f"{name}.gate_up", f"{name}.ln2"), _matrix(source, parts[f"{name}.down"])
         s_K = smoothing_factors(peaks[f"{name}.down"], down_NK)
         gate_up_NK[architecture.intermediate_size :] /= s_K[:, None]
-        linears[f"{name}.gate_up"], linears[f"{name}.down"] = pack_i8c(gate_up_NK), pack_i8c(down_NK * s_K)
+        linears[f"{name}.gate_up"] = pack_i8c(gate_up_NK[_gate_up_turns(2 * len(s_K))])
+        linears[f"{name}.down"] = pack_i8c(down_NK * s_K)
     linears["head"] = pack_i8c(smooth("head", "ln_final"))
     return PackedModel(embed=plain.embed, linears=linears, norms=norms)
 
@@ -98,26 +103,41 @@ def _matrix(source: WeightSource, names: Sequence[str]) -> F32Array:
 
 def _pack(source: WeightSource, names: Sequence[str], weights: WeightFormat) -> PackedLinear:
     """One matrix, or several stacked by outputs, as stored or on a 4-bit grid."""
+    rows = _row_order(source, names)
     if weights == "bf16":
-        return pack_bf16(np.concatenate([source.bf16(name) for name in names]))
+        return pack_bf16(np.concatenate([source.bf16(name) for name in names])[rows])
     grids = [grid for name in names if (grid := source.grid(name)) is not None]
     if len(grids) == len(names) and len({(grid.bits, grid.mins is None) for grid in grids}) == 1:
-        return _pack_grids(grids)
-    matrix_NK = _matrix(source, names)
+        return _pack_grids(grids, rows)
+    matrix_NK = _matrix(source, names)[rows]
     if names[0] in ("lm_head.weight", _EMBED) or matrix_NK.shape[1] % _GROUP:
         return pack_i8c(matrix_NK)
     return pack_i4g(*quantize_groups(matrix_NK, _GROUP, symmetric=False))
 
 
-def _pack_grids(grids: Sequence[Grid]) -> PackedLinear:
+def _pack_grids(grids: Sequence[Grid], rows: _RowOrder) -> PackedLinear:
     """A file's own quantised values, exactly; all of one kind."""
-    values = np.concatenate([grid.values for grid in grids])
-    scales = np.concatenate([grid.scales for grid in grids])
+    values = np.concatenate([grid.values for grid in grids])[rows]
+    scales = np.concatenate([grid.scales for grid in grids])[rows]
     if grids[0].bits == 8:
         return pack_i8g(values, scales)
     if grids[0].mins is None:
         return pack_i4g((values + 8).astype(np.uint8), scales, None)
-    return pack_i4g(values, scales, np.concatenate([grid.mins for grid in grids if grid.mins is not None]))
+    mins = np.concatenate([grid.mins for grid in grids if grid.mins is not None])
+    return pack_i4g(values, scales, mins[rows])
+
+
+def _row_order(source: WeightSource, names: Sequence[str]) -> _RowOrder:
+    """The order of outputs in the packed matrix."""
+    num_out = sum(source.shape(name)[0] for name in names)
+    return _gate_up_turns(num_out) if "gate_proj" in names[0] else np.arange(num_out)
+
+
+def _gate_up_turns(num_out: int) -> _RowOrder:
+    """Outputs stacked as gates, then ups, taken in turns of 16: what a gated linear wants."""
+    if num_out % 32:
+        raise UsageError(f"a gated unit of width {num_out // 2}", hint="the width must be a multiple of 16")
+    return np.arange(num_out).reshape(2, -1, 16).transpose(1, 0, 2).reshape(-1)
 
 
 def _embed_table(source: WeightSource, weights: WeightFormat) -> EmbedTable:

