@@ -10,7 +10,8 @@ with a zero point, which the kernels take out again exactly.
     bf16  [N/32][K32/32][2][16][16][2]   bits
 
 K64 and K32 are K rounded up to 64 and 32; N is rounded up to 16, or 32 where tiles come in pairs. Scales
-and minima of groups are [N/16][K/group][16]. A value is scale * (stored - zero) + minimum, zero being 128, 8 (symmetric 4 bits) or 0.
+and minima of groups are [N/16][K/group][16]. A value is scale * (stored - zero) + minimum, zero being
+128, 8 (symmetric 4 bits) or 0.
 Nothing here chooses a format: that is the business of `models.compile`.
 """
 
