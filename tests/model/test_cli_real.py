@@ -69,7 +69,13 @@ def test_ctrl_c_ends_with_130_and_what_was_said_stays(model_dir: Path) -> None:
     words = ["run", str(model_dir), "Write a very long story about the sea.", "--max-tokens", "4000"]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
-        [*PROGRAM, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        [*PROGRAM, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        # A parent that runs in the background leaves its children deaf to Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as child:
         assert child.stdout is not None and child.stderr is not None
         first = child.stdout.read(1)

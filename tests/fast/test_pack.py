@@ -1,0 +1,175 @@
+"""Packed weights hold what they should, come back from disk as they were, and smoothing helps."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.fast.random_weights import RandomWeights, tiny_architecture
+from tokenmill.core import UsageError
+from tokenmill.kernels import F32Array, PackedLinear, create_executor
+from tokenmill.kernels.packing import (
+    pack_i4g,
+    pack_i8c,
+    quantize_groups,
+    unpack_bf16,
+    unpack_groups,
+    unpack_i8c,
+)
+from tokenmill.kernels.twin import bf16_values
+from tokenmill.models.layout import compile_plan
+from tokenmill.models.pack import WeightFormat, pack_model
+from tokenmill.models.packed import read_packed, write_packed
+from tokenmill.models.smoothing import activation_peaks, smoothing_factors
+
+ARCHITECTURE = tiny_architecture()
+TURNS = np.arange(320).reshape(2, -1, 16).transpose(1, 0, 2).reshape(-1)
+
+
+def values_of(packed: PackedLinear) -> F32Array:
+    """What a packed matrix means, [N, K]."""
+    if packed.kind == "bf16":
+        return bf16_values(unpack_bf16(packed))
+    if packed.kind == "i8c":
+        q, scales = unpack_i8c(packed)
+        return q.astype(np.float32) * scales[:, None]
+    values, group_scales, mins = unpack_groups(packed)
+    grouped = values.reshape(packed.num_out, -1, packed.group).astype(np.float32)
+    grouped = grouped * group_scales.astype(np.float32)[:, :, None]
+    if mins is not None:
+        grouped = grouped + mins.astype(np.float32)[:, :, None]
+    return grouped.reshape(packed.num_out, packed.num_in)
+
+
+def stacked(source: RandomWeights, *names: str) -> F32Array:
+    return np.concatenate([source.float32(f"model.layers.1.{name}.weight") for name in names])
+
+
+def test_bf16_is_the_source_exactly() -> None:
+    source = RandomWeights(ARCHITECTURE)
+    linears = pack_model(ARCHITECTURE, source, "bf16").linears
+    qkv = stacked(source, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    gate_up = stacked(source, "mlp.gate_proj", "mlp.up_proj")
+    np.testing.assert_array_equal(values_of(linears["blocks.1.qkv"]), qkv)
+    np.testing.assert_array_equal(values_of(linears["blocks.1.gate_up"]), gate_up[TURNS])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_w4a8_is_the_file_s_grid_exactly(bits: int) -> None:
+    source = RandomWeights(ARCHITECTURE, bits=bits)
+    linears = pack_model(ARCHITECTURE, source, "w4a8").linears
+    grid = source.grid("model.layers.1.mlp.down_proj.weight")
+    assert grid is not None
+    assert linears["blocks.1.down"].kind == f"i{bits}g"
+    np.testing.assert_array_equal(values_of(linears["blocks.1.down"]), grid.float32())
+
+
+def test_w4a8_without_a_grid_rounds_to_within_half_a_step() -> None:
+    source = RandomWeights(ARCHITECTURE)
+    packed = pack_model(ARCHITECTURE, source, "w4a8").linears["blocks.1.down"]
+    error = np.abs(values_of(packed) - stacked(source, "mlp.down_proj")).reshape(packed.num_out, -1, 32)
+    step = unpack_groups(packed)[1].astype(np.float32)
+    assert packed.kind == "i4g"
+    assert (error.max(axis=2) <= 0.55 * step + 1e-3).all()
+
+
+@pytest.mark.parametrize("group", [32, 64, 96])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_groups_come_back_as_they_were(group: int, symmetric: bool) -> None:
+    weight = np.random.default_rng(2).standard_normal((50, 192), np.float32)
+    values, scales, mins = quantize_groups(weight, group, symmetric=symmetric)
+    back, back_scales, back_mins = unpack_groups(pack_i4g(values, scales, mins))
+    np.testing.assert_array_equal(back + (8 if symmetric else 0), values)
+    np.testing.assert_array_equal(back_scales, scales)
+    assert (back_mins is None) == symmetric
+    if back_mins is not None and mins is not None:
+        np.testing.assert_array_equal(back_mins, mins)
+
+
+def test_a_group_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(UsageError, match="group size 128 does not fit 576 inputs; use 32, 64 or 96"):
+        quantize_groups(np.zeros((16, 576), np.float32), 128, symmetric=True)
+
+
+def test_eight_bits_are_within_half_a_step() -> None:
+    weight = np.random.default_rng(3).standard_normal((33, 70), np.float32)
+    weight[4] = 0
+    packed = pack_i8c(weight)
+    error = np.abs(values_of(packed) - weight).max(axis=1)
+    assert (error <= 0.5001 * unpack_i8c(packed)[1]).all()
+
+
+@pytest.mark.parametrize("weights", ["w8a8", "w4a8", "bf16"])
+def test_the_file_gives_back_what_was_packed(tmp_path: Path, weights: WeightFormat) -> None:
+    model = pack_model(ARCHITECTURE, RandomWeights(ARCHITECTURE, bits=4), weights)
+    write_packed(tmp_path / "m.packed", model)
+    back = read_packed(tmp_path / "m.packed")
+    assert back is not None
+    assert list(back.linears) == list(model.linears)
+    for name, linear in model.linears.items():
+        np.testing.assert_array_equal(values_of(back.linears[name]), values_of(linear))
+        assert back.linears[name].data.ctypes.data % 64 == 0
+    for name, weight in model.norms.items():
+        np.testing.assert_array_equal(back.norms[name], weight)
+
+
+def test_a_damaged_cache_file_is_no_cache(tmp_path: Path) -> None:
+    path = tmp_path / "m.packed"
+    write_packed(path, pack_model(ARCHITECTURE, RandomWeights(ARCHITECTURE), "w8a8"))
+    whole = path.read_bytes()
+    for cut in (0, 7, 100, len(whole) - 64):
+        path.write_bytes(whole[:cut])
+        assert read_packed(path) is None
+    path.write_bytes(b"\xff" * 8 + whole[8:])
+    assert read_packed(path) is None
+    assert read_packed(tmp_path / "absent") is None
+
+
+def test_smoothing_evens_outlier_channels() -> None:
+    source = RandomWeights(ARCHITECTURE, outlier=60.0)
+    plain = pack_model(ARCHITECTURE, source, "bf16")
+    peaks = dict(zip(plain.linears, activation_peaks(compile_plan(ARCHITECTURE, plain)), strict=True))
+    smoothed = pack_model(ARCHITECTURE, source, "w8a8")
+    before = peaks["blocks.1.gate_up"]
+    factors = smoothing_factors(before, stacked(source, "mlp.gate_proj", "mlp.up_proj"))
+    assert before.argmax() == 7
+    assert np.isclose(np.log(factors).mean(), 0, atol=1e-5)
+    assert (before / factors).max() / np.median(before / factors) < 0.5 * before.max() / np.median(before)
+    np.testing.assert_allclose(smoothed.norms["blocks.1.ln2"], plain.norms["blocks.1.ln2"] / factors)
+
+
+def test_smoothed_8_bits_are_nearer_to_bf16_than_plain_8_bits() -> None:
+    source = RandomWeights(ARCHITECTURE, outlier=60.0)
+    wanted = activation_peaks(compile_plan(ARCHITECTURE, pack_model(ARCHITECTURE, source, "bf16")))
+    smoothed = pack_model(ARCHITECTURE, source, "w8a8")
+    plain = {
+        name: pack_i8c(values_of(linear))
+        for name, linear in pack_model(ARCHITECTURE, source, "bf16").linears.items()
+    }
+    rough = type(smoothed)(
+        embed=smoothed.embed, linears=plain, norms=pack_model(ARCHITECTURE, source, "bf16").norms
+    )
+    peaks = [activation_peaks(compile_plan(ARCHITECTURE, model)) for model in (smoothed, rough)]
+    # The input of attention's output projection is the one that smoothing leaves in its place.
+    out = list(smoothed.linears).index("blocks.1.out")
+    errors = [np.abs(each[out] - wanted[out]).mean() for each in peaks]
+    assert errors[0] < errors[1]
+
+
+def test_an_odd_gated_unit_is_refused() -> None:
+    odd = type(ARCHITECTURE)(**{**vars(ARCHITECTURE), "intermediate_size": 40})
+    with pytest.raises(UsageError, match="gated unit of width 40"):
+        pack_model(odd, RandomWeights(odd), "bf16")
+
+
+def test_a_plan_names_its_points() -> None:
+    plan = compile_plan(ARCHITECTURE, pack_model(ARCHITECTURE, RandomWeights(ARCHITECTURE), "bf16"))
+    names = [op.name for op in plan.ops if op.name]
+    assert names[:5] == [
+        "hook_embed",
+        "blocks.0.attn.hook_z",
+        "blocks.0.hook_resid_mid",
+        "blocks.0.mlp.hook_post",
+        "blocks.0.hook_resid_post",
+    ]
+    assert create_executor(plan, max_rows=4, max_out_rows=4, num_blocks=1).plan is plan
