@@ -218,7 +218,7 @@ def test_the_disk_fills_up_on_the_way(index: Path, library: Library) -> None:
     """A limit on file sizes in a child, at several sizes: the write fails wherever it happens to be."""
     script = (
         "import pathlib, resource, sys\n"
-        "from tests.fast import test_pull\n"
+        "from tests.server import test_pull\n"
         "from tokenmill.core import TokenmillError\n"
         "test_pull.pull_module.CATALOG = {'tiny': test_pull.ENTRY}\n"
         "size = int(sys.argv[2])\n"
@@ -301,7 +301,7 @@ def test_an_interrupt_ends_pip_and_leaves_the_store(slow_index: None, library: L
         "import pathlib, signal, sys\n"
         # A parent that runs in the background leaves its children deaf to Ctrl-C.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from tests.fast import test_pull\n"
+        "from tests.server import test_pull\n"
         "test_pull.pull_module.CATALOG = {'tiny': test_pull.ENTRY}\n"
         "try: test_pull.pull('tiny', test_pull.Library(pathlib.Path(sys.argv[1])))\n"
         "except KeyboardInterrupt: print('interrupted')\n"

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.fast.package_server import JSON_TYPE, WHEEL, Site, serve
-from tests.fast.test_pull import ENTRY, write_wheel
+from tests.server.package_server import JSON_TYPE, WHEEL, Site, serve
+from tests.server.test_pull import ENTRY, write_wheel
 from tokenmill.core import DownloadError, StorageError
 from tokenmill.models import fetch, package_index, transfer
 from tokenmill.models import pull as pull_module
@@ -126,7 +126,7 @@ def test_a_stopped_process_loses_nothing(site: Site, tmp_path: Path, how: signal
         "import pathlib, signal, sys\n"
         # A parent that runs in the background leaves its children deaf to Ctrl-C.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from tests.fast import test_fetch as t\n"
+        "from tests.server import test_fetch as t\n"
         "t.fetch_package(t.replace(t.ENTRY, package_bytes=len(t.BODY)), pathlib.Path(sys.argv[1]), t.Bar())\n"
     )
     environment = {**os.environ, "PIP_TIMEOUT": "30"}

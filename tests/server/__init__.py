@@ -1,0 +1,1 @@
+"""Tests that need servers on loopback and child processes, no weights."""
