@@ -79,7 +79,7 @@ struct SoftmaxState {
   float top[16], sum[16];
 };
 
-// Turns the scores of one row into probabilities; returns the factor for what was summed before.
+// Turns the scores of one row into probabilities; a score that is not finite makes the sum not a number. Returns the factor for what was summed before.
 static float softmax_row(float* s, uint16_t* p, int keys, float scale, float& top, float& sum) {
   const float inf = std::numeric_limits<float>::infinity();
   vf peak = splat(-inf);
@@ -91,16 +91,18 @@ static float softmax_row(float* s, uint16_t* p, int keys, float scale, float& to
   }
   const float new_top = span_top > top ? span_top : top;
   const vf low = splat(-125.0f), vtop = splat(new_top), vscale = splat(scale);
-  vf lanes{};
+  vf lanes{}, poison{};
   for (int i = 0; i < keys; i += 16) {
     const vf x = load<vf>(s + i);
     const vf e = exp2_16(fmax16((x - vtop) * vscale, low));
-    const vh h = to_bf16(x == splat(-inf) ? vf{} : e);
+    const auto masked = x == splat(-inf);
+    poison = poison + (masked ? vf{} : x * splat(0.0f));
+    const vh h = to_bf16(masked ? vf{} : e);
     store(p + i, h);
     lanes = lanes + from_bf16(h);
   }
   const vf alpha = exp2_16(fmax16(splat((top - new_top) * scale), low));
-  sum = sum * alpha[0] + sum16(lanes);
+  sum = (sum * alpha[0] + sum16(lanes)) + sum16(poison);
   top = new_top;
   return alpha[0];
 }
@@ -150,7 +152,7 @@ template <class Policy> static void attend(const AttendTask& t, const AttendScra
       }
   }
   for (int r = 0; r < t.rows; r++) {
-    const float inv = state.sum[r] > 0 ? 1.0f / state.sum[r] : 0.0f;
+    const float inv = state.sum[r] == 0 ? 0.0f : 1.0f / state.sum[r];
     float* out = t.out + t.out_offset[r];
     for (int d = 0; d < t.head_dim; d++) out[d] = scratch.acc[r * t.head_pad + d] * inv;
   }

@@ -7,10 +7,14 @@
 //   * float sums over a row run in 16 lanes (lane j takes elements j, j+16, ...), then a fixed tree;
 //   * bf16 products are summed as the AMX instruction TDPBF16PS does: in chunks of 32 inputs, even and
 //     odd inputs in two chains that start at zero, then chunk = even + odd, then sum += chunk. A product
-//     of two bf16 numbers is exact in float32, so a fused multiply-add gives the same bits there.
+//     of two bf16 numbers is exact in float32, so a fused multiply-add gives the same bits there. (Tile
+//     instructions flush denormal numbers, below 1e-38, to zero: there bits may differ.)
 #pragma once
 #include <cstddef>
 #include <cstdint>
+
+// Inlined always: a copy that was compiled for one instruction set must not serve another.
+#define MILL_MEMBER __attribute__((always_inline)) inline
 
 namespace mill {
 
@@ -35,8 +39,8 @@ struct Act {
   int32_t* row_sum;      // [rows] sum of q
   int32_t* group_sums;   // [rows][lines * 2] sum of q over 32 inputs
 
-  uint8_t* tiles(int row) const { return data + size_t(row / 16) * lines * 1024; }
-  uint8_t* line(int row, int i) const { return tiles(row) + size_t(i) * 1024 + row % 16 * 64; }
+  MILL_MEMBER uint8_t* tiles(int row) const { return data + size_t(row / 16) * lines * 1024; }
+  MILL_MEMBER uint8_t* line(int row, int i) const { return tiles(row) + size_t(i) * 1024 + row % 16 * 64; }
 };
 
 // One weight matrix [N, K] in tile order; packing.py documents each layout.

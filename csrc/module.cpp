@@ -49,6 +49,25 @@ int buffer_id(const std::string& name) {
   throw std::invalid_argument("unknown buffer: " + name);
 }
 
+void require(bool ok, const char* what) {
+  if (!ok) throw std::invalid_argument(what);
+}
+
+size_t round_up(size_t x, size_t to) { return (x + to - 1) / to * to; }
+
+// The arrays of a matrix must be as large as the kernels believe (packing.py has the layouts).
+void check_sizes(const mill::LinearWeight& w, size_t data, size_t scales, size_t mins) {
+  const size_t n = w.n, k = w.k, n16 = round_up(n, 16), n32 = round_up(n, 32);
+  require(w.n > 0 && w.k > 0, "a linear without inputs or outputs");
+  if (w.kind == mill::LinearKind::bf16) return require(data == n32 * round_up(k, 32) * 2, "size of bf16 weights");
+  if (w.kind == mill::LinearKind::i8c)
+    return require(data == n32 * round_up(k, 64) && scales == n32 * 4, "size of i8c weights");
+  require(w.group > 0 && w.group % mill::kGroup == 0 && k % w.group == 0, "groups of a linear");
+  const size_t groups = n16 * (k / w.group) * 2;
+  require(data == n16 * k / (w.kind == mill::LinearKind::i4g ? 2 : 1), "size of grouped weights");
+  require(scales == groups && mins == (w.symmetric ? 0 : groups), "size of grouped scales");
+}
+
 const void* pointer_or_null(const Bytes& a) { return a.size() ? a.data() : nullptr; }
 
 // A plan and the arrays it points into.
@@ -57,20 +76,27 @@ class NativePlan {
   NativePlan(const std::string& isa, int threads, int max_rows, int max_outs, int num_blocks, int max_inputs,
              int hidden, int heads, int kv_heads, int head_dim, int inner, int vocab, int layers,
              float softmax_scale, Bytes cos, Bytes sin)
-      : plan_({hidden, heads, kv_heads, head_dim, inner, vocab, layers, int(cos.shape(0)), softmax_scale,
+      : hidden_(hidden), vocab_(vocab),
+        plan_({hidden, heads, kv_heads, head_dim, inner, vocab, layers, int(cos.shape(0)), softmax_scale,
                (const float*)cos.data(), (const float*)sin.data()},
               kernels_of(isa), threads, max_rows, max_outs, num_blocks, max_inputs) {
+    require(cos.ndim() == 2 && cos.nbytes() == cos.shape(0) * (head_dim / 2) * 4 && sin.nbytes() == cos.nbytes(),
+            "size of the rotation tables");
     owned_.insert(owned_.end(), {cos, sin});
   }
 
   void add_embed(Bytes table, Bytes scales) {
     mill::Op op{mill::OpKind::embed};
+    const size_t values = size_t(vocab_) * hidden_;
+    require(table.nbytes() == values * (scales.size() ? 1 : 2), "size of the embeddings");
+    require(!scales.size() || (hidden_ % 32 == 0 && scales.nbytes() == values / 16), "size of the embedding scales");
     op.table = table.data();
     op.table_scales = (const uint16_t*)pointer_or_null(scales);
     keep(op, {table, scales});
   }
   void add_norm(const std::string& src, Bytes weight, float eps, const std::string& act, bool out_rows) {
     mill::Op op{mill::OpKind::norm, buffer_id(src)};
+    require(weight.nbytes() == size_t(hidden_) * 4, "size of a norm weight");
     op.weight = (const float*)weight.data();
     op.eps = eps, op.act = act_kind(act), op.out_rows = out_rows;
     keep(op, {weight});
@@ -81,6 +107,7 @@ class NativePlan {
     op.dst = buffer_id(dst);
     op.linear = {linear_kind(kind), n, k, group, symmetric, (const uint8_t*)data.data(),
                  pointer_or_null(scales), (const uint16_t*)pointer_or_null(mins)};
+    check_sizes(op.linear, data.nbytes(), scales.nbytes(), mins.nbytes());
     op.accumulate = accumulate, op.gated = gated, op.out_rows = out_rows;
     keep(op, {data, scales, mins});
   }
@@ -129,6 +156,7 @@ class NativePlan {
     plan_.add(op);
   }
 
+  const int hidden_, vocab_;
   mill::Plan plan_;
   std::vector<Bytes> owned_;
 };
@@ -185,8 +213,8 @@ NB_MODULE(_native, m) {
       .def("add_rope_kv", &NativePlan::add_rope_kv, "layer"_a)
       .def("add_attend", &NativePlan::add_attend, "layer"_a)
       .def("add_select", &NativePlan::add_select)
-      .def("run", &NativePlan::run, "tokens"_a, "positions"_a, "kv_slots"_a, "row_starts"_a, "block_starts"_a,
-           "blocks"_a, "out_rows"_a, "first"_a, "last"_a)
+      .def("run", &NativePlan::run, nb::arg("tokens").noconvert(), nb::arg("positions").noconvert(), nb::arg("kv_slots").noconvert(), nb::arg("row_starts").noconvert(), nb::arg("block_starts").noconvert(),
+           nb::arg("blocks").noconvert(), nb::arg("out_rows").noconvert(), "first"_a, "last"_a)
       .def("buffer", &NativePlan::buffer, "name"_a)
       .def("copy_block", &NativePlan::copy_block, "source"_a, "target"_a);
 }

@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <new>
 #include <stdexcept>
@@ -67,8 +68,11 @@ bool rises(const int32_t* starts, int sequences, int total) {
 Plan::Plan(const Shape& shape, const Kernels& kernels, int threads, int max_rows, int max_outs, int num_blocks,
            int max_inputs)
     : shape_(shape), kernels_(kernels), pool_(threads), max_rows_(max_rows), max_outs_(max_outs),
-      num_blocks_(num_blocks), head_pad_(round_up(shape.head_dim, 32)),
+      num_blocks_(num_blocks), max_inputs_(max_inputs), head_pad_(round_up(shape.head_dim, 32)),
       block_size_(size_t(shape.layers) * 2 * shape.kv_heads * kKvBlock * head_pad_) {
+  require(max_rows > 0 && max_outs > 0 && num_blocks > 0 && max_inputs > 0, "an executor without room");
+  require(shape.head_dim > 0 && shape.head_dim <= 512 && shape.head_dim % 2 == 0, "width of a head");
+  require(shape.kv_heads > 0 && shape.heads % shape.kv_heads == 0, "heads that share keys");
   const int qkv = (shape.heads + 2 * shape.kv_heads) * shape.head_dim;
   const int widths[kNumBuffers] = {shape.hidden, shape.hidden, qkv, shape.heads * shape.head_dim,
                                    shape.inner, shape.vocab};
@@ -90,6 +94,17 @@ Plan::Plan(const Shape& shape, const Kernels& kernels, int threads, int max_rows
                         Array<float>(16 * head_pad_), Array<float>(16 * head_pad_), Array<uint16_t>(16 * kSpan)});
 }
 
+void Plan::add(const Op& op) {
+  if (op.kind == OpKind::linear) {
+    const int width = op.gated ? op.linear.n / 2 : op.linear.n;
+    require(width == widths_[op.dst] && op.linear.k <= max_inputs_, "a linear does not fit its buffers");
+    require(!op.gated || op.linear.n % (2 * kTileN) == 0, "a gated linear needs whole pairs of tiles");
+  }
+  if (op.kind == OpKind::rope_kv || op.kind == OpKind::attend)
+    require(op.layer >= 0 && op.layer < shape_.layers, "layer out of range");
+  ops_.push_back(op);
+}
+
 void Plan::check(const Batch& b, int first, int last) const {
   require(0 <= first && first <= last && last <= num_ops(), "operations out of range");
   require(b.rows >= 1 && b.rows <= max_rows_, "too many rows");
@@ -109,6 +124,12 @@ void Plan::check(const Batch& b, int first, int last) const {
 
 void Plan::run(const Batch& batch, int first, int last) {
   check(batch, first, last);
+  require(!busy_.exchange(true), "an executor runs one step at a time");
+  struct Release {
+    std::atomic<bool>& busy;
+    ~Release() { busy = false; }
+  } release{busy_};
+  if (first == 0 && poisoned_) wipe_new_blocks(batch);
   plan_attention(batch);
   pool_.run([&](int thread) {
     kernels_.begin_thread();
@@ -118,6 +139,13 @@ void Plan::run(const Batch& batch, int first, int last) {
     }
     kernels_.end_thread();
   });
+}
+
+// A sequence fills a block from its first slot on.
+void Plan::wipe_new_blocks(const Batch& b) {
+  for (int r = 0; r < b.rows; r++)
+    if (b.kv_slots[r] % kKvBlock == 0)
+      std::memset(kv_.get() + b.kv_slots[r] / kKvBlock * block_size_, 0, block_size_ * sizeof(uint16_t));
 }
 
 // Tiles of up to 16 rows of one sequence; the longest work first, so that threads end together.
@@ -201,6 +229,7 @@ void Plan::rope_kv(const Batch& b, const Op& op, int row) {
   const int slot = b.kv_slots[row] % kKvBlock;
   uint16_t* block = kv_.get() + size_t(b.kv_slots[row] / kKvBlock) * block_size_;
   uint16_t key[512];
+  bool finite = true;
   for (int g = 0; g < shape_.kv_heads; g++) {
     kernels_.rope(qkv + (shape_.heads + g) * e, e, cos, sin, key);
     const float* value = qkv + (shape_.heads + shape_.kv_heads + g) * e;
@@ -209,8 +238,10 @@ void Plan::rope_kv(const Batch& b, const Op& op, int row) {
     for (int i = 0; i < e; i++) {
       k[i / 32 * 1024 + i % 32 / 2 * 32 + i % 2] = key[i];
       v[i / 16 * 512 + i % 16 * 2] = to_bf16(value[i]);
+      finite = finite && std::isfinite(value[i]);
     }
   }
+  if (!finite) poisoned_ = true;
 }
 
 void Plan::attend(const Batch& b, const Op& op, int thread) {

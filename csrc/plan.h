@@ -58,7 +58,8 @@ class Plan {
  public:
   Plan(const Shape&, const Kernels&, int threads, int max_rows, int max_outs, int num_blocks, int max_inputs);
 
-  void add(const Op& op) { ops_.push_back(op); }
+  // Throws std::invalid_argument if a linear does not fit the buffers.
+  void add(const Op& op);
   int num_ops() const { return int(ops_.size()); }
   // Throws std::invalid_argument if the batch does not fit; nothing is changed then.
   void run(const Batch&, int first, int last);
@@ -73,6 +74,7 @@ class Plan {
 
   void check(const Batch&, int first, int last) const;
   void plan_attention(const Batch&);
+  void wipe_new_blocks(const Batch&);
   void step(const Batch&, const Op&, int thread);
   void embed(const Batch&, const Op&, int row) const;
   void linear(const Batch&, const Op&, int thread);
@@ -85,7 +87,7 @@ class Plan {
   const Shape shape_;
   const Kernels& kernels_;
   Pool pool_;
-  const int max_rows_, max_outs_, num_blocks_, head_pad_;
+  const int max_rows_, max_outs_, num_blocks_, max_inputs_, head_pad_;
   const size_t block_size_;  // bf16 values in one block: all layers and heads
   std::vector<Op> ops_;
   Array<float> buffers_[kNumBuffers];
@@ -98,6 +100,10 @@ class Plan {
   Act act_{};
   std::vector<Task> tasks_;  // attention row tiles of the current step
   std::atomic<int> next_task_{0};
+  std::atomic<bool> busy_{false};
+  // A value that is not finite was written: blocks are wiped before they serve the next sequence, since a
+  // masked key counts as zero times its value.
+  std::atomic<bool> poisoned_{false};
   std::vector<Thread> threads_;
 };
 

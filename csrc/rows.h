@@ -25,10 +25,18 @@ MILL_INLINE int32_t sum_lanes(vi v) {
   return sum;
 }
 
+// Rows below this are zero in 8 bits.
+constexpr float kTiny = 1e-30f;
+
+// A value that is not finite makes the scale, and so every output of the row, not a number.
 static void quantize_int8(const float* src, int d, const Act& act, int row) {
-  vf top{};
-  for (int i = 0; i < d; i += 16) top = fmax16(top, fabs16(load_row(src, i, d)));
-  const float peak = max16(top), inv = peak > 0 ? 127.0f / peak : 0.0f;
+  vf top{}, poison{};
+  for (int i = 0; i < d; i += 16) {
+    const vf x = load_row(src, i, d);
+    top = fmax16(top, fabs16(x));
+    poison = poison + x * splat(0.0f);
+  }
+  const float peak = max16(top) + sum16(poison), inv = peak > kTiny ? 127.0f / peak : 0.0f;
   vi total{};
   for (int i = 0; i < act.lines * 2; i++)
     total += round_group(load_row(src, i * 32, d), load_row(src, i * 32 + 16, d), inv,
@@ -41,7 +49,8 @@ static void quantize_groups(const float* src, int d, const Act& act, int row) {
   const size_t first = size_t(row) * act.lines * 2;
   for (int g = 0; g < act.lines * 2; g++) {
     const vf a = load_row(src, g * kGroup, d), b = load_row(src, g * kGroup + 16, d);
-    const float peak = max16(fmax16(fabs16(a), fabs16(b))), inv = peak > 0 ? 127.0f / peak : 0.0f;
+    const float poison = sum16((a + b) * splat(0.0f));
+    const float peak = max16(fmax16(fabs16(a), fabs16(b))) + poison, inv = peak > kTiny ? 127.0f / peak : 0.0f;
     act.group_sums[first + g] = sum_lanes(round_group(a, b, inv, act.line(row, g / 2) + g % 2 * 32));
     act.scale[first + g] = peak / 127.0f;
   }

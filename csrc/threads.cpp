@@ -1,6 +1,9 @@
 #include "threads.h"
 
+#include <unistd.h>
+
 #include <chrono>
+#include <stdexcept>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -30,11 +33,25 @@ template <class Ready> bool spin(Ready ready) {
 
 }  // namespace
 
-Pool::Pool(int num_threads) : num_threads_(num_threads) {
-  for (int t = 1; t < num_threads_; t++) workers_.emplace_back([this, t] { work(t); });
+Pool::Pool(int num_threads) : num_threads_(num_threads), process_(getpid()) {
+  if (num_threads < 1) throw std::invalid_argument("a pool needs a thread");
+  try {
+    for (int t = 1; t < num_threads_; t++) workers_.emplace_back([this, t] { work(t); });
+  } catch (...) {
+    end_workers();
+    throw;
+  }
 }
 
 Pool::~Pool() {
+  if (process_ == getpid()) {
+    end_workers();
+  } else {
+    for (auto& w : workers_) w.detach();
+  }
+}
+
+void Pool::end_workers() {
   stop_ = true;
   generation_.fetch_add(1);
   generation_.notify_all();
@@ -55,6 +72,7 @@ void Pool::work(int thread) {
 }
 
 void Pool::run(const std::function<void(int)>& job) {
+  if (process_ != getpid()) throw std::runtime_error("this process was forked from the one that made the executor");
   job_ = &job;
   running_.store(num_threads_ - 1, std::memory_order_relaxed);
   if (num_threads_ > 1) {

@@ -23,8 +23,10 @@ class Pool {
 
  private:
   void work(int thread);
+  void end_workers();
 
   const int num_threads_;
+  const int process_;  // a forked child has no workers
   const std::function<void(int)>* job_ = nullptr;
   alignas(64) std::atomic<uint32_t> generation_{0};
   alignas(64) std::atomic<int> running_{0};

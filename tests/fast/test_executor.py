@@ -3,11 +3,22 @@
 Run: pytest tests/fast/test_executor.py
 """
 
+import os
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from tests.fast.random_plan import FORMATS, make_batch, make_plan
-from tokenmill.kernels import Executor, F32Array, NumpyExecutor, StepBatch, available_isas, create_executor
+from tokenmill.kernels import (
+    Executor,
+    F32Array,
+    Linear,
+    NumpyExecutor,
+    StepBatch,
+    available_isas,
+    create_executor,
+)
 
 NATIVE_ISAS = [isa for isa in available_isas() if isa != "numpy"]
 
@@ -123,3 +134,62 @@ def test_a_batch_out_of_bounds_is_refused(field: str, value: int, message: str) 
     getattr(batch, field).reshape(-1)[-1 if field == "row_starts" else 0] = value
     with pytest.raises(ValueError, match=message):
         ex.run(batch)
+
+
+@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("kind", ["i8c", "i4g", "bf16"])
+def test_a_broken_request_spoils_neither_neighbours_nor_its_blocks(kind: str, isa: str) -> None:
+    ex, clean = executor(1, kind, isa), executor(1, kind, isa)
+    prompt = tokens(10, 20)
+    want = logits(clean, make_batch([(prompt, 0, [7])]))
+    both = make_batch([(tokens(11, 30), 0, [3]), (prompt, 0, [7])])
+    ex.run(both, last=3)
+    ex.buffer("qkv")[:30] = np.nan
+    ex.run(both, first=3)
+    got = ex.buffer("logits")[:50]
+    assert np.isnan(got[:30]).all()
+    np.testing.assert_array_equal(got[30:], want)
+    np.testing.assert_array_equal(logits(ex, make_batch([(prompt, 0, [3])])), want)
+
+
+@pytest.mark.parametrize("isa", NATIVE_ISAS)
+def test_infinite_scores_and_activations_end_as_not_a_number(isa: str) -> None:
+    for first, last, name in ((0, 3, "qkv"), (0, 9, "h")):
+        ex = executor(1, "i8c", isa)
+        batch = make_batch([(tokens(12, 8), 0, [0])])
+        ex.run(batch, first, last)
+        ex.buffer("h" if name == "h" else "qkv")[3, 5] = np.inf
+        ex.run(batch, last)
+        assert np.isnan(ex.buffer("logits")[3]).all()
+
+
+def test_a_forked_child_gets_an_error_not_a_hang() -> None:
+    ex = executor(1, "i8c", NATIVE_ISAS[0], threads=2)
+    batch = make_batch([([1, 2], 0, [0])])
+    ex.run(batch)
+    child = os.fork()
+    if child == 0:
+        try:
+            ex.run(batch)
+        except RuntimeError:
+            os._exit(7)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    ex.run(batch)
+
+
+def test_weights_of_another_size_are_refused() -> None:
+    plan = make_plan("i8c")
+    for i, op in enumerate(plan.ops):
+        if isinstance(op, Linear):
+            cut = replace(op, weight=replace(op.weight, data=op.weight.data[:-64].copy()))
+            wide = replace(op, weight=replace(op.weight, num_out=op.weight.num_out + 32))
+            for bad in (cut, wide):
+                broken = replace(plan, ops=(*plan.ops[:i], bad, *plan.ops[i + 1 :]))
+                with pytest.raises(ValueError, match=r"size of|does not fit"):
+                    create_executor(broken, max_rows=4, max_out_rows=4, num_blocks=1, isa=NATIVE_ISAS[0])
+
+
+def test_threads_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="a pool needs a thread"):
+        executor(1, "i8c", NATIVE_ISAS[0], threads=-1)

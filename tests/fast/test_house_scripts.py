@@ -61,7 +61,7 @@ def test_a_failed_step_is_shown_as_failed() -> None:
         test_all.Outcome(step=step, passed=False, summary="exit code 1: 1 failed", seconds=1.0),
         test_all.run_step(left_out),
     ]
-    text = test_all.page("2026-01-02", outcomes)
+    text = test_all.page("2026-01-02", outcomes, 3)
     assert "| one | exit code 1: 1 failed | 1 | **no** |" in text
     assert "| two | this machine has no amx_int8 | 0 | not here |" in text
 

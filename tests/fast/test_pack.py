@@ -1,13 +1,16 @@
 """Packed weights hold what they should, come back from disk as they were, and smoothing helps."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.fast.model_files import tiny_gguf
+from tests.fast.random_plan import make_batch
 from tests.fast.random_weights import RandomWeights, tiny_architecture
 from tokenmill.core import UsageError
-from tokenmill.kernels import F32Array, PackedLinear, create_executor
+from tokenmill.kernels import F32Array, NumpyExecutor, PackedLinear, available_isas, create_executor
 from tokenmill.kernels.packing import (
     pack_i4g,
     pack_i8c,
@@ -17,9 +20,13 @@ from tokenmill.kernels.packing import (
     unpack_i8c,
 )
 from tokenmill.kernels.twin import bf16_values
+from tokenmill.models.compile import forget_packed, load_packed
+from tokenmill.models.directory import ModelDirectory
 from tokenmill.models.layout import compile_plan
+from tokenmill.models.library import Library
 from tokenmill.models.pack import WeightFormat, pack_model
 from tokenmill.models.packed import read_packed, write_packed
+from tokenmill.models.pull import import_model
 from tokenmill.models.smoothing import activation_peaks, smoothing_factors
 
 ARCHITECTURE = tiny_architecture()
@@ -173,3 +180,46 @@ def test_a_plan_names_its_points() -> None:
         "blocks.0.hook_resid_post",
     ]
     assert create_executor(plan, max_rows=4, max_out_rows=4, num_blocks=1).plan is plan
+
+
+@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("weights", ["w8a8", "w4a8", "bf16"])
+def test_formats_that_mix_run_as_the_twin_does(weights: WeightFormat, isa: str) -> None:
+    """Without a grid the head of w4a8 has a scale an output and the blocks have groups."""
+    plan = compile_plan(ARCHITECTURE, pack_model(ARCHITECTURE, RandomWeights(ARCHITECTURE), weights))
+    batch = make_batch([([5, 9, 2, 77], 0, [1])])
+    native = create_executor(plan, max_rows=4, max_out_rows=4, num_blocks=2, isa=isa)
+    twin = NumpyExecutor(plan, max_rows=4, max_out_rows=4, num_blocks=2, ordered=isa != "numpy")
+    for executor in (native, twin):
+        executor.run(batch)
+    np.testing.assert_array_equal(native.buffer("logits"), twin.buffer("logits"))
+
+
+@pytest.fixture
+def tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelDirectory:
+    monkeypatch.setenv("TOKENMILL_HOME", str(tmp_path / "home"))
+    path = tmp_path / "tiny.gguf"
+    path.write_bytes(tiny_gguf())
+    return import_model(path, Library(tmp_path / "home"))
+
+
+def head_of(directory: ModelDirectory) -> F32Array:
+    return values_of(load_packed(ModelDirectory.open(directory.path), "bf16").linears["head"])
+
+
+def test_the_cache_follows_the_files_not_the_manifest(tiny_model: ModelDirectory, tmp_path: Path) -> None:
+    before = head_of(tiny_model)
+    evil = tmp_path / "evil"
+    shutil.copytree(tiny_model.path, evil)
+    weights = evil / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[4096:8192] = bytes(4096)
+    weights.write_bytes(data)
+    assert not np.array_equal(head_of(ModelDirectory.open(evil)), before)
+    np.testing.assert_array_equal(head_of(tiny_model), before)
+    assert len(list((tmp_path / "home" / "cache").iterdir())) == 2
+    weights.touch()
+    head_of(ModelDirectory.open(evil))
+    assert len(list((tmp_path / "home" / "cache").iterdir())) == 2
+    forget_packed(tiny_model)
+    assert len(list((tmp_path / "home" / "cache").iterdir())) == 1

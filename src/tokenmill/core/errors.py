@@ -27,11 +27,12 @@ class TokenmillError(Exception):
     """Root of all errors that tokenmill raises on purpose."""
 
     exit_code = 1
+    default_hint = ""
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
         self.message = message
-        self.hint = hint
+        self.hint = hint or self.default_hint
 
     def __str__(self) -> str:
         return f"{self.message}; {self.hint}" if self.hint else self.message
@@ -53,6 +54,7 @@ class ModelFormatError(TokenmillError):
     """A model file that is damaged, hostile or not supported. The message names file and field."""
 
     exit_code = 4
+    default_hint = "get the file again (tokenmill pull), or check that it is of a supported kind"
 
 
 class StorageError(TokenmillError):

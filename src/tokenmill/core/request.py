@@ -59,6 +59,8 @@ class SamplingParams:
         _check("top_k", self.top_k, 0, 1 << 20)
         if self.seed is not None:
             _check("seed", self.seed, 0, 2**63 - 1)
+        if isinstance(self.stop, str):
+            raise UsageError("stop is one string", hint="give a tuple of strings")
         if len(self.stop) > MAX_STOP_STRINGS:
             raise UsageError(f"stop has {len(self.stop)} strings", hint=f"use at most {MAX_STOP_STRINGS}")
         if any(not text for text in self.stop):

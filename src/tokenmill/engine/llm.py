@@ -162,6 +162,8 @@ class LLM:
         Raises `UsageError` for a prompt that is empty or leaves no room in the context, and `ResourceError`
         for one that the KV cache could never hold; then nothing was generated.
         """
+        if isinstance(prompts, str):
+            raise UsageError("prompts is one string", hint="give a list of prompts")
         ids = [self._tokenizer.encode(prompt) for prompt in prompts]
         return self.generate_tokens(ids, params, on_progress=on_progress)
 

@@ -80,7 +80,13 @@ class NativeExecutor:
             raise ResourceError(
                 f"no memory for {num_blocks} KV blocks", hint="give the engine a smaller KV cache"
             ) from error
-        for op in plan.ops:
+        except RuntimeError as error:
+            raise ResourceError(
+                f"{num_threads} threads cannot be started ({error})", hint="use fewer threads"
+            ) from error
+        for before, op in zip((None, *plan.ops), plan.ops, strict=False):
+            if isinstance(op, Linear):
+                assert isinstance(before, Norm | Quantize) and before.act == op.weight.act_format
             self._add(op)
 
     def run(self, batch: StepBatch, first: int = 0, last: int | None = None) -> None:

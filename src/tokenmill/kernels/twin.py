@@ -2,8 +2,9 @@
 
 No fused multiply-add, every sum in the order that the native kernels use (see `csrc/mill.h`): 16 lanes
 and a fixed tree for float sums over a row; for bf16 products the order of the AMX instruction TDPBF16PS
-(Intel SDM, volume 2): chunks of 32 inputs, even and odd inputs in two chains, then added. `linear`
-leaves the order of the bf16 products to the linear algebra library; `linear_bf16_ordered` keeps it.
+(Intel SDM, volume 2): chunks of 32 inputs, even and odd inputs in two chains, then added. The instruction
+flushes denormal numbers to zero: there bits may differ. `linear` leaves the order of the bf16 products to
+the linear algebra library; `linear_bf16_ordered` keeps it.
 """
 
 from typing import Any
@@ -34,7 +35,11 @@ __all__ = [
 ACT_GROUP = 32
 """Inputs that share a scale where the weights have groups."""
 
+_TINY = np.float32(1e-30)
+"""Rows below this are zero in 8 bits."""
+
 _LOG2E = np.float32(1.44269504088896341)
+_LOWEST = np.float32(-125)
 _EXP2 = tuple(
     np.float32(c)
     for c in (1.54614447e-4, 1.34004282e-3, 9.61805668e-3, 5.55032723e-2, 2.40226509e-1, 6.93147207e-1, 1.0)
@@ -88,10 +93,12 @@ def rms_norm(x_TD: F32Array, weight_D: F32Array, eps: float) -> F32Array:
 
 
 def quantize_rows(x_TK: F32Array) -> tuple[npt.NDArray[np.int8], F32Array]:
-    """8 bits: values [T, K] and scales absmax / 127 [T]."""
+    """8 bits: values [T, K] and scales absmax / 127 [T]; the scale is NaN if a value is not finite."""
     peak_T = np.abs(x_TK).max(axis=1)
-    inv_T = np.divide(np.float32(127), peak_T, out=np.zeros_like(peak_T), where=peak_T > 0)
-    return np.rint(x_TK * inv_T[:, None]).astype(np.int8), peak_T / np.float32(127)
+    peak_T[~np.isfinite(peak_T)] = np.nan
+    inv_T = np.divide(np.float32(127), peak_T, out=np.zeros_like(peak_T), where=peak_T > _TINY)
+    scaled_TK = np.where(np.isnan(peak_T)[:, None], np.float32(0), x_TK) * inv_T[:, None]
+    return np.rint(scaled_TK).astype(np.int8), peak_T / np.float32(127)
 
 
 def linear(packed: PackedLinear, x_TK: F32Array) -> F32Array:
@@ -189,7 +196,7 @@ def gated_unit(gate_up_TF: F32Array) -> F32Array:
     """silu(gate) * up (Shazeer 2020) of outputs that come in turns of 16 gates and 16 ups."""
     turns = gate_up_TF.reshape(gate_up_TF.shape[0], -1, 2, 16)
     gate_TF, up_TF = (turns[:, :, i].reshape(gate_up_TF.shape[0], -1) for i in (0, 1))
-    t = np.minimum(np.maximum(gate_TF * -_LOG2E, np.float32(-125)), np.float32(125))
+    t = np.minimum(np.fmax(gate_TF * -_LOG2E, _LOWEST), -_LOWEST)
     return (gate_TF / (np.float32(1) + exp2(t))) * up_TF
 
 
@@ -198,7 +205,8 @@ def attend_rows(
 ) -> F32Array:
     """Attention of the query heads that share one key-value head, [H, T, E], over S listed keys.
 
-    `seen_TS` says which key a row may see. Online softmax over spans of 16 blocks: [H, T, E].
+    `seen_TS` says which key a row may see. Online softmax over spans of 16 blocks: [H, T, E]. A row that sees
+    nothing is zero; one with a score that is not finite is not a number.
     """
     scale = np.float32(softmax_scale) * _LOG2E
     span = SPAN_BLOCKS * KV_BLOCK
@@ -208,17 +216,21 @@ def attend_rows(
     for start in range(0, k_SE.shape[0], span):
         part = slice(start, start + span)
         scores = np.where(seen_TS[:, part], dot_bf16_ordered(q_HTE, k_SE[part]), np.float32(-np.inf))
-        new_top = np.maximum(top, scores.max(axis=-1))
-        if not np.isfinite(new_top).all():
-            raise AssertionError("every row sees at least one key of the first span")
-        lowest = np.float32(-125)
-        probs = exp2(np.maximum((scores - new_top[..., None]) * scale, lowest))
+        broken = ~(np.isfinite(scores) | np.isneginf(scores)).all(axis=-1)
+        scores[broken] = 0
+        top_now = np.maximum(top, scores.max(axis=-1))
+        base = np.where(np.isneginf(top_now), np.float32(0), top_now)
+        probs = exp2(np.maximum((scores - base[..., None]) * scale, _LOWEST))
         probs = np.where(np.isneginf(scores), np.float32(0), bf16_values(bf16_bits(probs)))
-        alpha = exp2(np.maximum((top - new_top) * scale, lowest))
+        alpha = exp2(np.maximum((top - base) * scale, _LOWEST))
         total = total * alpha + sum_lanes(probs)
-        acc = acc * alpha[..., None] + dot_bf16_ordered(probs, v_SE[part].T)
-        top = new_top
-    return acc * (np.float32(1) / total)[..., None]
+        total[broken] = np.nan
+        is_seen_S = np.asarray(seen_TS[:, part].any(axis=0))
+        v_seen_SE = np.where(is_seen_S[:, None], v_SE[part], np.float32(0))
+        acc = acc * alpha[..., None] + dot_bf16_ordered(probs, v_seen_SE.T)
+        top = top_now
+    inv = np.divide(np.float32(1), total, out=np.zeros_like(total), where=total != 0)
+    return acc * inv[..., None]
 
 
 def log_sum_exp_rows(logits_LV: F32Array) -> npt.NDArray[np.float64]:

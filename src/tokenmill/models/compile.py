@@ -4,6 +4,7 @@ ModelDirectory ─► pack_model (cached on disk) ─► compile_plan ─► Exe
 """
 
 import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from tokenmill.core import StorageError, UsageError
 from tokenmill.kernels import Executor
 from tokenmill.kernels import create_executor as create_plan_executor
 from tokenmill.models.directory import ModelDirectory
+from tokenmill.models.files import disk_errors
 from tokenmill.models.layout import compile_plan
 from tokenmill.models.pack import WEIGHT_FORMATS, WeightFormat, pack_model
 from tokenmill.models.packed import PackedModel, read_packed, write_packed
@@ -47,12 +49,13 @@ def load_packed(directory: ModelDirectory, weights: WeightFormat) -> PackedModel
     """The packed weights, from the cache where it has them; else packed now, and cached if the disk lets."""
     if weights not in WEIGHT_FORMATS:
         raise UsageError(f"weights is {weights!r}", hint=f"use one of {', '.join(WEIGHT_FORMATS)}")
-    path = _packed_path(directory, weights)
+    path = _cache_folder() / f"{_prefix(directory, weights)}{_fingerprint(directory)}.packed"
     if (cached := read_packed(path)) is not None:
         return cached
     model = pack_model(directory.architecture, directory.weights(), weights)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _forget(_prefix(directory, weights))
         write_packed(path, model)
     except (OSError, StorageError):
         # A cache that cannot be written costs start-up time only.
@@ -62,13 +65,28 @@ def load_packed(directory: ModelDirectory, weights: WeightFormat) -> PackedModel
 
 def forget_packed(directory: ModelDirectory) -> None:
     """Delete the cached packed weights of a model, in every format."""
-    for weights in WEIGHT_FORMATS:
-        _packed_path(directory, weights).unlink(missing_ok=True)
+    with disk_errors(_cache_folder()):
+        for weights in WEIGHT_FORMATS:
+            _forget(_prefix(directory, weights))
 
 
-def _packed_path(directory: ModelDirectory, weights: WeightFormat) -> Path:
-    key = hashlib.sha256(f"{_LAYOUT_VERSION} {weights} {directory.digest}".encode()).hexdigest()
-    return _cache_folder() / f"{key[:32]}.packed"
+def _forget(prefix: str) -> None:
+    for path in _cache_folder().glob(f"{prefix}*.packed"):
+        path.unlink(missing_ok=True)
+
+
+def _prefix(directory: ModelDirectory, weights: WeightFormat) -> str:
+    """What the names of one model's cache files in one format begin with, whatever it held before."""
+    return hashlib.sha256(f"{weights} {directory.path.resolve()}".encode()).hexdigest()[:16] + "-"
+
+
+def _fingerprint(directory: ModelDirectory) -> str:
+    """Changes with the files themselves: a manifest's word for them is not taken."""
+    files = [directory.path / name for name in ("model.safetensors", "model.gguf")]
+    stats = [path.stat() for path in files if path.is_file()]
+    marks = [(each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns) for each in stats]
+    config = json.dumps(directory.architecture.to_config(), sort_keys=True)
+    return hashlib.sha256(f"{_LAYOUT_VERSION} {marks} {config}".encode()).hexdigest()[:16]
 
 
 def _cache_folder() -> Path:

@@ -8,6 +8,7 @@ path; what was there before is untouched.
 import errno
 import hashlib
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         hint = "check the permissions of that folder, or set TOKENMILL_HOME"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             hint = "free some space, or set TOKENMILL_HOME to a larger disk"
         raise StorageError(f"{path}: {error.strerror or error}", hint=hint) from error
 
@@ -36,10 +37,10 @@ def disk_errors(path: Path) -> Iterator[None]:
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """Open a file that appears at `path` only when the block ends without an error, flushed to the disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     with disk_errors(path):
         try:
-            with temporary.open("wb") as file:
+            with temporary.open("xb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())

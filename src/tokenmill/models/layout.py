@@ -7,7 +7,6 @@ Named points are those of TransformerLens: `blocks.3.attn.hook_z`, `blocks.3.mlp
 import numpy as np
 
 from tokenmill.kernels import (
-    ActFormat,
     Attend,
     Embed,
     Linear,
@@ -27,31 +26,32 @@ __all__ = ["compile_plan"]
 
 def compile_plan(architecture: Architecture, packed: PackedModel) -> StepPlan:
     """The step plan of a decoder: norms, fused linears, attention and gated units, then the head."""
-    act = packed.linears["head"].act_format
+    head = packed.linears["head"]
     ops: list[Op] = [Embed(table=packed.embed, name="hook_embed")]
     for layer in range(architecture.num_layers):
-        ops += _block_ops(layer, architecture, packed, act)
+        ops += _block_ops(layer, architecture, packed)
     ops += [
         Select(),
-        Norm(src="y", weight=packed.norms["ln_final"], eps=architecture.norm_eps, act=act),
-        Linear(weight=packed.linears["head"], dst="logits", rows="L"),
+        Norm(src="y", weight=packed.norms["ln_final"], eps=architecture.norm_eps, act=head.act_format),
+        Linear(weight=head, dst="logits", rows="L"),
     ]
     return StepPlan(shape=_plan_shape(architecture), ops=tuple(ops))
 
 
-def _block_ops(layer: int, architecture: Architecture, packed: PackedModel, act: ActFormat) -> list[Op]:
-    name, eps, linears = f"blocks.{layer}", architecture.norm_eps, packed.linears
+def _block_ops(layer: int, architecture: Architecture, packed: PackedModel) -> list[Op]:
+    name, eps = f"blocks.{layer}", architecture.norm_eps
+    qkv, out, gate_up, down = (packed.linears[f"{name}.{part}"] for part in ("qkv", "out", "gate_up", "down"))
     return [
-        Norm(src="x", weight=packed.norms[f"{name}.ln1"], eps=eps, act=act),
-        Linear(weight=linears[f"{name}.qkv"], dst="qkv"),
+        Norm(src="x", weight=packed.norms[f"{name}.ln1"], eps=eps, act=qkv.act_format),
+        Linear(weight=qkv, dst="qkv"),
         RopeKv(layer=layer),
         Attend(layer=layer, name=f"{name}.attn.hook_z"),
-        Quantize(src="z", act=act),
-        Linear(weight=linears[f"{name}.out"], dst="x", accumulate=True, name=f"{name}.hook_resid_mid"),
-        Norm(src="x", weight=packed.norms[f"{name}.ln2"], eps=eps, act=act),
-        Linear(weight=linears[f"{name}.gate_up"], dst="h", gated=True, name=f"{name}.mlp.hook_post"),
-        Quantize(src="h", act=act),
-        Linear(weight=linears[f"{name}.down"], dst="x", accumulate=True, name=f"{name}.hook_resid_post"),
+        Quantize(src="z", act=out.act_format),
+        Linear(weight=out, dst="x", accumulate=True, name=f"{name}.hook_resid_mid"),
+        Norm(src="x", weight=packed.norms[f"{name}.ln2"], eps=eps, act=gate_up.act_format),
+        Linear(weight=gate_up, dst="h", gated=True, name=f"{name}.mlp.hook_post"),
+        Quantize(src="h", act=down.act_format),
+        Linear(weight=down, dst="x", accumulate=True, name=f"{name}.hook_resid_post"),
     ]
 
 

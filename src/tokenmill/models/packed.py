@@ -82,7 +82,7 @@ def read_packed(path: Path) -> PackedModel | None:
         if len(mapped) != 8 + length + header["num_bytes"]:
             return None
         return _from_header(header, mapped, 8 + length)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
