@@ -9,8 +9,10 @@ MILL_INLINE vf load_row(const float* src, int at, int d) {
   return at + 16 <= d ? load<vf>(src + at) : load_head(src + at, d > at ? d - at : 0);
 }
 
-// Rounds 32 inputs to 8 bits; returns their sums by lane.
+// Rounds 32 inputs to 8 bits; returns their sums by lane. `inv` is 0 for a row that has no scale: then the
+// inputs may be anything, and count as 0.
 MILL_INLINE vi round_group(vf a, vf b, float inv, uint8_t* q) {
+  if (!(inv > 0)) a = b = vf{};
   const vi x = __builtin_convertvector(round16(a * splat(inv)), vi);
   const vi y = __builtin_convertvector(round16(b * splat(inv)), vi);
   store(q, __builtin_convertvector(x, vb));
