@@ -36,7 +36,7 @@ def cache_files(index: int, level: int, kind: str, size: str, shared: str) -> di
 def test_every_instruction_set_is_measured(isa: str) -> None:
     limits = measure_machine(isa=isa, num_threads=1, working_sets_mb=(2, 1), num_runs=1, seconds=0.005)
     assert (limits.isa, limits.num_threads, list(limits.read_gb_s)) == (isa, 1, [1, 2])
-    assert 1e-3 < limits.bf16_tops < 1e3 and 1e-3 < limits.int8_tops < 1e3
+    assert 1e-5 < limits.bf16_tops < 1e3 and 1e-5 < limits.int8_tops < 1e3
     assert all(0.1 < rate < 1e4 for rate in limits.read_gb_s.values())
 
 
