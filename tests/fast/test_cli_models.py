@@ -146,6 +146,13 @@ def test_rm_removes_with_yes(run: Runner) -> None:
     assert run("models", "--json").document["models"] == []
 
 
+def test_rm_removes_a_damaged_model(run: Runner) -> None:
+    [entry] = run("models", "--json").document["models"]
+    (Path(entry["path"]) / "config.json").write_text("damaged")
+    assert run("rm", "tiny", "--yes", "--json").document["removed"]
+    assert not Path(entry["path"]).exists()
+
+
 @pytest.mark.parametrize(
     ("answer", "is_removed"), [("y\n", True), ("yes\n", True), ("\n", False), ("", False)]
 )

@@ -221,5 +221,6 @@ def test_the_cache_follows_the_files_not_the_manifest(tiny_model: ModelDirectory
     weights.touch()
     head_of(ModelDirectory.open(evil))
     assert len(list((tmp_path / "home" / "cache").iterdir())) == 2
-    forget_packed(tiny_model)
+    (tiny_model.path / "config.json").write_text("damaged")
+    forget_packed(tiny_model.path)
     assert len(list((tmp_path / "home" / "cache").iterdir())) == 1

@@ -1,4 +1,4 @@
-"""Native = twin on the real model, teacher-forced on 200 prompts in every weight format: minutes."""
+"""Native = twin on the real model, teacher-forced on 200 prompts in every weight format; takes minutes."""
 
 from pathlib import Path
 

@@ -149,7 +149,6 @@ def _row(entry: dict[str, Any]) -> list[str]:
 
 def _remove(args: argparse.Namespace, out: Output) -> int:
     from tokenmill.models.compile import forget_packed
-    from tokenmill.models.directory import ModelDirectory
     from tokenmill.models.library import Library
 
     library = Library()
@@ -157,8 +156,7 @@ def _remove(args: argparse.Namespace, out: Output) -> int:
     num_bytes = _size(path)
     is_removed = not path.is_dir() or args.yes or _confirmed(args.name, num_bytes, out)
     if is_removed:
-        if path.is_dir():
-            forget_packed(ModelDirectory.open(path))
+        forget_packed(path)
         library.remove(args.name)
         out.text(f"removed {args.name}, {format_bytes(num_bytes)}")
     else:

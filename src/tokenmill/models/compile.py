@@ -49,13 +49,14 @@ def load_packed(directory: ModelDirectory, weights: WeightFormat) -> PackedModel
     """The packed weights, from the cache where it has them; else packed now, and cached if the disk lets."""
     if weights not in WEIGHT_FORMATS:
         raise UsageError(f"weights is {weights!r}", hint=f"use one of {', '.join(WEIGHT_FORMATS)}")
-    path = _cache_folder() / f"{_prefix(directory, weights)}{_fingerprint(directory)}.packed"
+    prefix = _prefix(directory.path, weights)
+    path = _cache_folder() / f"{prefix}{_fingerprint(directory)}.packed"
     if (cached := read_packed(path)) is not None:
         return cached
     model = pack_model(directory.architecture, directory.weights(), weights)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _forget(_prefix(directory, weights))
+        _forget(prefix)
         write_packed(path, model)
     except (OSError, StorageError):
         # A cache that cannot be written costs start-up time only.
@@ -63,11 +64,11 @@ def load_packed(directory: ModelDirectory, weights: WeightFormat) -> PackedModel
     return read_packed(path) or model
 
 
-def forget_packed(directory: ModelDirectory) -> None:
-    """Delete the cached packed weights of a model, in every format."""
+def forget_packed(path: Path) -> None:
+    """Delete the cached packed weights, in every format, of the model folder `path`, damaged or not."""
     with disk_errors(_cache_folder()):
         for weights in WEIGHT_FORMATS:
-            _forget(_prefix(directory, weights))
+            _forget(_prefix(path, weights))
 
 
 def _forget(prefix: str) -> None:
@@ -75,9 +76,9 @@ def _forget(prefix: str) -> None:
         path.unlink(missing_ok=True)
 
 
-def _prefix(directory: ModelDirectory, weights: WeightFormat) -> str:
+def _prefix(path: Path, weights: WeightFormat) -> str:
     """What the names of one model's cache files in one format begin with, whatever it held before."""
-    return hashlib.sha256(f"{weights} {directory.path.resolve()}".encode()).hexdigest()[:16] + "-"
+    return hashlib.sha256(f"{weights} {path.resolve()}".encode()).hexdigest()[:16] + "-"
 
 
 def _fingerprint(directory: ModelDirectory) -> str:
