@@ -38,7 +38,7 @@ def test_run_streams_what_the_document_says(run: Runner) -> None:
     assert plain.out == as_json.err and plain.out.rstrip("\n") == document["text"].rstrip("\n")
     assert document["model"] == "tiny" and document["weights"] == "w8a8" and document["template"] is True
     assert document["usage"]["num_output_tokens"] == len(document["token_ids"]) <= 8
-    assert document["finish_reason"] in ("stop", "length")
+    assert document["finish_reason"] in ("completed", "length")
     assert 0 < document["ttft_s"] <= document["total_s"]
 
 
@@ -149,7 +149,7 @@ def test_an_interrupt_stops_the_answer_and_not_the_chat(home: Path) -> None:
     assert chat.messages[-1].role == "assistant"
     out.stdout = Terminal()
     chat.say("hello")
-    assert chat.turns[-1]["finish_reason"] in ("stop", "length")
+    assert chat.turns[-1]["finish_reason"] in ("completed", "length")
 
 
 def test_score_of_text_file_gzip_and_pipe_are_the_same(run: Runner, tmp_path: Path) -> None:

@@ -134,12 +134,12 @@ def test_reasons_counts_and_times() -> None:
     llm, _ = open_llm()
     for completion, prompt in zip(llm.generate_tokens(PROMPTS, GREEDY), PROMPTS, strict=True):
         ended = completion.token_ids[-1] == EOS
-        assert completion.finish_reason == ("stop" if ended else "length")
+        assert completion.finish_reason == ("completed" if ended else "length")
         assert completion.usage.num_prompt_tokens == len(prompt)
         assert completion.usage.num_output_tokens == len(completion.token_ids)
         assert 0 < completion.ttft_s <= completion.total_s
     reasons = {c.finish_reason for c in llm.generate_tokens([[i] for i in range(100)], GREEDY)}
-    assert reasons == {"stop", "length"}, "the test needs both"
+    assert reasons == {"completed", "length"}, "the test needs both"
 
 
 def prompt_that_ends() -> tuple[list[int], int]:
@@ -156,7 +156,7 @@ def test_ignore_eos_goes_on_and_shows_no_control_token() -> None:
     prompt, length = prompt_that_ends()
     plain = llm.generate_tokens([prompt], GREEDY)[0]
     going = llm.generate_tokens([prompt], SamplingParams(max_tokens=40, ignore_eos=True))[0]
-    assert len(plain.token_ids) == length and plain.finish_reason == "stop"
+    assert len(plain.token_ids) == length and plain.finish_reason == "completed"
     assert going.token_ids[:length] == plain.token_ids and len(going.token_ids) == 40
     assert going.finish_reason == "length" and "<end>" not in going.text + plain.text
 
@@ -337,7 +337,7 @@ def test_stop_strings_end_before_they_appear() -> None:
     plain = llm.generate_tokens([[1, 2]], SAMPLED)[0]
     stop = plain.text[4:6]
     stopped = llm.generate_tokens([[1, 2]], SamplingParams(**{**vars(SAMPLED), "stop": (stop,)}))[0]
-    assert stopped.text == plain.text[: plain.text.index(stop)] and stopped.finish_reason == "stop"
+    assert stopped.text == plain.text[: plain.text.index(stop)] and stopped.finish_reason == "stopped"
     assert stopped.token_ids == plain.token_ids[: len(stopped.token_ids)]
     assert stopped.usage.num_output_tokens < 40
 

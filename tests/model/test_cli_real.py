@@ -32,7 +32,7 @@ def test_run_answers_the_same_on_both_streams(model_dir: Path) -> None:
     as_json = tokenmill("run", model_dir, "-", "--json", stdin=QUESTION + "\n")
     document = json.loads(as_json.stdout)
     assert document["text"] == plain.stdout.removesuffix("\n") == as_json.stderr.removesuffix("\n")
-    assert document["finish_reason"] == "stop"
+    assert document["finish_reason"] == "completed"
 
 
 def test_run_raw_continues_and_stops(model_dir: Path) -> None:

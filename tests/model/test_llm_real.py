@@ -76,7 +76,7 @@ def test_batched_equals_single_in_every_format(model: ModelDirectory, weights: s
 def test_a_chat_is_answered_and_stops_by_itself(llm: LLM) -> None:
     question = [Message(role="user", content="What is the capital of France? Answer in one sentence.")]
     completion = llm.chat([question], SamplingParams(max_tokens=60))[0]
-    assert "Paris" in completion.text and completion.finish_reason == "stop"
+    assert "Paris" in completion.text and completion.finish_reason == "completed"
     assert "<|im_end|>" not in completion.text
     *pieces, last = llm.stream(llm.encode_chat(question), SamplingParams(max_tokens=60))
     assert isinstance(last, Completion) and last.token_ids == completion.token_ids
@@ -87,7 +87,7 @@ def test_stop_strings_end_a_real_answer(llm: LLM) -> None:
     params = SamplingParams(max_tokens=40, stop=(" 6",))
     completion = llm.generate(["Count: 1 2 3 4"], params)[0]
     assert completion.text.startswith(" 5") and " 6" not in completion.text
-    assert completion.finish_reason == "stop"
+    assert completion.finish_reason == "stopped"
 
 
 def test_scores_prefer_the_truth_and_do_not_depend_on_company(llm: LLM) -> None:

@@ -15,16 +15,19 @@ from tokenmill.core.request import (
     FinishReason,
     Message,
     Request,
-    SamplingParams,
     Score,
+    Tier,
+    TokenLogprobs,
     Usage,
 )
+from tokenmill.core.sampling import Grammar, SamplingParams
 
 __all__ = [
     "Completion",
     "DownloadError",
     "FinishReason",
     "Generator",
+    "Grammar",
     "Message",
     "ModelFormatError",
     "NotFoundError",
@@ -34,6 +37,8 @@ __all__ = [
     "Score",
     "Scorer",
     "StorageError",
+    "Tier",
+    "TokenLogprobs",
     "TokenmillError",
     "Usage",
     "UsageError",

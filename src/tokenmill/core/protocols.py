@@ -7,7 +7,8 @@ a remote endpoint and a mock are interchangeable.
 from collections.abc import Sequence
 from typing import Protocol
 
-from tokenmill.core.request import Completion, Message, SamplingParams, Score
+from tokenmill.core.request import Completion, Message, Score
+from tokenmill.core.sampling import SamplingParams
 
 __all__ = ["Generator", "Scorer"]
 

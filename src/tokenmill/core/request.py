@@ -1,4 +1,4 @@
-"""The nouns of a generation: message, sampling parameters, request, completion, usage.
+"""The nouns of a generation: message, request, usage, completion, score.
 
 Plain frozen values. They know their own bounds and nothing about models, so that an engine, a remote
 endpoint and a mock all take and return the same objects.
@@ -6,24 +6,28 @@ endpoint and a mock all take and return the same objects.
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from tokenmill.core.errors import UsageError
+from tokenmill.core.sampling import SamplingParams
 
 __all__ = [
-    "MAX_STOP_STRINGS",
     "Completion",
     "FinishReason",
     "Message",
     "Request",
-    "SamplingParams",
     "Score",
+    "Tier",
+    "TokenLogprobs",
     "Usage",
 ]
 
-FinishReason = Literal["stop", "length", "cancelled", "failed", "expired"]
+FinishReason = Literal["completed", "stopped", "length", "cancelled", "failed", "expired"]
+"""The six terminal states: an end token, a stop string or stop token, the token limit, a cancellation,
+an error of this request (`Completion.error`), its deadline. A request reaches exactly one, once."""
 
-MAX_STOP_STRINGS = 16
+Tier = Literal["fast", "standard", "batch"]
+"""How urgent a request is. Earlier tiers go first; later ones age, so that nobody waits for ever."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,59 +39,39 @@ class Message:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingParams:
-    """How the next token is chosen and when generation ends.
-
-    `temperature` 0 is greedy. `top_k` 0 means no limit. `seed` makes a request reproducible whatever
-    else is in the batch; without it one is drawn. `stop` strings end the text before they appear.
-    """
-
-    max_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
-
-    def __post_init__(self) -> None:
-        _check("max_tokens", self.max_tokens, 1, 1 << 20)
-        _check("temperature", self.temperature, 0.0, 100.0)
-        _check("top_p", self.top_p, 0.0, 1.0)
-        if self.top_p == 0.0:
-            raise UsageError("top_p is 0", hint="use a value above 0, up to 1")
-        _check("top_k", self.top_k, 0, 1 << 20)
-        if self.seed is not None:
-            _check("seed", self.seed, 0, 2**63 - 1)
-        if isinstance(self.stop, str):
-            raise UsageError("stop is one string", hint="give a tuple of strings")
-        if len(self.stop) > MAX_STOP_STRINGS:
-            raise UsageError(f"stop has {len(self.stop)} strings", hint=f"use at most {MAX_STOP_STRINGS}")
-        if any(not text for text in self.stop):
-            raise UsageError("stop has an empty string", hint="remove it")
-
-    @property
-    def greedy(self) -> bool:
-        """True if the most likely token is always taken."""
-        return self.temperature == 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
 class Request:
-    """One prompt, as token ids, with its sampling parameters. `request_id` is unique in an engine."""
+    """One prompt, as token ids, with its sampling parameters. `request_id` is unique in an engine.
+
+    `tenant` separates prefix caches. `adapter` names a loaded adapter; empty is the plain model.
+    `timeout_s` is the time from submission after which the request ends as `expired`, in seconds.
+    """
 
     request_id: str
     prompt: tuple[int, ...]
     params: SamplingParams = field(default_factory=SamplingParams)
+    tier: Tier = "standard"
+    tenant: str = ""
+    adapter: str = ""
+    timeout_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.tier not in get_args(Tier):
+            raise UsageError(f"tier is {self.tier!r}", hint=f"use one of {', '.join(get_args(Tier))}")
+        if self.timeout_s is not None and not 0.0 < self.timeout_s < math.inf:
+            raise UsageError(f"timeout_s is {self.timeout_s}", hint="use seconds above 0, or none")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """Exact token counts of one request."""
+    """Exact token counts of one completion. Cached tokens are the part of the prompt found in the prefix
+    cache; draft tokens were proposed by speculation, and those accepted are among the output.
+    """
 
     num_prompt_tokens: int
     num_cached_tokens: int
     num_output_tokens: int
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
 
     @property
     def num_total_tokens(self) -> int:
@@ -96,10 +80,22 @@ class Usage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenLogprobs:
+    """Natural log-probability of a token, and the most likely (token, log-probability) at its place."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Completion:
     """What a request ended with: text, token ids, the reason, and the seconds it took.
 
-    `ttft_s` is the time from submission to the first token, `total_s` to the last, in seconds.
+    `index` counts the completions of one request (`n`). `ttft_s` is the time from submission to the first
+    token, `total_s` to the last, in seconds. `logprobs` has one entry an output token, and
+    `prompt_logprobs` one a prompt token but the first; both only if asked for. `error` says why a request
+    `failed`.
     """
 
     request_id: str
@@ -109,6 +105,10 @@ class Completion:
     usage: Usage
     ttft_s: float
     total_s: float
+    index: int = 0
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    error: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,9 +133,3 @@ class Score:
         if not self.logprobs:
             raise UsageError("nothing was scored", hint="give a text of at least two tokens")
         return math.exp(-self.total / len(self.logprobs))
-
-
-def _check(name: str, value: float, low: float, high: float) -> None:
-    """Refuse a value outside [low, high]; NaN is outside."""
-    if not low <= value <= high:
-        raise UsageError(f"{name} is {value}", hint=f"use a value from {low} to {high}")

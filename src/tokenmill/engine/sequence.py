@@ -97,12 +97,12 @@ class GenerationState(SequenceState):
         if self.first_token_s is None:
             self.first_token_s = now_s
         if is_eos and not self.params.ignore_eos:
-            self.finish("stop", now_s=now_s)
+            self.finish("completed", now_s=now_s)
             return
         piece = self.detokenizer.push(token_id)
         self._pieces.append(piece.text)
         if piece.stopped:
-            self.finish("stop", now_s=now_s)
+            self.finish("stopped", now_s=now_s)
         elif self.num_total == self.max_total:
             self.finish("length", now_s=now_s)
 

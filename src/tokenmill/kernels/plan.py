@@ -17,8 +17,8 @@ G key-value heads, E head width, F inner width of the gated unit, V vocabulary, 
 inputs of a linear.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -192,10 +192,15 @@ Op: TypeAlias = Embed | Norm | Linear | RopeKv | Attend | Quantize | Select
 
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
-    """A whole model as operations. `ops[head_start:]` are the head: Select, Norm, Linear to logits."""
+    """A whole model as operations. `ops[head_start:]` are the head: Select, Norm, Linear to logits.
+
+    `smoothing` gives, by the name of a linear's input (`blocks.3.mlp.hook_post`), the factors [K] by which
+    that input was divided when the weights were packed; inputs that are not listed were left as they are.
+    """
 
     shape: PlanShape
     ops: tuple[Op, ...]
+    smoothing: Mapping[str, F32Array] = field(default_factory=dict)
 
     @property
     def head_start(self) -> int:
