@@ -3,6 +3,7 @@
 There are no phases. A sequence has `num_total` tokens, of which `num_computed` are in the cache, and a step
 lets the second number catch up with the first. Every step is planned in this order:
 
+    displace urgent work that finds no room takes that of running batch work
     grow     each sequence that lacks one row gets it, and a block where it needs one
     draft    guessed tokens, where rows and blocks are left over
     admit    waiting sequences start, as long as the first of them fits
@@ -188,6 +189,7 @@ class Scheduler:
             assert only in self._running, f"{only.request_id} does not run"
             plan.take(only, only.num_pending)
         else:
+            self._displace(plan)
             self._grow(plan)
             self._draft(plan)
             self._admit(plan)
@@ -274,8 +276,7 @@ class Scheduler:
         while self._waiting and not plan.preempted:
             wanted = min(plan.num_rows // 2, *pending[:1]) + sum(pending[1:]) if pending else 0
             sequence = self._waiting[0]
-            fits = wanted < plan.num_rows and (self._can_start(sequence) or self._displace(sequence, plan))
-            if not fits:
+            if wanted >= plan.num_rows or not self._can_start(sequence):
                 break
             self._start(sequence, plan)
             pending.append(sequence.num_pending)
@@ -309,17 +310,20 @@ class Scheduler:
             return sequence.table.num_missing(sequence.num_total) + len(self._running)
         return sum(each.table.num_missing(each.max_computed) for each in [*self._running, sequence])
 
-    def _displace(self, sequence: SequenceState, plan: "_Plan") -> bool:
-        """Preempt running batch work for an urgent sequence; False if that does not make room."""
-        if sequence.tier != "fast":
-            return False
-        victims = [s for s in self._running if s.tier == "batch" and self._can_preempt(s, plan)]
+    def _displace(self, plan: "_Plan") -> None:
+        """Start the first in line, if it is urgent and batch work holds the room for it."""
+        if not self._waiting or self._waiting[0].tier != "fast" or self._can_start(self._waiting[0]):
+            return
+        sequence = self._waiting[0]
+        behind = [s for s in self._running if s.place > sequence.place]
+        victims = [s for s in behind if s.tier == "batch" and not s.reserved]
         num_blocks = sum(victim.table.num_blocks for victim in victims)
-        if self._num_wanted(sequence) > self.pool.num_available + num_blocks:
-            return False
+        if not victims or self._num_wanted(sequence) > self.pool.num_available + num_blocks:
+            return
         while victims and not self._can_start(sequence):
             self._preempt(victims.pop(), plan)
-        return self._can_start(sequence)
+        if self._can_start(sequence):
+            self._start(sequence, plan)
 
     def _start(self, sequence: SequenceState, plan: "_Plan") -> None:
         """Give a waiting sequence its blocks: swapped in, found in the prefix cache, or new."""
