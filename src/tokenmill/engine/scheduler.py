@@ -162,7 +162,9 @@ class Scheduler:
         """
         child.arrival = self._num_arrived
         self._num_arrived += 1
-        shared, rest = divmod(parent.num_computed, parent.table.block_size)
+        # Guesses that were right for the parent are not the child's: of its tokens the last is not computed.
+        num_computed = min(parent.num_computed, child.num_total - 1)
+        shared, rest = divmod(num_computed, parent.table.block_size)
         num_new = child.table.num_missing(child.num_total) - shared
         fits = len(self._running) < self.limits.max_sequences and self.pool.can_allocate(num_new)
         if parent not in self._running or not fits:
@@ -174,7 +176,7 @@ class Scheduler:
         if rest:
             self._copies.append((blocks[shared], new[0]))
         child.table.extend([*blocks[:shared], *new])
-        child.num_computed = parent.num_computed
+        child.num_computed = num_computed
         child.num_published = shared
         self._run(child)
 
