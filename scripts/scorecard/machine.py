@@ -72,6 +72,7 @@ class Machine:
         self.live: list[GenerationState] = []
         self._num_requests = 0
         self._num_steps = 0
+        self._oracles: dict[int, _Oracle] = {}
         self._progress: dict[int, tuple[tuple[int, int], int]] = {}
 
     def submit(self, num_prompt: int, num_new: int, *, n: int, tier: Tier, timeout_s: float | None) -> None:
@@ -182,6 +183,7 @@ class Machine:
     def _watch(self, states: Sequence[GenerationState]) -> None:
         for state in states:
             self._progress[id(state)] = (0, state.num_total), self._num_steps
+            self._oracles[id(state)] = _Oracle(state)
 
     def _guess(self) -> None:
         """Give running sequences guesses: right, wrong, or right and then wrong."""
@@ -191,12 +193,12 @@ class Machine:
             room = min(room, state.max_total - state.num_total - 1)
             if state.num_pending != 1 or room <= 0:
                 continue
-            tokens = list(state.tokens)
+            oracle, drafts = self._oracles[id(state)], array("i")
             num_right = self.random.randrange(room + 1)
             for guess in range(room):
-                right = _answer(state, tokens)
-                tokens.append(right if guess < num_right else (right + 1) % VOCAB)
-            state.drafts = array("i", tokens[state.num_total :])
+                right = oracle.token(state.num_total + guess)
+                drafts.append(right if guess < num_right else (right + 1) % VOCAB)
+            state.drafts = drafts
             self.counts["guesses"] += room
 
     def _end(self, state: GenerationState) -> None:
@@ -209,10 +211,10 @@ class Machine:
         self.counts[str(reason)] += 1
         _require(state.num_preemptions <= MAX_PREEMPTIONS, f"{state.num_preemptions} preemptions")
         self.counts["swapped or recomputed"] += bool(state.num_preemptions)
-        tokens = list(state.tokens[: state.num_prompt])
-        for token in state.tokens[state.num_prompt :]:
-            _require(token == _answer(state, tokens), f"{state.request_id} answers another token")
-            tokens.append(token)
+        oracle = self._oracles.pop(id(state))
+        for position in range(state.num_prompt, state.num_total):
+            expected = oracle.token(position)
+            _require(state.tokens[position] == expected, f"{state.request_id} answers another token")
         if reason == "length":
             _require(state.num_total == state.max_total, f"{state.request_id} ended early")
 
@@ -293,23 +295,37 @@ def _mix(digest: int, token: int, position: int) -> int:
     return (high & _MASK) >> 32 << 32 | _link(digest)
 
 
-def _answer(state: GenerationState, tokens: Sequence[int]) -> int:
-    """The token that must follow these, from the tokens alone."""
-    digest = _ROOT
-    for position, token in enumerate(tokens):
-        digest = _mix(digest, token, position)
-    logits_1V = _TABLE[digest % _TABLE_SIZE][None]
-    if state.params.greedy:
-        return int(logits_1V.argmax())
-    row = SamplingRow(
-        params=state.params,
-        seed=state.seed,
-        position=len(tokens),
-        logits_row=0,
-        tokens=array("i", tokens),
-        num_prompt=state.num_prompt,
-    )
-    return int(sample(logits_1V, [row]).token_ids[0])
+class _Oracle:
+    """What one request must answer, from its own tokens alone."""
+
+    def __init__(self, state: GenerationState) -> None:
+        self._state = state
+        self._tokens = array("i", state.tokens)
+        self._digest = _ROOT
+        for position, token in enumerate(self._tokens):
+            self._digest = _mix(self._digest, token, position)
+
+    def token(self, position: int) -> int:
+        """The token at a position after the prompt."""
+        while len(self._tokens) <= position:
+            token = self._next()
+            self._digest = _mix(self._digest, token, len(self._tokens))
+            self._tokens.append(token)
+        return self._tokens[position]
+
+    def _next(self) -> int:
+        state, logits_1V = self._state, _TABLE[self._digest % _TABLE_SIZE][None]
+        if state.params.greedy:
+            return int(logits_1V.argmax())
+        row = SamplingRow(
+            params=state.params,
+            seed=state.seed,
+            position=len(self._tokens),
+            logits_row=0,
+            tokens=self._tokens,
+            num_prompt=state.num_prompt,
+        )
+        return int(sample(logits_1V, [row]).token_ids[0])
 
 
 def _prompt(family: int, num_tokens: int) -> tuple[int, ...]:
