@@ -24,7 +24,7 @@ from tokenmill.core import (
 from tokenmill.engine.core import EngineCore, StepStats
 from tokenmill.engine.detokenizer import Detokenizer
 from tokenmill.engine.sequence import GenerationState, ScoringState, SequenceState
-from tokenmill.kernels import KV_BLOCK, Executor, StepPlan
+from tokenmill.kernels import KV_BLOCK, KV_DTYPES, Executor, KvDtype, StepPlan
 from tokenmill.models.architecture import Architecture
 from tokenmill.models.chat_template import ChatTemplate, encode_chat
 from tokenmill.models.compile import create_executor
@@ -44,7 +44,8 @@ class LLMConfig:
 
     One step computes at most `max_rows` tokens, of at most `max_batch` sequences. `kv_tokens` is the size
     of the KV cache; by default 2 GiB of it, or less if `max_batch` full contexts need less (memory is
-    touched only as it fills). `num_threads` None leaves the choice to the executor.
+    touched only as it fills); `kv_dtype` int8 about halves its bytes. `num_threads` None leaves the choice to
+    the executor.
     """
 
     weights: WeightFormat = "w8a8"
@@ -52,10 +53,13 @@ class LLMConfig:
     max_batch: int = 64
     num_threads: int | None = None
     kv_tokens: int | None = None
+    kv_dtype: KvDtype = "bf16"
 
     def __post_init__(self) -> None:
         if self.weights not in WEIGHT_FORMATS:
             raise UsageError(f"weights is {self.weights!r}", hint=f"use one of {', '.join(WEIGHT_FORMATS)}")
+        if self.kv_dtype not in KV_DTYPES:
+            raise UsageError(f"kv_dtype is {self.kv_dtype!r}", hint=f"use one of {', '.join(KV_DTYPES)}")
         _check("max_rows", self.max_rows, 1, _MAX_ROWS)
         _check("max_batch", self.max_batch, 1, _MAX_BATCH)
         if self.num_threads is not None:
@@ -67,7 +71,7 @@ class LLMConfig:
         """KV blocks for a model of this architecture."""
         if self.kv_tokens is not None:
             return -(-self.kv_tokens // KV_BLOCK)
-        affordable = _DEFAULT_KV_BYTES // (KV_BLOCK * architecture.kv_bytes_per_token())
+        affordable = _DEFAULT_KV_BYTES // architecture.kv_block_bytes(self.kv_dtype)
         useful = self.max_batch * -(-architecture.max_positions // KV_BLOCK)
         return max(1, min(affordable, useful))
 
@@ -96,6 +100,7 @@ class ExecutorFactory(Protocol):
         max_out_rows: int,
         num_blocks: int,
         num_threads: int | None,
+        kv_dtype: KvDtype,
     ) -> Executor:
         """Compile; the executor has `num_blocks` KV blocks."""
         ...
@@ -120,6 +125,7 @@ class LLM:
             max_out_rows=self.config.max_batch,
             num_blocks=self.num_blocks,
             num_threads=self.config.num_threads,
+            kv_dtype=self.config.kv_dtype,
         )
         self.plan: StepPlan = executor.plan
         self._model = model
