@@ -135,7 +135,11 @@ class EngineCore:
         if self._config.model is None:
             return None
         root = prefix_root(
-            tenant=sequence.tenant, model=self._config.model, layout="bf16", adapter="", intervention=""
+            tenant=sequence.tenant,
+            model=self._config.model,
+            layout=self._executor.kv_dtype,
+            adapter="",
+            intervention="",
         )
         return PrefixChain(root, KV_BLOCK)
 
