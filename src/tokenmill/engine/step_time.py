@@ -13,8 +13,9 @@ covered: where it dominates, forgetting follows it.
 
 Learning is least squares on relative errors with exponential forgetting, solved by one round of
 coordinate descent an observation (Hildreth 1957), so no coefficient becomes negative and directions
-without data keep their prior. Errors are clipped at three times their usual size: a hiccup moves nothing,
-a lasting change is followed within some tens of steps.
+without data keep their prior. Errors are clipped at three times their usual size, so a hiccup moves
+nothing. When the usual size grows, old steps are forgotten faster: a lasting change is followed within
+some tens of steps.
 """
 
 from bisect import bisect_right
@@ -25,8 +26,9 @@ __all__ = ["ROW_TILE", "StepTimeModel", "StepTimePrior"]
 ROW_TILE = 16
 """Rows that a matrix unit computes at once."""
 
+# Steps after which an observation weighs half; fewer where the usual relative error is larger than this.
 _HALF_LIFE = 256
-_FORGET = 0.5 ** (1 / _HALF_LIFE)
+_CALM_ERROR = 0.1
 _CLIP = 3.0
 _ERROR_RATE = 0.05
 _MIN_ERROR = 0.02
@@ -58,7 +60,8 @@ class StepTimeModel:
         self._moment = [0.0 for _ in size]
         self._error = 1.0
         for rows, kv_tokens, out_rows in _TYPICAL:
-            self._add(_features(rows, kv_tokens, out_rows), self.predict(rows, kv_tokens, out_rows), 1.0)
+            expected = self.predict(rows, kv_tokens, out_rows)
+            self._add(_features(rows, kv_tokens, out_rows), expected, expected)
 
     @property
     def costs(self) -> StepTimePrior:
@@ -80,7 +83,9 @@ class StepTimeModel:
         limit = _CLIP * self._error
         error = max(-limit, min(limit, seconds / expected - 1.0))
         self._error = max(_MIN_ERROR, self._error + _ERROR_RATE * (abs(error) - self._error))
-        self._add(_features(num_rows, num_kv_tokens, num_out_rows), expected, 1.0 + error)
+        # In units of the longer time, else a prior that is much too short would outweigh all that is seen.
+        believed, unit = expected * (1.0 + error), expected * max(1.0, 1.0 + error)
+        self._add(_features(num_rows, num_kv_tokens, num_out_rows), believed, unit)
         self._descend()
 
     def rows_within(self, seconds: float, num_kv_tokens: int, num_out_rows: int) -> int:
@@ -88,13 +93,15 @@ class StepTimeModel:
         rows = range(1, _MAX_ROWS + 1)
         return max(1, bisect_right(rows, seconds, key=lambda n: self.predict(n, num_kv_tokens, num_out_rows)))
 
-    def _add(self, features: tuple[float, ...], expected: float, relative: float) -> None:
-        """Forget a little and add one equation, in units of the expected time."""
-        scaled = [feature / expected for feature in features]
-        for i, (line, feature) in enumerate(zip(self._gram, scaled, strict=True)):
-            self._moment[i] = _FORGET * self._moment[i] + feature * relative
-            for j, other in enumerate(scaled):
-                line[j] = _FORGET * line[j] + feature * other
+    def _add(self, features: tuple[float, ...], seconds: float, unit: float) -> None:
+        """Forget a little and add one equation, in units of time."""
+        keep = 0.5 ** (max(1.0, self._error / _CALM_ERROR) / _HALF_LIFE)
+        scaled = [feature / unit for feature in features]
+        self._moment = [keep * a + x * (seconds / unit) for a, x in zip(self._moment, scaled, strict=True)]
+        self._gram = [
+            [keep * a + x * y for a, y in zip(line, scaled, strict=True)]
+            for line, x in zip(self._gram, scaled, strict=True)
+        ]
 
     def _descend(self) -> None:
         """Move each cost in turn to its best value, the others fixed."""
