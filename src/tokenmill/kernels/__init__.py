@@ -24,12 +24,15 @@ from tokenmill.kernels.plan import (
     StepBatch,
     StepPlan,
 )
+from tokenmill.kernels.sampling import choose_tokens, top_token_ids
+from tokenmill.kernels.sampling_twin import Choice, U32Array
 
 __all__ = [
     "KV_BLOCK",
     "ActFormat",
     "Attend",
     "BufferName",
+    "Choice",
     "Embed",
     "EmbedTable",
     "Executor",
@@ -47,9 +50,12 @@ __all__ = [
     "Select",
     "StepBatch",
     "StepPlan",
+    "U32Array",
     "available_isas",
     "choose_isa",
+    "choose_tokens",
     "create_executor",
     "default_threads",
     "log_sum_exp_rows",
+    "top_token_ids",
 ]
