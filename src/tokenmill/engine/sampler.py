@@ -50,7 +50,7 @@ class SamplingRow(NamedTuple):
     seed: int
     position: int
     logits_row: int
-    tokens: array[int]
+    tokens: "array[int]"
     num_prompt: int
     banned: tuple[int, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
@@ -71,7 +71,7 @@ class Sampled:
 
 
 def sample(logits_LV: F32Array, rows: Sequence[SamplingRow]) -> Sampled:
-    """Choose a token for each row. A row that has none is marked; the others stand. Logits stay as they are."""
+    """Choose a token for each row. A row that has none is marked, the others stand. Changes no logits."""
     token_ids = choose_tokens(logits_LV, [_choice(row) for row in rows])
     valid = token_ids >= 0
     return Sampled(token_ids=token_ids, valid=valid, logprobs=_logprobs(logits_LV, rows, token_ids))

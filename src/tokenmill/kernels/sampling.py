@@ -29,16 +29,16 @@ def choose_tokens(logits_LV: F32Array, choices: Sequence[Choice], isa: str | Non
         return sampling_twin.choose_tokens(logits_LV, choices)
     native: Any = load_native()
     biases = list(chain.from_iterable(c.bias for c in choices))
-    banned = list(chain.from_iterable(c.banned for c in choices))
+    edited = any(c.edited for c in choices)
     token_ids: I32Array = native.sample(
         logits=logits_LV,
         integers=np.array([_integers(c) for c in choices], np.int64).reshape(-1, 8),
         reals=np.array([_reals(c) for c in choices], np.float64).reshape(-1, 6),
-        bias_ids=_ids([i for i, _ in biases]),
+        bias_ids=_ids([token_id for token_id, _ in biases]),
         bias_values=np.array([value for _, value in biases], np.float32),
-        banned=_ids(banned),
-        tokens=[c.tokens for c in choices],
-        masks=[_NO_MASK if c.mask is None else c.mask for c in choices],
+        banned=_ids(list(chain.from_iterable(c.banned for c in choices))),
+        tokens=[c.tokens for c in choices] if edited else [],
+        masks=[_NO_MASK if c.mask is None else c.mask for c in choices] if edited else [],
         isa=isa,
     )
     return token_ids

@@ -58,9 +58,9 @@ class Choice(NamedTuple):
     """How a token is chosen from row `logits_row`. The order of the fields is the order of what is done.
 
     `bias` (id, value) is added, `banned` ids are impossible. If `tokens` is not empty, penalties follow: for
-    each id in it x / repetition (x * repetition where x is negative), then for each id from index `num_prompt`
-    on minus count * frequency and minus presence. `mask` has a bit for each token, set if it is allowed,
-    lowest bit first. Ids outside the vocabulary count for nothing.
+    each id in it x / repetition (x * repetition where x is negative), then for each id of the output, which
+    begins at index `num_prompt`, minus count * frequency and minus presence. `mask` has a bit for each token,
+    set if it is allowed, lowest bit first. Ids outside the vocabulary count for nothing.
 
     `inverse_temperature` 0 takes the largest. `top_k` (0: all) and then `top_p` of the rest keep the most
     likely tokens, of equals the lowest ids; then only those with at least `min_p` of the largest's
@@ -177,7 +177,7 @@ def noise(seed: int, position: int, vocab: int) -> F32Array:
 def philox(
     index: npt.NDArray[np.int64], position: int, stream: int, seed: int
 ) -> tuple[npt.NDArray[np.uint32], ...]:
-    """Philox 4x32 with 10 rounds (Salmon et al. 2011): four words for each counter (index, position, stream, 0)."""
+    """Philox 4x32-10 (Salmon et al. 2011): four words for each counter (index, position, stream, 0)."""
     words = (index, position, stream, 0)
     c0, c1, c2, c3 = (np.broadcast_to(np.asarray(word, np.uint64), index.shape) for word in words)
     k0, k1 = seed & 0xFFFFFFFF, seed >> 32
