@@ -42,8 +42,9 @@ FORMS: dict[str, dict[str, Any]] = {
 
 
 def logits(num_rows: int = 1, vocab: int = VOCAB, seed: int = 1, scale: float = 2.0) -> F32Array:
-    rng = np.random.default_rng(seed)
-    return (rng.standard_normal((num_rows, vocab)) * scale).astype(np.float32)
+    noise = np.random.default_rng(seed).standard_normal((num_rows, vocab), dtype=np.float32)
+    result: F32Array = noise * np.float32(scale)
+    return result
 
 
 def marked_logits() -> F32Array:

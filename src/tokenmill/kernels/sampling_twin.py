@@ -167,9 +167,8 @@ def noise(seed: int, position: int, vocab: int) -> F32Array:
     fraction_G = ((w1_G >> np.uint32(8)).astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-24)
     least_G = _exponential(w0_G, fraction_G) * np.float32(1 / _GROUP)
     # A counter's four words are 16 tokens apart.
-    words = np.stack(philox(np.arange(num_groups * 16), position, 1, seed)).reshape(4, num_groups, 16)
-    words = words.transpose(1, 0, 2).reshape(num_groups, _GROUP)
-    noise_GV = least_G[:, None] + _exponential(words, np.float32(0.5))
+    words = [word.reshape(num_groups, 16) for word in philox(np.arange(num_groups * 16), position, 1, seed)]
+    noise_GV = least_G[:, None] + _exponential(np.concatenate(words, axis=1), np.float32(0.5))
     noise_GV[np.arange(num_groups), owner_G >> np.uint32(26)] = least_G
     return noise_GV.reshape(-1)[:vocab]
 
@@ -196,7 +195,8 @@ def _exponential(bits: npt.NDArray[np.uint32], fraction: F32Array | np.float32) 
     u = np.minimum(u, one - np.float32(2.0**-24))
     rest = one - u
     gone = one - rest
-    return np.where(gone == 0, u, -_log(rest) * (u / np.where(gone == 0, one, gone)))
+    result: F32Array = np.where(gone == 0, u, -_log(rest) * (u / np.where(gone == 0, one, gone)))
+    return result
 
 
 def _log(x: F32Array) -> F32Array:
