@@ -30,7 +30,8 @@ def fresh_draft(row: DraftRow) -> tuple[int, ...]:
     tokens = list(row.tokens)
     for _ in range(row.max_tokens):
         logits_LV = fake_logits(tokens)[None]
-        result = sample(logits_LV, [SamplingRow(row.params, row.seed, len(tokens))])
+        text = array("i", tokens)
+        result = sample(logits_LV, [SamplingRow(row.params, row.seed, len(tokens), 0, text, row.num_prompt)])
         tokens.append(int(result.token_ids[0]))
     return tuple(tokens[len(row.tokens) :])
 

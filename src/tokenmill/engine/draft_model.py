@@ -128,7 +128,18 @@ class DraftModel:
     def _sample(self, sequences: list["_Sequence"]) -> list["_Sequence"]:
         """Give each a token, unless its logits are broken; returns those that got one."""
         logits_LV = self._executor.buffer("logits")[: len(sequences)]
-        result = sample(logits_LV, [SamplingRow(s.row.params, s.row.seed, s.num_total) for s in sequences])
+        rows = [
+            SamplingRow(
+                s.row.params,
+                s.row.seed,
+                s.num_total,
+                i,
+                s.row.tokens + array("i", s.tokens),
+                s.row.num_prompt,
+            )
+            for i, s in enumerate(sequences)
+        ]
+        result = sample(logits_LV, rows)
         token_ids, valid = result.token_ids.tolist(), result.valid.tolist()
         logprobs = logprobs_of(logits_LV, token_ids)
         for sequence, token_id, logprob, is_valid in zip(sequences, token_ids, logprobs, valid, strict=True):

@@ -68,7 +68,7 @@ _CERTAIN_LOGIT = 1e4
 _HANG_S = 1e9
 _EXIT_CODE = 70
 
-U64Array = npt.NDArray[np.uint64]
+_U64Array = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,16 +204,16 @@ class MockExecutor:
                 if self._applies(fault, seen):
                     _spoil(self._logits[index], fault.kind)
 
-    def _seen(self, batch: StepBatch, s: int, position: int) -> U64Array:
+    def _seen(self, batch: StepBatch, s: int, position: int) -> _U64Array:
         """The slots [positions, 2] that a row of sequence `s` sees, in order of position."""
         spans = batch.blocks[batch.block_starts[s] : batch.block_starts[s + 1]]
         positions_BP = spans[:, 1:2] + np.arange(KV_BLOCK, dtype=np.int32)
         visible_BP = (np.arange(KV_BLOCK) < spans[:, 2:3]) & (positions_BP <= position)
         order = np.argsort(positions_BP[visible_BP], kind="stable")
-        seen: U64Array = self._kv[spans[:, 0]][visible_BP][order]
+        seen: _U64Array = self._kv[spans[:, 0]][visible_BP][order]
         return seen
 
-    def _applies(self, fault: MockFault, seen: U64Array) -> bool:
+    def _applies(self, fault: MockFault, seen: _U64Array) -> bool:
         if fault.at_step is not None:
             return fault.at_step == self.num_steps
         tokens = seen[:, 0].astype("<u4").tobytes()
@@ -321,7 +321,7 @@ def reference_tokens(prompt: Sequence[int], max_tokens: int, script: MockScript 
     return tokens[len(prompt) :]
 
 
-def _logits_of(seen: U64Array, script: MockScript) -> F32Array:
+def _logits_of(seen: _U64Array, script: MockScript) -> F32Array:
     """Logits [V] of a row that sees these slots."""
     if script.answers:
         token = script.answer_after((seen[:, 0].astype(np.int64) - 1).tolist())
@@ -336,9 +336,9 @@ def _logits_of(seen: U64Array, script: MockScript) -> F32Array:
     return logits
 
 
-def _mix(values: npt.NDArray[np.generic], places: npt.NDArray[np.generic]) -> U64Array:
+def _mix(values: npt.NDArray[np.generic], places: npt.NDArray[np.generic]) -> _U64Array:
     """64 well-mixed bits of each pair (the finaliser of SplitMix64)."""
-    bits: U64Array = values.astype(np.uint64) * np.uint64(0xD1342543DE82EF95)
+    bits: _U64Array = values.astype(np.uint64) * np.uint64(0xD1342543DE82EF95)
     bits = bits + (places.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
