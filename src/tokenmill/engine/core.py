@@ -9,10 +9,12 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from tokenmill.engine.runner import OutRows, Runner
+from tokenmill.engine.embedding import EmbeddingState
+from tokenmill.engine.runner import HiddenRows, OutRows, Runner, TapFailure
 from tokenmill.engine.sampler import SamplingRow, logprobs_of, sample
 from tokenmill.engine.scheduler import Schedule, Scheduler, StepLimits
 from tokenmill.engine.sequence import GenerationState, ScoringState, SequenceState
+from tokenmill.engine.tapping import check_taps
 from tokenmill.kernels import Executor, F32Array
 from tokenmill.kvcache import BlockPool
 
@@ -69,7 +71,8 @@ class EngineCore:
         self._scheduler.check_fits(sequence)
 
     def submit(self, sequence: SequenceState) -> None:
-        """Queue a sequence. Raises `ResourceError` as `check_fits` does."""
+        """Queue a sequence. Raises `UsageError` for taps that cannot be, `ResourceError` as `check_fits`."""
+        check_taps(self._runner.points, sequence.taps)
         self._scheduler.submit(sequence)
 
     def abort(self, sequence: SequenceState) -> None:
@@ -84,7 +87,13 @@ class EngineCore:
         schedule = self._scheduler.schedule()
         try:
             for out in self._runner.run(schedule):
-                self._take(out)
+                match out:
+                    case OutRows():
+                        self._take(out)
+                    case HiddenRows():
+                        self._pool(out)
+                    case TapFailure():
+                        self._fail(out)
             self._scheduler.commit(schedule)
         finally:
             finished = self._remove_finished(schedule)
@@ -109,6 +118,18 @@ class EngineCore:
         for sequence in finished:
             self._scheduler.remove(sequence)
         return finished
+
+    def _pool(self, out: HiddenRows) -> None:
+        """Hand each row of the final norm to its sequence."""
+        for row, hidden_D in zip(out.rows, out.hidden_LD, strict=True):
+            assert isinstance(row.sequence, EmbeddingState)
+            row.sequence.append(row.position, hidden_D)
+
+    def _fail(self, failure: TapFailure) -> None:
+        """End a request whose tap failed; one that is not generating raises its error."""
+        if not isinstance(failure.sequence, GenerationState):
+            raise failure.error
+        failure.sequence.finish("failed", now_s=self.clock())
 
     def _take(self, out: OutRows) -> None:
         """Hand each row of logits to its sequence."""

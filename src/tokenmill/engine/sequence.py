@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from tokenmill.core import Completion, FinishReason, Request, Score, Usage
 from tokenmill.engine.detokenizer import Detokenizer
+from tokenmill.engine.taps import Tap
 from tokenmill.kernels import KV_BLOCK
 from tokenmill.kvcache import BlockTable
 
@@ -28,6 +29,9 @@ class SequenceState:
     samples: ClassVar[bool]
     """True if the last row is sampled, and so needs a place among the step's `max_out_rows`."""
 
+    wants_logits: ClassVar[bool] = True
+    """False if the rows from `first_logits` on are wanted as the final norm gives them, without logits."""
+
     def __init__(self, request_id: str, tokens: Iterable[int], max_computed: int) -> None:
         self.request_id = request_id
         self.tokens = array("i", tokens)
@@ -35,6 +39,9 @@ class SequenceState:
         self.num_computed = 0
         self.num_preemptions = 0
         self.arrival = -1
+        self.taps: tuple[Tap, ...] = ()
+        # Reads have had the positions before this one.
+        self.num_tapped = 0
         self.table = BlockTable(KV_BLOCK)
 
     @property
