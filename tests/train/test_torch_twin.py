@@ -290,7 +290,7 @@ def test_norms_of_a_bfloat16_model_are_computed_in_float32() -> None:
         twin(random_tokens(model, 1, 20), {name: _reader(seen, name) for name in (stream, norm)})
         x_BTD = seen[stream].float()
         expected_BTD = x_BTD * (x_BTD.square().mean(-1, keepdim=True) + twin.architecture.norm_eps).rsqrt()
-        weight_D = twin.model.layers[1].input_layernorm.weight
+        weight_D = twin.get_parameter("model.layers.1.input_layernorm.weight")
         assert worst(seen[norm], weight_D * expected_BTD.bfloat16()) == 0.0
 
 

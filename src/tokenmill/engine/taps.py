@@ -131,7 +131,7 @@ def intervention_digest(taps: Iterable[Tap]) -> bytes:
 def cacheable_prefix(taps: Iterable[Tap], num_tokens: int) -> int:
     """How many of the first `num_tokens` tokens may come from the cache: those before the first read."""
     reads = [tap.first_position for tap in taps if tap.intervention is None]
-    return min((first for first in reads if first is not None), default=num_tokens)
+    return min([num_tokens, *(first for first in reads if first is not None)])
 
 
 class Recording:
@@ -202,7 +202,7 @@ def twin_hooks(taps: Sequence[Tap]) -> Mapping[str, Callable[[Any], Any]]:
 
     def hook_on(here: Sequence[Tap]) -> Callable[[Any], Any]:
         def hook(value: Any) -> Any:
-            flat_BTD = np.array(value.detach().float().cpu()).reshape(*value.shape[:2], -1)
+            flat_BTD = np.array(value.detach().float().cpu().numpy()).reshape(*value.shape[:2], -1)
             changed = [_tap_sequence(here, str(b), values_TD) for b, values_TD in enumerate(flat_BTD)]
             return value.new_tensor(flat_BTD).view(value.shape) if any(changed) else None
 
