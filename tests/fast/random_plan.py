@@ -1,5 +1,7 @@
 """Random small plans and batches, shared by the tests of the executors."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from tokenmill.kernels import (
@@ -80,10 +82,8 @@ def make_plan(
 
     def norm(name: str) -> Norm:
         weight = (1 + rng.standard_normal(hidden, np.float32) / 8).astype(np.float32)
-        name = f"{name}.hook_normalized"
-        if name.startswith("ln_final"):
-            return Norm(src="y", weight=weight, eps=1e-5, act=None, name=name)
-        return Norm(src="x", weight=weight, eps=1e-5, act=act, name=name)
+        made = Norm(src="x", weight=weight, eps=1e-5, act=act, name=f"{name}.hook_normalized")
+        return replace(made, src="y", act=None) if name == "ln_final" else made
 
     ops: list[Op] = [Embed(table=table, name="hook_embed")]
     for layer in range(layers):
@@ -101,9 +101,8 @@ def make_plan(
             Quantize(src="h", act=act),
             Linear(weight=matrix(hidden, inner), dst="x", accumulate=True, name=down),
         ]
-    ops += [Select(), norm("ln_final"), Quantize(src="y", act=act)]
-    ops.append(Linear(weight=matrix(vocab, hidden), dst="logits", rows="L"))
-    return StepPlan(shape=shape, ops=tuple(ops))
+    head = Linear(weight=matrix(vocab, hidden), dst="logits", rows="L")
+    return StepPlan(shape=shape, ops=(*ops, Select(), norm("ln_final"), Quantize(src="y", act=act), head))
 
 
 def make_batch(parts: list[tuple[list[int], int, list[int]]], out_rows: list[int] | None = None) -> StepBatch:

@@ -1,17 +1,15 @@
 """Taps, embeddings and calibration on the default model."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tokenmill.core import Request, SamplingParams
+from tests.fast.tap_tools import drive, embedding, generation
 from tokenmill.engine.calibration import calibrate
 from tokenmill.engine.core import EngineCore
-from tokenmill.engine.detokenizer import Detokenizer
-from tokenmill.engine.embedding import EmbeddingState, embeddings
-from tokenmill.engine.sequence import GenerationState, SequenceState
+from tokenmill.engine.embedding import embeddings
 from tokenmill.engine.tapping import FINAL_NORM, input_points
 from tokenmill.engine.taps import Recording, Tap, ablate, replace_values
 from tokenmill.kernels import F32Array
@@ -40,34 +38,18 @@ class Tapped:
         self.core = EngineCore(self.executor, num_blocks=32, max_sequences=16, eos_token_ids=())
         self.encode = self.model.tokenizer().encode
 
-    def drive(self, states: Iterable[SequenceState]) -> None:
-        for state in states:
-            self.core.submit(state)
-        while self.core.has_work:
-            self.core.step()
-
     def answers(self, *taps: Sequence[Tap]) -> list[list[int]]:
         """The greedy answer to each prompt, with these taps; all in one batch."""
-        states = [self._state(prompt, each) for prompt, each in zip(PROMPTS, taps, strict=True)]
-        self.drive(states)
+        states = [
+            generation(prompt, self.encode(prompt), NUM_TOKENS, *each)
+            for prompt, each in zip(PROMPTS, taps, strict=True)
+        ]
+        drive(self.core, states)
         return [list(state.tokens) for state in states]
 
-    def _state(self, prompt: str, taps: Sequence[Tap]) -> GenerationState:
-        ids = self.encode(prompt)
-        params = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
-        state = GenerationState(
-            Request(request_id=prompt, prompt=tuple(ids), params=params),
-            seed=0,
-            max_total=len(ids) + NUM_TOKENS,
-            detokenizer=Detokenizer(lambda _: b"", ()),
-            submitted_s=0.0,
-        )
-        state.taps = tuple(taps)
-        return state
-
     def embed(self, texts: Sequence[str]) -> F32Array:
-        states = [EmbeddingState(text, self.encode(text), "mean") for text in texts]
-        self.drive(states)
+        states = [embedding(text, self.encode(text), "mean") for text in texts]
+        drive(self.core, states)
         size = self.model.architecture.hidden_size
         return embeddings(states, hidden_size=size, normalize=True)
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tests.fast.random_weights import RandomWeights, tiny_architecture
+from tests.fast.tap_tools import drive, scoring
 from tokenmill.core import UsageError
 from tokenmill.engine.core import EngineCore
-from tokenmill.engine.sequence import ScoringState
 from tokenmill.engine.tapping import FINAL_NORM, tap_points
 from tokenmill.engine.taps import Recording, Tap, ablate, replace_values, steer, twin_hooks
 from tokenmill.kernels import F32Array, StepPlan, available_isas, create_executor
@@ -40,11 +40,8 @@ def on_engine(plan: StepPlan, isa: str, ids: Sequence[int], taps: Sequence[Tap])
     """Log-probabilities of all tokens but the first, computed in chunks."""
     executor = create_executor(plan, max_rows=30, max_out_rows=16, num_blocks=8, num_threads=1, isa=isa)
     core = EngineCore(executor, num_blocks=8, max_sequences=2, eos_token_ids=())
-    state = ScoringState("0", ids, 1)
-    state.taps = tuple(taps)
-    core.submit(state)
-    while core.has_work:
-        core.step()
+    state = scoring("0", ids, *taps)
+    drive(core, [state])
     return list(state.score().logprobs)
 
 

@@ -1,0 +1,120 @@
+"""An engine over random small models, and sequences to put through it, for the tests of taps."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from tests.fast.random_plan import make_plan
+from tokenmill.core import Request, SamplingParams
+from tokenmill.engine.core import EngineCore
+from tokenmill.engine.detokenizer import Detokenizer
+from tokenmill.engine.embedding import EmbeddingState, Pooling
+from tokenmill.engine.sequence import GenerationState, ScoringState, SequenceState
+from tokenmill.engine.taps import (
+    Tap,
+    TapHandler,
+)
+from tokenmill.kernels import (
+    BufferName,
+    Executor,
+    F32Array,
+    NumpyExecutor,
+    StepBatch,
+    StepPlan,
+    available_isas,
+    create_executor,
+)
+
+ISAS = available_isas()
+NATIVE = ISAS[0]
+NUM_BLOCKS = 12
+HIDDEN, VOCAB = 96, 203
+MID, POST = "blocks.0.hook_resid_mid", "blocks.0.hook_resid_post"
+
+
+class Watched:
+    """An executor that notes every run's (first, last)."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self.plan = executor.plan
+        self.max_rows = executor.max_rows
+        self.max_out_rows = executor.max_out_rows
+        self.runs: list[tuple[int, int | None]] = []
+
+    def run(self, batch: StepBatch, first: int = 0, last: int | None = None) -> None:
+        self.runs.append((first, last))
+        self._executor.run(batch, first, last)
+
+    def buffer(self, name: BufferName) -> F32Array:
+        return self._executor.buffer(name)
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        self._executor.copy_blocks(pairs)
+
+
+def executor(
+    isa: str = NATIVE, *, plan: StepPlan | None = None, max_rows: int = 64, max_out_rows: int = 8
+) -> Watched:
+    plan = plan or make_plan("i8c", seed=3)
+    if isa == "numpy":
+        made: Executor = NumpyExecutor(
+            plan, max_rows=max_rows, max_out_rows=max_out_rows, num_blocks=NUM_BLOCKS, ordered=True
+        )
+    else:
+        made = create_executor(
+            plan,
+            max_rows=max_rows,
+            max_out_rows=max_out_rows,
+            num_blocks=NUM_BLOCKS,
+            num_threads=1,
+            isa=isa,
+        )
+    return Watched(made)
+
+
+def tokens(seed: int, count: int) -> list[int]:
+    return [int(t) for t in np.random.default_rng(seed).integers(0, VOCAB, count)]
+
+
+def engine(watched: Watched, num_blocks: int = NUM_BLOCKS) -> EngineCore:
+    return EngineCore(watched, num_blocks=num_blocks, max_sequences=8, eos_token_ids=())
+
+
+def generation(name: str, prompt: Sequence[int], num_tokens: int, *taps: Tap) -> GenerationState:
+    params = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
+    state = GenerationState(
+        Request(request_id=name, prompt=tuple(prompt), params=params),
+        seed=0,
+        max_total=len(prompt) + num_tokens,
+        detokenizer=Detokenizer(lambda _: b"", ()),
+        submitted_s=0.0,
+    )
+    state.taps = taps
+    return state
+
+
+def scoring(name: str, ids: Sequence[int], *taps: Tap) -> ScoringState:
+    state = ScoringState(name, ids, 1)
+    state.taps = taps
+    return state
+
+
+def embedding(name: str, ids: Sequence[int], pooling: Pooling, *taps: Tap) -> EmbeddingState:
+    state = EmbeddingState(name, ids, pooling)
+    state.taps = taps
+    return state
+
+
+def drive(core: EngineCore, states: Iterable[SequenceState]) -> int:
+    """Run to the end; how many preemptions it took."""
+    for state in states:
+        core.submit(state)
+    num_preempted = 0
+    while core.has_work:
+        num_preempted += core.step().stats.num_preempted
+    return num_preempted
+
+
+def read(point: str, handler: TapHandler) -> Tap:
+    return Tap(point=point, handler=handler)
