@@ -1,6 +1,7 @@
 """An engine over random small models, and sequences to put through it, for the tests of taps."""
 
 from collections.abc import Iterable, Sequence
+from functools import cache
 
 import numpy as np
 
@@ -32,6 +33,12 @@ HIDDEN, VOCAB = 96, 203
 MID, POST = "blocks.0.hook_resid_mid", "blocks.0.hook_resid_post"
 
 
+@cache
+def small_plan() -> StepPlan:
+    """The plan that is meant where none is given."""
+    return make_plan("i8c", seed=3)
+
+
 class Watched:
     """An executor that notes every run's (first, last)."""
 
@@ -56,7 +63,7 @@ class Watched:
 def executor(
     isa: str = NATIVE, *, plan: StepPlan | None = None, max_rows: int = 64, max_out_rows: int = 8
 ) -> Watched:
-    plan = plan or make_plan("i8c", seed=3)
+    plan = plan or small_plan()
     if isa == "numpy":
         made: Executor = NumpyExecutor(
             plan, max_rows=max_rows, max_out_rows=max_out_rows, num_blocks=NUM_BLOCKS, ordered=True

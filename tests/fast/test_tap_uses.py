@@ -5,7 +5,6 @@ from collections.abc import Iterable
 import numpy as np
 import pytest
 
-from tests.fast.random_plan import make_plan
 from tests.fast.tap_tools import (
     HIDDEN,
     ISAS,
@@ -17,6 +16,7 @@ from tests.fast.tap_tools import (
     generation,
     read,
     scoring,
+    small_plan,
     tokens,
 )
 from tokenmill.core import ModelFormatError, UsageError
@@ -92,7 +92,7 @@ def test_embeddings_that_are_no_numbers_or_have_another_pooling_are_refused() ->
 
 
 def test_calibration_sums_up_what_the_linears_read() -> None:
-    plan = make_plan("i8c", seed=3)
+    plan = small_plan()
     names = input_points(plan)
     assert names[:4] == (
         "blocks.0.ln1.hook_normalized",

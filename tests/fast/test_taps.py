@@ -20,6 +20,7 @@ from tests.fast.tap_tools import (
     generation,
     read,
     scoring,
+    small_plan,
     tokens,
 )
 from tokenmill.core import UsageError
@@ -199,7 +200,7 @@ def test_an_edit_at_one_position_reaches_later_positions_through_the_cache() -> 
 def test_replacing_values_by_themselves_changes_no_bit(point: str) -> None:
     factors_K = np.random.default_rng(8).uniform(0.1, 3, WIDTHS[point]).astype(np.float32)
     for smoothing in ({}, {point: factors_K}):
-        plan = replace(make_plan("i8c", seed=3), smoothing=smoothing)
+        plan = replace(small_plan(), smoothing=smoothing)
         text = tokens(1, 41)
         values_TD = recorded(executor(plan=plan))[point]
         want = logprobs(executor(plan=plan), scoring("s", text))
@@ -216,7 +217,7 @@ def test_values_are_in_true_units_where_the_plan_is_smoothed() -> None:
     rng = np.random.default_rng(9)
     points = {"blocks.0.ln1.hook_normalized": HIDDEN, "blocks.1.mlp.hook_post": 192, FINAL_NORM: HIDDEN}
     smoothing = {name: rng.uniform(0.1, 3, size).astype(np.float32) for name, size in points.items()}
-    plain = make_plan("i8c", seed=3)
+    plain = small_plan()
     smoothed = replace(plain, smoothing=smoothing)
     own, true = (recorded(executor(plan=plan), points=list(points)) for plan in (plain, smoothed))
     for name in points:
@@ -246,6 +247,18 @@ def test_handlers_get_copies() -> None:
     want = logprobs(executor(), scoring("s", text))
     taps = [read(point, spoil) for point in WIDTHS]
     assert logprobs(executor(), scoring("s", text, *taps)) == want
+
+
+def test_a_handler_may_edit_the_copy_it_got_in_place() -> None:
+    def add_one(rows: TapRows) -> F32Array:
+        rows.values_TD[:] += 1
+        return rows.values_TD
+
+    text = tokens(1, 30)
+    in_place = Tap(point=POST, handler=add_one, intervention="add 1")
+    added = logprobs(executor(), scoring("s", text, steer(POST, np.ones(HIDDEN, np.float32))))
+    assert logprobs(executor(), scoring("s", text, in_place)) == added
+    assert added != logprobs(executor(), scoring("s", text))
 
 
 def test_taps_on_one_point_run_in_order() -> None:
@@ -283,13 +296,15 @@ def test_a_handler_that_fails_fails_its_own_request(fault: str, point: str) -> N
     states = [scoring(str(i), text) for i, text in enumerate(texts)]
     for i, state in enumerate(states):
         state.table.extend([i])
-    states[1].taps = (
-        Tap(point=point, handler=handler, intervention=intervention),
-        steer(MID, np.ones(1, np.float32)),
-    )
+    later = Recording()
+    broken = Tap(point=point, handler=handler, intervention=intervention)
+    states[1].taps = (broken, read(point, later), read(FINAL_NORM, later))
     outputs = list(Runner(watched).run(rows_of([Chunk(state, 0, 11, 11) for state in states])))
     failures = [each for each in outputs if isinstance(each, TapFailure)]
     assert [each.sequence for each in failures] == [states[1]]
+    for name in (point, FINAL_NORM):
+        with pytest.raises(UsageError, match="nothing was read"):
+            later.rows("1", name)
     with pytest.raises(Exception, match=message):
         raise failures[0].error
     rows = [row for each in outputs if isinstance(each, OutRows) for row in each.rows]

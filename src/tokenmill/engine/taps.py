@@ -197,7 +197,8 @@ def replace_values(point: str, values_TD: F32Array, positions: Positions) -> Tap
 def twin_hooks(taps: Sequence[Tap]) -> Mapping[str, Callable[[Any], Any]]:
     """The same taps as hooks of `models.torch_twin.TorchDecoder`; `request_id` is the sequence's number.
 
-    Errors of a handler are raised from the pass. No gradient flows through a tap.
+    Errors of a handler are raised from the pass. No gradient flows through a tap. Points that the engine can
+    only read can be edited here.
     """
 
     def hook_on(here: Sequence[Tap]) -> Callable[[Any], Any]:
