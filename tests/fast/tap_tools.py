@@ -7,7 +7,7 @@ import numpy as np
 
 from tests.fast.random_plan import make_plan
 from tokenmill.core import Request, SamplingParams
-from tokenmill.engine.core import EngineCore
+from tokenmill.engine.core import CoreConfig, EngineCore
 from tokenmill.engine.detokenizer import Detokenizer
 from tokenmill.engine.embedding import EmbeddingState, Pooling
 from tokenmill.engine.sequence import GenerationState, ScoringState, SequenceState
@@ -84,17 +84,21 @@ def tokens(seed: int, count: int) -> list[int]:
     return [int(t) for t in np.random.default_rng(seed).integers(0, VOCAB, count)]
 
 
-def engine(watched: Watched, num_blocks: int = NUM_BLOCKS) -> EngineCore:
-    return EngineCore(watched, num_blocks=num_blocks, max_sequences=8, eos_token_ids=())
+def engine(watched: Executor, num_blocks: int = NUM_BLOCKS, *, prefix_cache: bool = False) -> EngineCore:
+    model = "" if prefix_cache else None
+    config = CoreConfig(num_blocks=num_blocks, max_sequences=watched.max_out_rows, model=model)
+    return EngineCore(watched, config)
 
 
 def generation(name: str, prompt: Sequence[int], num_tokens: int, *taps: Tap) -> GenerationState:
     params = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
     state = GenerationState(
         Request(request_id=name, prompt=tuple(prompt), params=params),
+        index=0,
         seed=0,
         max_total=len(prompt) + num_tokens,
         detokenizer=Detokenizer(lambda _: b"", ()),
+        end_token_ids=frozenset(),
         submitted_s=0.0,
     )
     state.taps = taps

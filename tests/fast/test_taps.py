@@ -25,7 +25,7 @@ from tests.fast.tap_tools import (
 )
 from tokenmill.core import UsageError
 from tokenmill.engine.runner import OutRows, Runner, TapFailure
-from tokenmill.engine.scheduler import Chunk, Schedule
+from tokenmill.engine.scheduler import BlockMoves, Chunk, Schedule
 from tokenmill.engine.sequence import ScoringState
 from tokenmill.engine.tapping import FINAL_NORM, tap_points
 from tokenmill.engine.taps import (
@@ -70,7 +70,7 @@ def recorded(watched: Watched, *taps: Tap, points: Sequence[str] = tuple(WIDTHS)
 
 
 def rows_of(chunks: Sequence[Chunk]) -> Schedule:
-    return Schedule(chunks=tuple(chunks), preempted=())
+    return Schedule(chunks=tuple(chunks), moves=BlockMoves((), (), ()), preempted=())
 
 
 @pytest.mark.parametrize("kind", ["i8c", "i4g", "bf16"])
@@ -367,7 +367,7 @@ def test_taps_that_cannot_be_are_refused_at_once() -> None:
 def test_the_digest_tells_edits_apart_and_knows_no_reads() -> None:
     vector_D = np.ones(4, np.float32)
     reads = [read(POST, Recording())]
-    assert intervention_digest([]) == intervention_digest(reads) == b""
+    assert intervention_digest([]) == intervention_digest(reads) == ""
     different = [
         [steer(POST, vector_D)],
         [steer(MID, vector_D)],
@@ -381,7 +381,7 @@ def test_the_digest_tells_edits_apart_and_knows_no_reads() -> None:
         [Tap(point=POST, handler=_raise, intervention="steer")],
     ]
     digests = [intervention_digest(taps) for taps in different]
-    assert len(set(digests)) == len(different) and all(len(digest) == 32 for digest in digests)
+    assert len(set(digests)) == len(different) and all(len(digest) == 64 for digest in digests)
     assert intervention_digest([*reads, steer(POST, vector_D.copy())]) == digests[0]
 
 

@@ -6,9 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.fast.tap_tools import drive, embedding, generation
+from tests.fast.tap_tools import drive, embedding, engine, generation
 from tokenmill.engine.calibration import calibrate
-from tokenmill.engine.core import EngineCore
 from tokenmill.engine.embedding import embeddings
 from tokenmill.engine.tapping import FINAL_NORM, input_points
 from tokenmill.engine.taps import Recording, Tap, ablate, replace_values
@@ -35,7 +34,7 @@ class Tapped:
         self.executor = create_executor(
             self.model, weights="w8a8", max_rows=128, max_out_rows=16, num_blocks=32, num_threads=1
         )
-        self.core = EngineCore(self.executor, num_blocks=32, max_sequences=16, eos_token_ids=())
+        self.core = engine(self.executor, num_blocks=32, prefix_cache=True)
         self.encode = self.model.tokenizer().encode
 
     def answers(self, *taps: Sequence[Tap]) -> list[list[int]]:

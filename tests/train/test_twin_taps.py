@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from tests.fast.random_weights import RandomWeights, tiny_architecture
-from tests.fast.tap_tools import drive, scoring
+from tests.fast.tap_tools import drive, engine, scoring
 from tokenmill.core import UsageError
-from tokenmill.engine.core import EngineCore
 from tokenmill.engine.tapping import FINAL_NORM, tap_points
 from tokenmill.engine.taps import Recording, Tap, ablate, replace_values, steer, twin_hooks
 from tokenmill.kernels import F32Array, StepPlan, available_isas, create_executor
@@ -39,7 +38,7 @@ def plan() -> StepPlan:
 def on_engine(plan: StepPlan, isa: str, ids: Sequence[int], taps: Sequence[Tap]) -> list[float]:
     """Log-probabilities of all tokens but the first, computed in chunks."""
     executor = create_executor(plan, max_rows=30, max_out_rows=16, num_blocks=8, num_threads=1, isa=isa)
-    core = EngineCore(executor, num_blocks=8, max_sequences=2, eos_token_ids=())
+    core = engine(executor, num_blocks=8)
     state = scoring("0", ids, *taps)
     drive(core, [state])
     return list(state.score().logprobs)

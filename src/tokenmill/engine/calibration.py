@@ -52,7 +52,7 @@ def calibrate(
 
     `tapping.input_points(plan)` names the points that the linears of a plan read. `windows` is read as it is
     needed, `max_in_flight` at a time. Raises `UsageError` if there is no window, or as the engine does for
-    an unknown point or a window that does not fit.
+    an unknown point, a window that does not fit or a model that fails.
     """
     sums = {point: _Sums(second_moment) for point in points}
     taps = tuple(Tap(point=point, handler=each.add) for point, each in sums.items())
@@ -104,7 +104,7 @@ class _Sums:
 
 
 def _finish(core: EngineCore, running: "deque[EmbeddingState]") -> None:
-    """Step until the first of these is done."""
+    """Step until the first of these is done; a failure of it is raised."""
     while not running[0].finished:
         core.step()
-    running.popleft()
+    running.popleft().embedding()

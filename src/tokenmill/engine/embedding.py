@@ -25,7 +25,6 @@ POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 class EmbeddingState(SequenceState):
     """A text whose final norm's rows are pooled: the mean over its tokens, or the last token's alone."""
 
-    samples = False
     wants_logits = False
 
     def __init__(self, request_id: str, token_ids: Iterable[int], pooling: Pooling) -> None:
@@ -45,8 +44,8 @@ class EmbeddingState(SequenceState):
 
     @property
     def finished(self) -> bool:
-        """True once every row is pooled."""
-        return self.first_logits == self.num_total
+        """True once every row is pooled, or it has failed."""
+        return bool(self.error) or self.first_logits == self.num_total
 
     def append(self, position: int, hidden_D: F32Array) -> None:
         """Take the final norm's row at this position; positions come in order. The row is not kept."""
@@ -56,8 +55,14 @@ class EmbeddingState(SequenceState):
         self._sum_D = row_D if self._sum_D is None else self._sum_D + row_D
         self._num_pooled += 1
 
+    def fail(self, error: str, *, now_s: float) -> None:
+        """End without an embedding; `error` says why."""
+        self.error = error
+
     def embedding(self) -> npt.NDArray[np.float64]:
-        """The pooled row [D]."""
+        """The pooled row [D]. Raises `ModelFormatError` if the sequence failed."""
+        if self.error:
+            raise ModelFormatError(f"{self.request_id} has no embedding: {self.error}")
         assert self.finished and self._sum_D is not None, f"{self.request_id} is not finished"
         return self._sum_D / self._num_pooled
 
@@ -65,7 +70,7 @@ class EmbeddingState(SequenceState):
 def embeddings(states: Sequence[EmbeddingState], *, hidden_size: int, normalize: bool) -> F32Array:
     """The embeddings [N, D] of finished states, scaled to length 1 where `normalize`.
 
-    Raises `ModelFormatError` if a value is not a finite number.
+    Raises `ModelFormatError` if one failed, or a value is not a finite number.
     """
     rows_ND = np.zeros((len(states), hidden_size), np.float64)
     for index, state in enumerate(states):

@@ -122,10 +122,10 @@ class Tap:
         return new_TD
 
 
-def intervention_digest(taps: Iterable[Tap]) -> bytes:
+def intervention_digest(taps: Iterable[Tap]) -> str:
     """SHA-256 of all edits, for the prefix key; empty if there are none."""
     edits = [(tap.point, tap.positions, tap.intervention) for tap in taps if tap.intervention is not None]
-    return hashlib.sha256(repr(edits).encode()).digest() if edits else b""
+    return hashlib.sha256(repr(edits).encode()).hexdigest() if edits else ""
 
 
 def cacheable_prefix(taps: Iterable[Tap], num_tokens: int) -> int:
