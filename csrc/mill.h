@@ -71,9 +71,10 @@ struct AttendTask {
   const int32_t* positions;  // [rows]
   int num_blocks;
   const int32_t* blocks;     // [num_blocks][3] block id, first position, rows in use
-  const uint16_t* k;         // K of this layer and head: block b at k + b * block_stride
-  const uint16_t* v;
-  size_t block_stride;
+  const uint8_t* k;          // K of this layer and head: block b at k + b * block_stride
+  const uint8_t* v;
+  size_t block_stride;       // bytes
+  bool kv_int8;              // attend.h has both layouts
   int head_dim, head_pad;
   float scale;               // softmax scale times log2(e)
   float* out;                // row r at out + out_offset[r], head_dim values
@@ -85,6 +86,7 @@ struct AttendScratch {
   uint16_t* probs;  // [16][kSpan]
   float* acc;       // [16][head_pad]
   float* span;      // [16][head_pad]
+  uint16_t* wide;   // int8 only: [kSpanBlocks + 1][kKvBlock * head_pad], V of a span and one block of K
 };
 
 struct Kernels {

@@ -76,11 +76,11 @@ class NativePlan {
  public:
   NativePlan(const std::string& isa, int threads, int max_rows, int max_outs, int num_blocks, int max_inputs,
              int hidden, int heads, int kv_heads, int head_dim, int inner, int vocab, int layers,
-             float softmax_scale, Bytes cos, Bytes sin)
+             float softmax_scale, Bytes cos, Bytes sin, bool kv_int8)
       : hidden_(hidden), vocab_(vocab),
         plan_({hidden, heads, kv_heads, head_dim, inner, vocab, layers, int(cos.shape(0)), softmax_scale,
                (const float*)cos.data(), (const float*)sin.data()},
-              kernels_of(isa), threads, max_rows, max_outs, num_blocks, max_inputs) {
+              kernels_of(isa), threads, max_rows, max_outs, num_blocks, max_inputs, kv_int8) {
     require(cos.ndim() == 2 && cos.nbytes() == cos.shape(0) * (head_dim / 2) * 4 && sin.nbytes() == cos.nbytes(),
             "size of the rotation tables");
     owned_.insert(owned_.end(), {cos, sin});
@@ -144,6 +144,9 @@ class NativePlan {
     float* data = plan_.buffer(buffer_id(name), rows, width);
     return nb::ndarray<nb::numpy, float, nb::ndim<2>>(data, {size_t(rows), size_t(width)}, nb::find(this));
   }
+  nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>> block(int index) {
+    return nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>(plan_.block(index), {plan_.block_bytes()}, nb::find(this));
+  }
   void copy_block(int from, int to) { plan_.copy_block(from, to); }
 
  private:
@@ -203,9 +206,10 @@ NB_MODULE(_native, m) {
   m.def("op_rate", &op_rate, "isa"_a, "threads"_a, "int8"_a, "seconds"_a);
   nb::class_<NativePlan>(m, "Plan")
       .def(nb::init<const std::string&, int, int, int, int, int, int, int, int, int, int, int, int, float, Bytes,
-                    Bytes>(),
+                    Bytes, bool>(),
            "isa"_a, "threads"_a, "max_rows"_a, "max_outs"_a, "num_blocks"_a, "max_inputs"_a, "hidden"_a, "heads"_a,
-           "kv_heads"_a, "head_dim"_a, "inner"_a, "vocab"_a, "layers"_a, "softmax_scale"_a, "cos"_a, "sin"_a)
+           "kv_heads"_a, "head_dim"_a, "inner"_a, "vocab"_a, "layers"_a, "softmax_scale"_a, "cos"_a, "sin"_a,
+           "kv_int8"_a)
       .def("add_embed", &NativePlan::add_embed, "table"_a, "scales"_a)
       .def("add_norm", &NativePlan::add_norm, "src"_a, "weight"_a, "eps"_a, "act"_a, "out_rows"_a)
       .def("add_linear", &NativePlan::add_linear, "dst"_a, "kind"_a, "n"_a, "k"_a, "group"_a, "symmetric"_a, "data"_a,
@@ -217,5 +221,6 @@ NB_MODULE(_native, m) {
       .def("run", &NativePlan::run, nb::arg("tokens").noconvert(), nb::arg("positions").noconvert(), nb::arg("kv_slots").noconvert(), nb::arg("row_starts").noconvert(), nb::arg("block_starts").noconvert(),
            nb::arg("blocks").noconvert(), nb::arg("out_rows").noconvert(), "first"_a, "last"_a)
       .def("buffer", &NativePlan::buffer, "name"_a)
+      .def("block", &NativePlan::block, "index"_a)
       .def("copy_block", &NativePlan::copy_block, "source"_a, "target"_a);
 }

@@ -24,7 +24,17 @@ from tokenmill.engine.detokenizer import Detokenizer
 from tokenmill.engine.sampler import SamplingRow, sample
 from tokenmill.engine.scheduler import MAX_PREEMPTIONS
 from tokenmill.engine.sequence import GenerationState
-from tokenmill.kernels import KV_BLOCK, Attend, BufferName, F32Array, PlanShape, Select, StepBatch, StepPlan
+from tokenmill.kernels import (
+    KV_BLOCK,
+    Attend,
+    BufferName,
+    F32Array,
+    KvDtype,
+    PlanShape,
+    Select,
+    StepBatch,
+    StepPlan,
+)
 
 __all__ = ["Machine", "MachineFault", "Sizes"]
 
@@ -224,9 +234,10 @@ class LedgerExecutor:
 
     def __init__(self, sizes: Sizes) -> None:
         self.plan = _plan()
+        self.kv_dtype: KvDtype = "bf16"
         self.max_rows = sizes.max_rows
         self.max_out_rows = sizes.max_sequences + 6
-        self._digests = [0] * (sizes.num_blocks * KV_BLOCK)
+        self._digests = array("Q", bytes(8 * sizes.num_blocks * KV_BLOCK))
         self._x: list[int] = [0] * sizes.max_rows
         self._logits = np.zeros((self.max_out_rows, VOCAB), np.float32)
 
@@ -247,6 +258,12 @@ class LedgerExecutor:
         for source, target in pairs:
             rows = self._digests[source * KV_BLOCK : (source + 1) * KV_BLOCK]
             self._digests[target * KV_BLOCK : (target + 1) * KV_BLOCK] = rows
+
+    def block(self, index: int) -> npt.NDArray[np.uint8]:
+        """The bytes of a block."""
+        bytes_of_all: npt.NDArray[np.uint8] = np.frombuffer(self._digests, np.uint8)
+        block: npt.NDArray[np.uint8] = bytes_of_all.reshape(-1, KV_BLOCK * 8)[index]
+        return block
 
     def _store(self, batch: StepBatch) -> None:
         starts, block_starts = batch.row_starts.tolist(), batch.block_starts.tolist()
@@ -291,7 +308,9 @@ def _link(digest: int) -> int:
 
 def _mix(digest: int, token: int, position: int) -> int:
     """The digest after one more token; its low half names the digest before it."""
-    high = (digest ^ (token + 1) * 0xBF58476D1CE4E5B9 ^ (position + 1) * 0x94D049BB133111EB) * 0xD1342543DE82EF95
+    high = (
+        digest ^ (token + 1) * 0xBF58476D1CE4E5B9 ^ (position + 1) * 0x94D049BB133111EB
+    ) * 0xD1342543DE82EF95
     return (high & _MASK) >> 32 << 32 | _link(digest)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 
 import numpy as np
+import numpy.typing as npt
 
 from tests.fast.random_plan import make_plan
 from tokenmill.core import Request, SamplingParams
@@ -47,6 +48,7 @@ class Watched:
         self.plan = executor.plan
         self.max_rows = executor.max_rows
         self.max_out_rows = executor.max_out_rows
+        self.kv_dtype = executor.kv_dtype
         self.runs: list[tuple[int, int | None]] = []
 
     def run(self, batch: StepBatch, first: int = 0, last: int | None = None) -> None:
@@ -58,6 +60,9 @@ class Watched:
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         self._executor.copy_blocks(pairs)
+
+    def block(self, index: int) -> npt.NDArray[np.uint8]:
+        return self._executor.block(index)
 
 
 def executor(

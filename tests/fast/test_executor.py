@@ -13,6 +13,7 @@ from tests.fast.random_plan import FORMATS, make_batch, make_plan
 from tokenmill.kernels import (
     Executor,
     F32Array,
+    KvDtype,
     Linear,
     NumpyExecutor,
     StepBatch,
@@ -23,11 +24,17 @@ from tokenmill.kernels import (
 NATIVE_ISAS = [isa for isa in available_isas() if isa != "numpy"]
 
 
-def executor(plan_seed: int, kind: str, isa: str, threads: int = 2, **sizes: int) -> Executor:
+def executor(
+    plan_seed: int, kind: str, isa: str, threads: int = 2, kv_dtype: KvDtype = "bf16", **sizes: int
+) -> Executor:
     plan = make_plan(kind, seed=plan_seed, **sizes)
     if isa == "numpy":
-        return NumpyExecutor(plan, max_rows=64, max_out_rows=64, num_blocks=24, ordered=True)
-    return create_executor(plan, max_rows=64, max_out_rows=64, num_blocks=24, num_threads=threads, isa=isa)
+        return NumpyExecutor(
+            plan, max_rows=64, max_out_rows=64, num_blocks=24, ordered=True, kv_dtype=kv_dtype
+        )
+    return create_executor(
+        plan, max_rows=64, max_out_rows=64, num_blocks=24, num_threads=threads, isa=isa, kv_dtype=kv_dtype
+    )
 
 
 def logits(ex: Executor, batch: StepBatch) -> F32Array:

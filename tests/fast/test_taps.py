@@ -327,6 +327,53 @@ def test_a_request_fails_alone_while_others_are_generating() -> None:
         assert states[1].finish_reason == "failed" and states[1].num_total == 12
 
 
+def test_the_prefix_cache_never_mixes_edited_and_plain_state() -> None:
+    prompt = tokens(1, 70)
+    edits = {"plain": (), "ablated": (ablate(POST),), "steered": (steer(POST, np.ones(HIDDEN, np.float32)),)}
+    want = {}
+    for name, taps in edits.items():
+        alone = generation(name, prompt, 6, *taps)
+        drive(engine(executor()), [alone])
+        want[name] = alone.tokens
+    assert len({tuple(each) for each in want.values()}) == 3
+    core = engine(executor(), prefix_cache=True)
+    for again in (False, True):
+        for name, taps in edits.items():
+            state = generation(name, prompt, 6, *taps)
+            drive(core, [state])
+            assert state.tokens == want[name]
+            assert state.num_cached == (64 if again else 0), "the test needs hits"
+    core.check_integrity()
+
+
+def test_a_read_sees_rows_that_the_cache_has_and_leaves_them_to_others() -> None:
+    prompt = tokens(1, 70)
+    core = engine(executor(), prefix_cache=True)
+    recording = Recording()
+    late = Tap(point=POST, handler=recording, positions=range(40, 80))
+    states = [generation("a", prompt, 4), generation("b", prompt, 4, read(POST, recording))]
+    states += [generation("c", prompt, 4, late), generation("d", prompt, 4)]
+    for state in states:
+        drive(core, [state])
+    assert [state.num_cached for state in states] == [0, 0, 32, 64]
+    every, some = recording.rows("b", POST), recording.rows("c", POST)
+    assert every.positions_T.tolist() == list(range(73)) and some.positions_T.tolist() == list(range(40, 73))
+    np.testing.assert_array_equal(every.values_TD[40:], some.values_TD)
+
+
+def test_blocks_of_a_request_whose_tap_failed_are_not_kept() -> None:
+    prompt = tokens(1, 70)
+    core = engine(executor(), prefix_cache=True)
+    half = Tap(point=POST, handler=ablate(POST).handler, intervention="half")
+    broken = Tap(point=MID, handler=_raise, positions=range(69, 70), intervention="other")
+    fine = replace(broken, handler=lambda rows: None)
+    for taps in ((half, broken), (half, fine)):
+        state = generation("a", prompt, 4, *taps)
+        drive(core, [state])
+        assert state.num_cached == 0
+        assert state.finish_reason == ("failed" if broken in taps else "length")
+
+
 def test_after_a_preemption_reads_come_once_and_edits_again() -> None:
     vector_D = np.random.default_rng(7).standard_normal(HIDDEN).astype(np.float32)
     prompts = [tokens(seed, 40) for seed in range(3)]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from tokenmill.core import UsageError
-from tokenmill.kernels import KV_BLOCK
+from tokenmill.kernels import KV_BLOCK, KV_DTYPES, KvDtype
 from tokenmill.models.architecture import Architecture
 from tokenmill.models.pack import WEIGHT_FORMATS, WeightFormat
 
@@ -20,8 +20,9 @@ class LLMConfig:
 
     One step computes at most `max_rows` tokens, of at most `max_batch` sequences. `kv_tokens` is the size
     of the KV cache; by default 2 GiB of it, or less if `max_batch` full contexts need less (memory is
-    touched only as it fills). `max_waiting` bounds the queue. `prefix_cache` keeps what was computed for the
-    requests that begin with the same tokens. `num_threads` None leaves the choice to the executor.
+    touched only as it fills); `kv_dtype` int8 about halves its bytes. `prefix_cache` keeps what was computed
+    for requests that begin with the same tokens. `max_waiting` bounds the queue. `num_threads` None leaves
+    the choice to the executor.
     """
 
     weights: WeightFormat = "w8a8"
@@ -30,11 +31,14 @@ class LLMConfig:
     max_waiting: int = 1 << 16
     num_threads: int | None = None
     kv_tokens: int | None = None
+    kv_dtype: KvDtype = "bf16"
     prefix_cache: bool = True
 
     def __post_init__(self) -> None:
         if self.weights not in WEIGHT_FORMATS:
             raise UsageError(f"weights is {self.weights!r}", hint=f"use one of {', '.join(WEIGHT_FORMATS)}")
+        if self.kv_dtype not in KV_DTYPES:
+            raise UsageError(f"kv_dtype is {self.kv_dtype!r}", hint=f"use one of {', '.join(KV_DTYPES)}")
         _check("max_rows", self.max_rows, 1, _MAX_ROWS)
         _check("max_batch", self.max_batch, 1, _MAX_BATCH)
         _check("max_waiting", self.max_waiting, 1, 1 << 24)
@@ -47,7 +51,7 @@ class LLMConfig:
         """KV blocks for a model of this architecture."""
         if self.kv_tokens is not None:
             return -(-self.kv_tokens // KV_BLOCK)
-        affordable = _DEFAULT_KV_BYTES // (KV_BLOCK * architecture.kv_bytes_per_token())
+        affordable = _DEFAULT_KV_BYTES // architecture.kv_block_bytes(self.kv_dtype)
         useful = self.max_batch * -(-architecture.max_positions // KV_BLOCK)
         return max(1, min(affordable, useful))
 

@@ -143,7 +143,7 @@ class EngineCore:
         root = prefix_root(
             tenant=sequence.tenant,
             model=self._config.model,
-            layout="bf16",
+            layout=self._executor.kv_dtype,
             adapter="",
             intervention=intervention_digest(sequence.taps),
         )

@@ -15,7 +15,7 @@ from tokenmill.engine.config import LLMConfig
 from tokenmill.engine.core import CoreConfig, EngineCore, StepResult
 from tokenmill.engine.detokenizer import Detokenizer
 from tokenmill.engine.sequence import GenerationState, ScoringState, SequenceState
-from tokenmill.kernels import Executor, StepPlan
+from tokenmill.kernels import Executor, KvDtype, StepPlan
 from tokenmill.models.chat_template import ChatTemplate, encode_chat
 from tokenmill.models.compile import create_executor
 from tokenmill.models.directory import ModelDirectory
@@ -36,6 +36,7 @@ class ExecutorFactory(Protocol):
         max_out_rows: int,
         num_blocks: int,
         num_threads: int | None,
+        kv_dtype: KvDtype,
     ) -> Executor:
         """Compile; the executor has `num_blocks` KV blocks."""
         ...
@@ -61,6 +62,7 @@ class LocalEngine:
             max_out_rows=self.config.max_batch,
             num_blocks=self.num_blocks,
             num_threads=self.config.num_threads,
+            kv_dtype=self.config.kv_dtype,
         )
         self.plan: StepPlan = executor.plan
         self.tokenizer = model.tokenizer()

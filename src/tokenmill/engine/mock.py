@@ -34,6 +34,7 @@ from tokenmill.kernels import (
     Attend,
     BufferName,
     F32Array,
+    KvDtype,
     PlanShape,
     Select,
     StepBatch,
@@ -96,7 +97,7 @@ class MockScript:
 
     `answers` are pairs of token ids (or bytes): a prompt, and what follows it whatever the sampling
     parameters, then the end token. Of several prompts that fit, the longest counts. A step takes `step_s`
-    and `row_s` for each row, in seconds. `context_length` is the most tokens, prompt and answer, of a request.
+    and `row_s` for each row, in seconds. `context_length` bounds prompt and answer together, in tokens.
     """
 
     seed: int = 0
@@ -142,6 +143,7 @@ class MockExecutor:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.plan = _mock_plan()
+        self.kv_dtype: KvDtype = "bf16"
         self.script = script
         self.max_rows = max_rows
         self.max_out_rows = max_out_rows
@@ -176,7 +178,8 @@ class MockExecutor:
 
     def block(self, index: int) -> npt.NDArray[np.uint8]:
         """The bytes of one block, a live view: to move it out of the cache and back."""
-        return self._kv[index].reshape(-1).view(np.uint8)
+        block: npt.NDArray[np.uint8] = self._kv[index].reshape(-1).view(np.uint8)
+        return block
 
     def _store(self, batch: StepBatch) -> None:
         assert 0 < batch.num_rows <= self.max_rows, f"{batch.num_rows} rows"
@@ -282,8 +285,9 @@ class MockModel(ModelDirectory):
         max_out_rows: int,
         num_blocks: int,
         num_threads: int | None,
+        kv_dtype: KvDtype,
     ) -> MockExecutor:
-        """Make the executor: the factory to give to `LLM`. Weight format and threads mean nothing here."""
+        """Make the executor: the factory to give to `LLM`. Formats and threads mean nothing here."""
         self.executor = MockExecutor(
             self.script,
             num_blocks=num_blocks,
@@ -302,9 +306,7 @@ def mock_logits(tokens: Sequence[int], script: MockScript | None = None) -> F32A
     return _logits_of(seen, script or MockScript())
 
 
-def reference_tokens(
-    prompt: Sequence[int], max_tokens: int, script: MockScript | None = None
-) -> list[int]:
+def reference_tokens(prompt: Sequence[int], max_tokens: int, script: MockScript | None = None) -> list[int]:
     """The greedy answer to a prompt, computed from scratch for every token: what the engine must give.
 
     It ends with `END_TOKEN`, or where `max_tokens` or the script's context length is reached. Faults of the

@@ -5,6 +5,7 @@ from tokenmill.kernels.isa import available_isas, choose_isa, default_threads
 from tokenmill.kernels.numpy_executor import NumpyExecutor
 from tokenmill.kernels.plan import (
     KV_BLOCK,
+    KV_DTYPES,
     ActFormat,
     Attend,
     BufferName,
@@ -13,6 +14,7 @@ from tokenmill.kernels.plan import (
     Executor,
     F32Array,
     I32Array,
+    KvDtype,
     Linear,
     Norm,
     Op,
@@ -23,10 +25,12 @@ from tokenmill.kernels.plan import (
     Select,
     StepBatch,
     StepPlan,
+    kv_block_bytes,
 )
 
 __all__ = [
     "KV_BLOCK",
+    "KV_DTYPES",
     "ActFormat",
     "Attend",
     "BufferName",
@@ -35,6 +39,7 @@ __all__ = [
     "Executor",
     "F32Array",
     "I32Array",
+    "KvDtype",
     "Linear",
     "NativeExecutor",
     "Norm",
@@ -51,5 +56,6 @@ __all__ = [
     "choose_isa",
     "create_executor",
     "default_threads",
+    "kv_block_bytes",
     "log_sum_exp_rows",
 ]
