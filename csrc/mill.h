@@ -27,8 +27,9 @@ constexpr int kSlackRows = 32;  // rows that kernels may read (never use) past t
 
 enum class LinearKind { i8c, i8g, i4g, bf16 };
 
-// What a linear reads: 8 bits with a scale a row, 8 bits with a scale a group of 32 inputs, or bf16.
-enum class ActKind { int8, int8_groups, bf16 };
+// What a linear reads: 8 bits with a scale a row, 8 bits with a scale a group of 32 inputs, or bf16. No linear
+// reads float32: a norm of this kind stays in its buffer.
+enum class ActKind { int8, int8_groups, bf16, float32 };
 
 // Quantised activations in the order of AMX tiles, [rows / 16][lines][16 rows][64 bytes], zero from K up to
 // the padded width. A line is 64 inputs of one row in 8 bits, or 32 in bf16.

@@ -39,6 +39,7 @@ mill::ActKind act_kind(const std::string& act) {
   if (act == "int8") return mill::ActKind::int8;
   if (act == "int8_groups") return mill::ActKind::int8_groups;
   if (act == "bf16") return mill::ActKind::bf16;
+  if (act == "float32") return mill::ActKind::float32;
   throw std::invalid_argument("unknown activation format: " + act);
 }
 
@@ -111,9 +112,9 @@ class NativePlan {
     op.accumulate = accumulate, op.gated = gated, op.out_rows = out_rows;
     keep(op, {data, scales, mins});
   }
-  void add_quantize(const std::string& src, const std::string& act) {
+  void add_quantize(const std::string& src, const std::string& act, bool out_rows) {
     mill::Op op{mill::OpKind::quantize, buffer_id(src)};
-    op.act = act_kind(act);
+    op.act = act_kind(act), op.out_rows = out_rows;
     plan_.add(op);
   }
   void add_rope_kv(int layer) { add_layer(mill::OpKind::rope_kv, layer); }
@@ -321,7 +322,7 @@ NB_MODULE(_native, m) {
       .def("add_norm", &NativePlan::add_norm, "src"_a, "weight"_a, "eps"_a, "act"_a, "out_rows"_a)
       .def("add_linear", &NativePlan::add_linear, "dst"_a, "kind"_a, "n"_a, "k"_a, "group"_a, "symmetric"_a, "data"_a,
            "scales"_a, "mins"_a, "accumulate"_a, "gated"_a, "out_rows"_a)
-      .def("add_quantize", &NativePlan::add_quantize, "src"_a, "act"_a)
+      .def("add_quantize", &NativePlan::add_quantize, "src"_a, "act"_a, "out_rows"_a)
       .def("add_rope_kv", &NativePlan::add_rope_kv, "layer"_a)
       .def("add_attend", &NativePlan::add_attend, "layer"_a)
       .def("add_select", &NativePlan::add_select)

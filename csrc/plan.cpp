@@ -184,11 +184,12 @@ void Plan::step(const Batch& b, const Op& op, int thread) {
   Act act = act_;
   act.lines = lines_of(width, op.act);
   for (int r = rows.begin; r < rows.end; r++) {
-    const float* row = src + size_t(r) * width;
+    float* row = src + size_t(r) * width;
     switch (op.kind) {
       case OpKind::embed: embed(b, op, r); break;
       case OpKind::norm:
-        kernels_.norm(row, width, op.weight, op.eps, threads_[thread].row.get(), act, r, op.act);
+        kernels_.norm(row, width, op.weight, op.eps, op.act == ActKind::float32 ? row : threads_[thread].row.get(),
+                      act, r, op.act);
         break;
       case OpKind::quantize: kernels_.quantize(row, width, act, r, op.act); break;
       case OpKind::rope_kv: rope_kv(b, op, r); break;

@@ -17,14 +17,17 @@ from heapq import heappop, heappush
 from typing import NamedTuple
 
 from tokenmill.core import FinishReason
+from tokenmill.engine.embedding import EmbeddingState
 from tokenmill.engine.proposers import Proposer
-from tokenmill.engine.runner import OutRows, Runner
+from tokenmill.engine.runner import HiddenRows, OutRows, Runner, TapFailure
 from tokenmill.engine.sampler import SamplingRow, logprobs_of, sample, top_logprobs
 from tokenmill.engine.scheduler import BlockMoves, Schedule, Scheduler, StepLimits
 from tokenmill.engine.sequence import GenerationState, ScoringState, SequenceState
 from tokenmill.engine.speculator import Speculator
 from tokenmill.engine.step_time import StepTimeModel
 from tokenmill.engine.swap import SwapFile, measure_swap
+from tokenmill.engine.tapping import check_taps
+from tokenmill.engine.taps import intervention_digest
 from tokenmill.kernels import KV_BLOCK, Executor, F32Array
 from tokenmill.kvcache import BlockPool, PrefixChain, prefix_root
 
@@ -111,7 +114,10 @@ class EngineCore:
         return self.scheduler.has_work
 
     def submit(self, sequence: SequenceState) -> None:
-        """Queue a sequence. Raises `ResourceError` if the cache could never hold it, or the queue is full."""
+        """Queue a sequence. Raises `ResourceError` if the cache could never hold it, or the queue is full,
+        and `UsageError` for a tap that the plan does not have.
+        """
+        check_taps(self._runner.points, sequence.taps)
         self.scheduler.submit(sequence)
         for each in (sequence, *sequence.siblings):
             each.chain = self._chain(each)
@@ -165,7 +171,7 @@ class EngineCore:
             model=self._config.model,
             layout=self._executor.kv_dtype,
             adapter="",
-            intervention="",
+            intervention=intervention_digest(sequence.taps),
         )
         return PrefixChain(root, KV_BLOCK)
 
@@ -216,7 +222,13 @@ class EngineCore:
         self._move(schedule.moves)
         if schedule.chunks:
             for out in self._runner.run(schedule):
-                self._take(out)
+                match out:
+                    case OutRows():
+                        self._take(out)
+                    case HiddenRows():
+                        _pool(out)
+                    case TapFailure():
+                        out.sequence.fail(str(out.error), now_s=self.clock())
         self.scheduler.commit(schedule)
         seconds = self.clock() - began
         self.step_time.observe(schedule.num_rows, schedule.num_kv_tokens, schedule.num_out_rows, seconds)
@@ -343,6 +355,13 @@ def _samples(state: GenerationState, position: int, logits_row: int) -> Iterator
             bad_words=each.bad_words,
         )
         yield _Sample(row, each, tokens[position], position >= known)
+
+
+def _pool(out: HiddenRows) -> None:
+    """Hand each row of the final norm to its sequence."""
+    for row, hidden_D in zip(out.rows, out.hidden_LD, strict=True):
+        assert isinstance(row.sequence, EmbeddingState)
+        row.sequence.append(row.position, hidden_D)
 
 
 def _score(logits_LV: F32Array, rows: Sequence[tuple[int, int, ScoringState]]) -> None:

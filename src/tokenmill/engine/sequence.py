@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from tokenmill.core import Completion, FinishReason, Request, Score, Tier, TokenLogprobs, Usage
 from tokenmill.engine.detokenizer import Detokenizer
+from tokenmill.engine.taps import Tap, cacheable_prefix
 from tokenmill.kernels import KV_BLOCK
 from tokenmill.kvcache import BlockTable, PrefixChain
 
@@ -36,6 +37,9 @@ class SequenceState:
     rank_s: float = 0.0
     tenant: str = ""
     siblings: "tuple[GenerationState, ...]" = ()
+    taps: tuple[Tap, ...] = ()
+    wants_logits: bool = True
+    """False if the rows from `first_logits` on are wanted as the final norm gives them, without logits."""
 
     def __init__(self, request_id: str, tokens: Iterable[int], max_computed: int) -> None:
         self.request_id = request_id
@@ -46,6 +50,8 @@ class SequenceState:
         self.num_preemptions = 0
         self.num_cached = 0
         self.arrival = -1
+        # Reads have had the positions before this one.
+        self.num_tapped = 0
         self.table = BlockTable(KV_BLOCK)
         self.swap_slots: list[int] = []
         self.reserved = False
@@ -82,7 +88,7 @@ class SequenceState:
     @property
     def num_skippable(self) -> int:
         """Leading tokens whose rows nobody needs to see: they may come from the prefix cache."""
-        return self.first_logits
+        return cacheable_prefix(self.taps, self.first_logits)
 
     @property
     def finished(self) -> bool:

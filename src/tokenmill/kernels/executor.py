@@ -128,7 +128,8 @@ class NativeExecutor:
             case Embed():
                 native.add_embed(np.ascontiguousarray(op.table.data), np.ascontiguousarray(op.table.scales))
             case Norm():
-                native.add_norm(op.src, np.ascontiguousarray(op.weight), op.eps, op.act, op.src == "y")
+                act = op.act or "float32"
+                native.add_norm(op.src, np.ascontiguousarray(op.weight), op.eps, act, op.src == "y")
             case Linear():
                 w = op.weight
                 native.add_linear(
@@ -146,7 +147,7 @@ class NativeExecutor:
                     op.rows == "L",
                 )
             case Quantize():
-                native.add_quantize(op.src, op.act)
+                native.add_quantize(op.src, op.act, op.src == "y")
             case RopeKv():
                 native.add_rope_kv(op.layer)
             case Attend():

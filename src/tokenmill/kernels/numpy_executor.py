@@ -99,8 +99,12 @@ class NumpyExecutor:
             case Embed():
                 self._buffers["x"][:rows] = _embed(op, batch)
             case Norm():
-                count = rows if op.src == "x" else len(batch.out_rows)
-                self._act = twin.rms_norm(self._buffers[op.src][:count], op.weight, op.eps)
+                src = self._rows(batch, op.src)
+                normed = twin.rms_norm(src, op.weight, op.eps)
+                if op.act is None:
+                    src[:] = normed
+                else:
+                    self._act = normed
             case Linear():
                 dst = self._buffers[op.dst][: self._act.shape[0]]
                 exact = self._ordered and op.weight.kind == "bf16"
@@ -108,13 +112,17 @@ class NumpyExecutor:
                 product = twin.gated_unit(product) if op.gated else product
                 dst[:] = dst + product if op.accumulate else product
             case Quantize():
-                self._act = self._buffers[op.src][:rows].copy()
+                self._act = self._rows(batch, op.src).copy()
             case RopeKv():
                 self._rope_kv(batch, op.layer)
             case Attend():
                 self._attend(batch, op.layer)
             case _:
                 self._buffers["y"][: len(batch.out_rows)] = self._buffers["x"][batch.out_rows]
+
+    def _rows(self, batch: StepBatch, name: BufferName) -> F32Array:
+        """The rows of a buffer that this batch uses."""
+        return self._buffers[name][: len(batch.out_rows) if name == "y" else batch.num_rows]
 
     def _rope_kv(self, batch: StepBatch, layer: int) -> None:
         shape, rows = self.plan.shape, batch.num_rows

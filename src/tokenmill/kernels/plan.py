@@ -6,7 +6,7 @@ the other, whatever mixture of prefill chunks and single decode tokens they are.
 
     tokens ─Embed─► x ─Norm─► a ─Linear─► qkv ─RopeKv─► q, KV cache ─Attend─► z ─Quantize─► a
            ─Linear(+=)─► x ─Norm─► a ─Linear(gated)─► h ─Quantize─► a ─Linear(+=)─► x
-           ... ─Select─► y ─Norm─► a ─Linear─► logits
+           ... ─Select─► y ─Norm─► y ─Quantize─► a ─Linear─► logits
 
 Every operation may carry the name of the point it produces (`blocks.3.hook_resid_post`). A plan can be
 run from one operation to another, so a tap on a named point stops there, reads or replaces the
@@ -139,12 +139,15 @@ class Embed:
 
 @dataclass(frozen=True, kw_only=True)
 class Norm:
-    """a = quantised RMSNorm(src) * weight. `src` is x, or y for the rows that need logits."""
+    """a = quantised RMSNorm(src) * weight; or src = RMSNorm(src) * weight in float32 where `act` is None.
+
+    `src` is x, or y for the selected rows.
+    """
 
     src: BufferName
     weight: F32Array
     eps: float
-    act: ActFormat
+    act: ActFormat | None
     name: str = ""
 
 
@@ -181,7 +184,7 @@ class Attend:
 
 @dataclass(frozen=True, kw_only=True)
 class Quantize:
-    """a = src in the format of the next linear."""
+    """a = src in the format of the next linear; y holds the selected rows only."""
 
     src: BufferName
     act: ActFormat
@@ -190,7 +193,7 @@ class Quantize:
 
 @dataclass(frozen=True, kw_only=True)
 class Select:
-    """y = x[out_rows]: only rows that need logits reach the head."""
+    """y = x[out_rows]: only rows that need the final norm or logits reach the head."""
 
     name: str = ""
 
@@ -200,7 +203,7 @@ Op: TypeAlias = Embed | Norm | Linear | RopeKv | Attend | Quantize | Select
 
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
-    """A whole model as operations. `ops[head_start:]` are the head: Select, Norm, Linear to logits.
+    """A whole model as operations. `ops[head_start:]` are the head: Select, Norm, Quantize, Linear to logits.
 
     `smoothing` gives, by the name of a linear's input (`blocks.3.mlp.hook_post`), the factors [K] by which
     that input was divided when the weights were packed; inputs that are not listed were left as they are.
