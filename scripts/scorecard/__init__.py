@@ -1,4 +1,4 @@
-"""The lines of the reliability scorecard: each a program that tries to break one promise and counts."""
+"""Reliability as numbers: each line of docs/reliability.md comes from one command here."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ __all__ = ["Line"]
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """What one line of the scorecard found: cases run, violations among them, seconds, further figures."""
+    """What one line of the scorecard measured: `violations` in `cases` trials, and further figures."""
 
     name: str
     what: str

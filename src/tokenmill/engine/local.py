@@ -1,0 +1,245 @@
+"""The engine in this process: a model, compiled, with its tokenizer, and the step loop over requests.
+
+Whoever drives it submits requests, calls `step` while there is work, and reads the states that it got: the
+offline `LLM` in its own loop, the engine process between two looks at its socket. It belongs to one thread.
+"""
+
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Protocol
+
+from tokenmill.core import Message, Request, SamplingParams, UsageError
+from tokenmill.engine.config import LLMConfig
+from tokenmill.engine.core import CoreConfig, EngineCore, StepResult
+from tokenmill.engine.detokenizer import Detokenizer
+from tokenmill.engine.draft_model import DraftModel
+from tokenmill.engine.history import SuffixProposer
+from tokenmill.engine.ngram import NgramProposer
+from tokenmill.engine.proposers import CombinedProposer, Proposer
+from tokenmill.engine.sequence import GenerationState, ScoringState, SequenceState
+from tokenmill.engine.swap import SwapFile
+from tokenmill.kernels import KV_BLOCK, Executor, KvDtype, StepPlan
+from tokenmill.models.chat_template import ChatTemplate, encode_chat
+from tokenmill.models.compile import create_executor
+from tokenmill.models.directory import ModelDirectory
+from tokenmill.models.pack import WeightFormat
+
+__all__ = ["ExecutorFactory", "LocalEngine"]
+
+
+class ExecutorFactory(Protocol):
+    """Compiles a model directory to an executor; the default is `tokenmill.models.compile`."""
+
+    def __call__(
+        self,
+        directory: ModelDirectory,
+        *,
+        weights: WeightFormat,
+        max_rows: int,
+        max_out_rows: int,
+        num_blocks: int,
+        num_threads: int | None,
+        kv_dtype: KvDtype,
+    ) -> Executor:
+        """Compile; the executor has `num_blocks` KV blocks."""
+        ...
+
+
+class LocalEngine:
+    """A compiled model and its step loop. `clock` returns seconds and never goes back.
+
+    `draft` is a small model with the same vocabulary that guesses for this one.
+    """
+
+    def __init__(
+        self,
+        model: ModelDirectory,
+        config: LLMConfig | None = None,
+        *,
+        create: ExecutorFactory = create_executor,
+        draft: ModelDirectory | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.config = config or LLMConfig()
+        self.num_blocks = self.config.num_blocks(model.architecture)
+        executor = self._compile(model, create, self.num_blocks)
+        self.plan: StepPlan = executor.plan
+        self.tokenizer = model.tokenizer()
+        self._model = model
+        self._core = EngineCore(
+            executor,
+            CoreConfig(
+                num_blocks=self.num_blocks,
+                max_sequences=self.config.max_batch,
+                max_waiting=self.config.max_waiting,
+                model="" if self.config.prefix_cache else None,
+                fast_step_s=self.config.fast_step_s,
+            ),
+            swap=self._swap_file(executor),
+            proposer=self._proposer(create, draft),
+            clock=clock,
+        )
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens, prompt and answer together, that a request may have."""
+        return self._model.architecture.max_positions
+
+    @property
+    def has_work(self) -> bool:
+        """True if any submitted sequence is not finished."""
+        return self._core.has_work
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that hold no blocks yet."""
+        return len(self._core.scheduler.waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold blocks."""
+        return len(self._core.scheduler.running)
+
+    def encode_chat(self, conversation: Sequence[Message]) -> list[int]:
+        """The prompt that the model's chat template makes of a conversation, ready for the answer.
+
+        Raises `UsageError` if the model has no template, or the template refuses the conversation.
+        """
+        if self._chat_template is None:
+            raise UsageError("the model has no chat template", hint="it is a base model: use generate")
+        return encode_chat(self.tokenizer, self._chat_template, conversation)
+
+    def submit(self, request: Request) -> tuple[GenerationState, ...]:
+        """Queue a request; one state for each of its `n` completions.
+
+        Raises `UsageError` for one that cannot be run, `ResourceError` if the cache could never hold it or
+        the queue is full.
+        """
+        states = self.prepare(request)
+        self.submit_state(states[0])
+        return states
+
+    def prepare(self, request: Request) -> tuple[GenerationState, ...]:
+        """The states of a request, checked and not submitted. Errors as in `submit`, but for the queue."""
+        self.check_tokens(request.prompt, "prompt", room=1)
+        params = request.params
+        seed = secrets.randbelow(1 << 62) if params.seed is None else params.seed
+        submitted_s = self._core.clock()
+        states = [
+            GenerationState(
+                request,
+                index=index,
+                seed=_seed(seed, index),
+                max_total=min(len(request.prompt) + params.max_tokens, self.context_length),
+                detokenizer=Detokenizer(self._text_bytes, params.stop),
+                end_token_ids=self._end_token_ids(params),
+                bad_words=self._bad_words(params),
+                submitted_s=submitted_s,
+            )
+            for index in range(params.n)
+        ]
+        states[0].branch(states[1:])
+        self._core.scheduler.check_fits(states[0])
+        return tuple(states)
+
+    def prepare_score(self, request_id: str, ids: Sequence[int], num_context: int) -> ScoringState:
+        """The state of a text to be scored from token `num_context` on, checked and not submitted."""
+        state = ScoringState(request_id, ids, num_context)
+        self._core.scheduler.check_fits(state)
+        return state
+
+    def submit_state(self, state: SequenceState) -> None:
+        """Queue a prepared state. Raises `ResourceError` if the queue is full."""
+        self._core.submit(state)
+
+    def abort(self, state: SequenceState) -> None:
+        """Cancel between two steps: blocks are free at once. No-op if it is finished.
+
+        Before a request's first token this ends all of its completions.
+        """
+        self._core.abort(state)
+
+    def step(self) -> StepResult:
+        """Compute one step."""
+        return self._core.step()
+
+    def check_integrity(self) -> None:
+        """Assert that every KV block is free, cached, or held by a sequence that is not finished."""
+        self._core.check_integrity()
+
+    def check_tokens(self, ids: Sequence[int], what: str, *, room: int) -> None:
+        """Raise `UsageError` unless these are tokens of the model that leave `room` in its context."""
+        if not len(ids):
+            raise UsageError(f"a {what} is empty", hint="give at least one token of text")
+        if len(ids) + room > self.context_length:
+            needs = " and needs room for an answer" if room else ""
+            raise UsageError(
+                f"a {what} has {len(ids)} tokens{needs}; the model's context is {self.context_length}",
+                hint=f"shorten the {what}",
+            )
+        vocab_size = self._model.architecture.vocab_size
+        if not 0 <= min(ids) <= max(ids) < vocab_size:
+            raise UsageError(f"a {what} has a token id outside the vocabulary of {vocab_size}")
+
+    def _compile(self, model: ModelDirectory, create: ExecutorFactory, num_blocks: int) -> Executor:
+        return create(
+            model,
+            weights=self.config.weights,
+            max_rows=self.config.max_rows,
+            max_out_rows=self.config.max_batch,
+            num_blocks=num_blocks,
+            num_threads=self.config.num_threads,
+            kv_dtype=self.config.kv_dtype,
+        )
+
+    def _swap_file(self, executor: Executor) -> SwapFile | None:
+        num_slots = self.config.swap_tokens // KV_BLOCK
+        if not num_slots:
+            return None
+        return SwapFile(self.config.swap_folder, num_slots, executor.block(0).nbytes)
+
+    def _proposer(self, create: ExecutorFactory, draft: ModelDirectory | None) -> Proposer | None:
+        proposers: list[Proposer] = []
+        if self.config.speculation == "lookup":
+            proposers += [NgramProposer(), SuffixProposer()]
+        if draft is not None:
+            num_blocks = self.config.num_blocks(draft.architecture)
+            proposers.append(
+                DraftModel(
+                    self._compile(draft, create, num_blocks),
+                    num_blocks=num_blocks,
+                    context=draft.architecture.max_positions,
+                    target_vocab_size=self._model.architecture.vocab_size,
+                )
+            )
+        return CombinedProposer(proposers) if proposers else None
+
+    @cached_property
+    def _chat_template(self) -> ChatTemplate | None:
+        return self._model.chat_template()
+
+    def _end_token_ids(self, params: SamplingParams) -> frozenset[int]:
+        vocab_size = self._model.architecture.vocab_size
+        named = [*params.stop_token_ids, *(token_id for token_id, _ in params.logit_bias)]
+        if any(token_id >= vocab_size for token_id in named):
+            raise UsageError(
+                f"token {max(named)} is outside the vocabulary of {vocab_size}",
+                hint="look at stop_token_ids and logit_bias",
+            )
+        return frozenset(() if params.ignore_eos else self._model.architecture.eos_token_ids)
+
+    def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """The token sequences of each bad word, at the start of a text and after a space."""
+        forms = [form for word in params.bad_words for form in (word, " " + word.lstrip())]
+        return tuple(dict.fromkeys(tuple(self.tokenizer.encode(form)) for form in forms))
+
+    def _text_bytes(self, token_id: int) -> bytes:
+        """The bytes of a token as text; a control token stands for none, as in `Tokenizer.decode`."""
+        return b"" if self.tokenizer.is_special(token_id) else self.tokenizer.token_bytes(token_id)
+
+
+def _seed(seed: int, index: int) -> int:
+    """The seed of one completion of a request: the first has the request's own."""
+    return (seed + index * 0x9E3779B97F4A7C15) % (1 << 63)
