@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tokenmill.core import UsageError
-from tokenmill.engine.proposers import Draft, DraftRow, SequenceKey
+from tokenmill.engine.proposers import NO_DRAFT, Draft, DraftRow, SequenceKey
 from tokenmill.engine.sampler import SamplingRow, logprobs_of, sample
 from tokenmill.kernels import KV_BLOCK, Executor, I32Array, StepBatch
 from tokenmill.kvcache import BlockPool, BlockTable
@@ -55,7 +55,11 @@ class DraftModel:
         return self._pool.num_in_use
 
     def propose(self, rows: Sequence[DraftRow]) -> list[Draft]:
-        """Draft greedily or with each row's noise. A row that is still behind gets no draft."""
+        """Draft greedily or with each row's noise. A row that is still behind, or wants none, gets none."""
+        drafts = iter(self._propose([row for row in rows if row.max_tokens > 0]))
+        return [next(drafts) if row.max_tokens > 0 else NO_DRAFT for row in rows]
+
+    def _propose(self, rows: Sequence[DraftRow]) -> list[Draft]:
         for row in reversed(rows):
             self._sequences.setdefault(row.key, _Sequence()).begin(row, self._num_wanted(row))
             self._sequences.move_to_end(row.key)

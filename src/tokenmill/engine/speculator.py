@@ -8,10 +8,10 @@ answers are those of plain decoding whatever is guessed.
 """
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from tokenmill.engine.proposers import Draft, DraftRow, Proposer
+from tokenmill.engine.proposers import NO_DRAFT, Draft, DraftRow, Proposer
 from tokenmill.engine.scheduler import Schedule, Scheduler
 from tokenmill.engine.sequence import GenerationState
 from tokenmill.engine.speculation import Offer, SpeculationController, StepLoad
@@ -29,7 +29,7 @@ class _Attached(NamedTuple):
 
 
 class Speculator:
-    """Guesses for one engine. `clock` returns seconds."""
+    """Guesses for one engine. `clock` returns seconds. `num_failures` counts proposals that raised."""
 
     def __init__(self, proposer: Proposer, step_time: StepTimeModel, *, clock: Callable[[], float]) -> None:
         self._proposer = proposer
@@ -37,6 +37,7 @@ class Speculator:
         self._clock = clock
         self._attached: dict[int, _Attached] = {}
         self._propose_s = 0.0
+        self.num_failures = 0
 
     def guess(self, scheduler: Scheduler) -> None:
         """Attach drafts to running sequences, where they are expected to pay."""
@@ -45,12 +46,11 @@ class Speculator:
         running = scheduler.running
         decoding = [s for s in running if isinstance(s, GenerationState) and s.num_pending == 1]
         states = [state for state in decoding if state.can_draft]
-        rows = [row for row in map(self._row, states) if row.max_tokens > 0]
+        # Also those that want nothing now: a proposer learns from what it sees.
+        rows = [self._row(state) for state in states]
         if rows:
             by_key = {state.arrival: state for state in states}
-            offers = [
-                Offer(row.key, draft) for row, draft in zip(rows, self._proposer.propose(rows), strict=True)
-            ]
+            offers = [Offer(row.key, draft) for row, draft in zip(rows, self._propose(rows), strict=True)]
             load = StepLoad(
                 num_rows=min(scheduler.limits.max_rows, sum(state.num_pending for state in running)),
                 num_kv_tokens=sum(state.num_total for state in decoding),
@@ -94,6 +94,14 @@ class Speculator:
         """Drop what is kept of a sequence that ended."""
         self._proposer.forget(state.arrival)
         self._controller.forget(state.arrival)
+
+    def _propose(self, rows: Sequence[DraftRow]) -> list[Draft]:
+        """Drafts; none at all where the proposer fails, since nobody needs them."""
+        try:
+            return self._proposer.propose(rows)
+        except Exception:
+            self.num_failures += 1
+            return [NO_DRAFT] * len(rows)
 
     def _row(self, state: GenerationState) -> DraftRow:
         room = state.max_total - state.num_total - 1
