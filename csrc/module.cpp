@@ -260,7 +260,8 @@ nb::ndarray<nb::numpy, int32_t, nb::ndim<1>> sample(Floats logits, Integers inte
   const mill::Kernels& k = kernels_of(isa);
   require(0 < vocab && vocab <= mill::kMaxVocab, "size of the vocabulary");
   require(integers.shape(1) == kNumIntegers && reals.shape(1) == kNumReals && reals.shape(0) == rows &&
-          (tokens.empty() || tokens.size() == rows) && (masks.empty() || masks.size() == rows), "shape of the tables");
+          (tokens.empty() || tokens.size() == rows) && (masks.empty() || masks.size() == rows),
+          "shape of the tables");
   std::vector<mill::SampleTask> tasks;
   for (size_t r = 0; r < rows; r++)
     tasks.push_back(sample_task(logits, integers.data() + r * kNumIntegers, reals.data() + r * kNumReals,
@@ -284,7 +285,7 @@ nb::ndarray<nb::numpy, int32_t, nb::ndim<2>> top_ids(Floats logits, int num, con
   nb::capsule owner(out, [](void* p) noexcept { delete[] static_cast<int32_t*>(p); });
   {
     nb::gil_scoped_release release;
-    for (size_t r = 0; r < rows && num; r++) k.top_ids(logits.data() + r * vocab, int(vocab), num, out + r * size_t(num));
+    for (size_t r = 0; r < rows; r++) k.top_ids(logits.data() + r * vocab, int(vocab), num, out + r * size_t(num));
   }
   return {out, {rows, size_t(num)}, owner};
 }
