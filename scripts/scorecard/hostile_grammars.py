@@ -246,8 +246,9 @@ def _wrong_types() -> Iterator[tuple[str, Any]]:
         "pattern",
         "maximum",
     )
+    values: tuple[Any, ...] = (None, -1, "x\0", [[]], {"": 1})
     for word in (*words, "minLength", "additionalProperties", "patternProperties", "prefixItems", "format"):
-        for value in (None, -1, "x\0", [[]], {"": 1}):
+        for value in values:
             yield "wrong type", {word: value}
 
 
