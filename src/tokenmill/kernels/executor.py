@@ -19,6 +19,7 @@ from tokenmill.kernels.plan import (
     Linear,
     Norm,
     Op,
+    PackedAdapter,
     Quantize,
     RopeKv,
     StepBatch,
@@ -45,6 +46,7 @@ class NativeExecutor:
         num_blocks: int,
         num_threads: int,
         isa: str,
+        max_adapters: int = 0,
     ) -> None:
         shape = plan.shape
         if shape.head_dim > _MAX_HEAD_DIM:
@@ -65,6 +67,7 @@ class NativeExecutor:
                 max_outs=max_out_rows,
                 num_blocks=num_blocks,
                 max_inputs=max(linear.num_in for linear in plan.linears),
+                max_adapters=max_adapters,
                 hidden=shape.hidden_size,
                 heads=shape.num_heads,
                 kv_heads=shape.num_kv_heads,
@@ -99,6 +102,7 @@ class NativeExecutor:
             batch.block_starts,
             batch.blocks,
             batch.out_rows,
+            batch.adapters,
             first,
             len(self.plan.ops) if last is None else last,
         )
@@ -112,6 +116,19 @@ class NativeExecutor:
         """Copy KV blocks (source, destination) in every layer."""
         for source, target in pairs:
             self._native.copy_block(source, target)
+
+    def set_adapter(self, slot: int, adapter: PackedAdapter | None) -> None:
+        """Fill an adapter slot, or free it. ValueError: no such slot, or not made for this plan."""
+        linears = {} if adapter is None else adapter.linears
+        self._native.set_adapter(
+            slot,
+            list(linears),
+            [each.rank for each in linears.values()],
+            [each.scale for each in linears.values()],
+            [np.ascontiguousarray(each.down) for each in linears.values()],
+            [np.ascontiguousarray(each.up) for each in linears.values()],
+            [np.ascontiguousarray(each.tiles) for each in linears.values()],
+        )
 
     def _add(self, op: Op) -> None:
         native = self._native
@@ -154,11 +171,18 @@ def create_executor(
     num_blocks: int,
     num_threads: int | None = None,
     isa: str | None = None,
+    max_adapters: int = 0,
 ) -> Executor:
     """The fastest executor available here for a plan; `isa` and `num_threads` default to the machine's."""
     isa = isa or choose_isa()
     if isa == NUMPY:
-        return NumpyExecutor(plan, max_rows=max_rows, max_out_rows=max_out_rows, num_blocks=num_blocks)
+        return NumpyExecutor(
+            plan,
+            max_rows=max_rows,
+            max_out_rows=max_out_rows,
+            num_blocks=num_blocks,
+            max_adapters=max_adapters,
+        )
     return NativeExecutor(
         plan,
         max_rows=max_rows,
@@ -166,6 +190,7 @@ def create_executor(
         num_blocks=num_blocks,
         num_threads=num_threads or default_threads(),
         isa=isa,
+        max_adapters=max_adapters,
     )
 
 

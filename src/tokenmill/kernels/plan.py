@@ -39,7 +39,9 @@ __all__ = [
     "LinearKind",
     "Norm",
     "Op",
+    "PackedAdapter",
     "PackedLinear",
+    "PackedLowRank",
     "PlanShape",
     "Quantize",
     "RopeKv",
@@ -90,6 +92,41 @@ class PackedLinear:
     def num_bytes(self) -> int:
         """Bytes that one pass over the matrix reads."""
         return self.data.nbytes + self.scales.nbytes + self.mins.nbytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedLowRank:
+    """What an adapter adds to one linear [N, K], with R ranks in all. `lowrank.py` makes it.
+
+    `down`: bf16 bits [R, K up to 16s]. `up`: bf16 bits [rows, 16 outputs]. `tiles` [N up to 32s / 16, 3]
+    gives for 16 outputs each: the first rank that they add up, the number of ranks, the first row of `up`.
+    """
+
+    scale: float
+    down: npt.NDArray[np.uint16]
+    up: npt.NDArray[np.uint16]
+    tiles: I32Array
+
+    @property
+    def rank(self) -> int:
+        """Ranks of all matrices that are fused into this linear."""
+        return int(self.down.shape[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedAdapter:
+    """An adapter for one plan: what it adds, by the index of the linear among the plan's operations.
+
+    `digest` is the SHA-256 of its content, in hexadecimal digits.
+    """
+
+    digest: str
+    linears: Mapping[int, PackedLowRank]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that one pass over the adapter reads."""
+        return sum(each.down.nbytes + each.up.nbytes for each in self.linears.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +256,8 @@ class StepBatch:
 
     Sequence s owns rows [row_starts[s], row_starts[s+1]) and blocks [block_starts[s],
     block_starts[s+1]) of `blocks`. Each block is (block id, position of its first token, rows in use
-    after this step); attention sees exactly these, never an implied range.
+    after this step); attention sees exactly these, never an implied range. `adapters` has the adapter
+    slot of each sequence, -1 for none; it may be empty where no sequence has one.
     """
 
     tokens: I32Array
@@ -229,6 +267,7 @@ class StepBatch:
     block_starts: I32Array
     blocks: I32Array
     out_rows: I32Array
+    adapters: I32Array = field(default_factory=lambda: np.zeros(0, np.int32))
 
     @property
     def num_rows(self) -> int:
@@ -253,4 +292,8 @@ class Executor(Protocol):
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy KV blocks (source, destination) in every layer."""
+        ...
+
+    def set_adapter(self, slot: int, adapter: PackedAdapter | None) -> None:
+        """Fill an adapter slot, or free it. ValueError: no such slot, or not made for this plan."""
         ...

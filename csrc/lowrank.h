@@ -1,0 +1,71 @@
+// What adapters add to a linear, kept apart from its weights, so that rows of many adapters share a step.
+// The inputs are those that the linear sees, as floats; a product with `down` is summed in 16 lanes and a
+// fixed tree, one with `up` rank by rank: a row's result depends on nothing else in the step.
+#pragma once
+#include "vec.h"
+
+namespace mill::MILL_ISA {
+
+MILL_INLINE vf widen(const uint16_t* bf16) { return from_bf16(load<vh>(bf16)); }
+
+// The quantised inputs of a row as floats.
+static void dequantize(const Act& act, ActKind kind, int row, int k, float* x) {
+  const float* scale = act.scale + (kind == ActKind::int8_groups ? size_t(row) * act.lines * 2 : row);
+  for (int i = 0; i < k; i += 16) {
+    if (kind == ActKind::bf16) {
+      store(x + i, widen((const uint16_t*)act.line(row, i / 32) + i % 32));
+    } else {
+      const vb q = load<vb>(act.line(row, i / 64) + i % 64);
+      store(x + i, __builtin_convertvector(q, vf) * splat(scale[kind == ActKind::int8 ? 0 : i / kGroup]));
+    }
+  }
+}
+
+// R rows, whose inputs lie in t.x, by N ranks.
+template <int R, int N> static void shrink_block(const ShrinkTask& t, const int32_t* rows, int rank) {
+  const size_t width = size_t(t.k + 15) / 16 * 16;
+  const uint16_t* down = t.w->down + rank * width;
+  vf acc[R][N] = {};
+  for (size_t i = 0; i < width; i += 16) {
+    vf w[N];
+    for (int n = 0; n < N; n++) w[n] = widen(down + n * width + i);
+    for (int r = 0; r < R; r++) {
+      const vf x = load<vf>(t.x + r * width + i);
+      for (int n = 0; n < N; n++) acc[r][n] = acc[r][n] + w[n] * x;
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int n = 0; n < N; n++) t.low[size_t(rows[r]) * t.ld_low + rank + n] = t.w->scale * sum16(acc[r][n]);
+}
+
+template <int R> static void shrink_rows(const ShrinkTask& t, const int32_t* rows) {
+  const size_t width = size_t(t.k + 15) / 16 * 16;
+  for (int r = 0; r < R; r++) dequantize(*t.act, t.kind, rows[r], t.k, t.x + r * width);
+  int rank = t.begin;
+  for (; rank + 4 <= t.end; rank += 4) shrink_block<R, 4>(t, rows, rank);
+  for (; rank < t.end; rank++) shrink_block<R, 1>(t, rows, rank);
+}
+
+static void shrink(const ShrinkTask& t) {
+  int i = 0;
+  for (; i + 4 <= t.count; i += 4) shrink_rows<4>(t, t.rows + i);
+  for (; i < t.count; i++) shrink_rows<1>(t, t.rows + i);
+}
+
+MILL_INLINE vf expand(const LowRank& w, const float* low, int tile) {
+  const LowRankTile& at = w.tiles[tile];
+  const uint16_t* up = w.up + size_t(at.row) * kTileN;
+  vf sum{};
+  for (int i = 0; i < at.count; i++) sum = sum + splat(low[at.first + i]) * widen(up + i * kTileN);
+  return sum;
+}
+
+// Out of line: the products of rows without adapters stay as small as they were.
+__attribute__((noinline)) static void add_low_rank(const LinearTask& t, int row, int pair, vf* y) {
+  const LowRank& w = t.low_ranks[t.slots[row]];
+  if (w.rank == 0) return;
+  const float* low = t.low + size_t(row) * t.ld_low;
+  for (int h = 0; h < 2; h++) y[h] = y[h] + expand(w, low, pair * 2 + h);
+}
+
+}  // namespace mill::MILL_ISA
