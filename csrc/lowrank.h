@@ -1,6 +1,6 @@
 // What adapters add to a linear, kept apart from its weights, so that rows of many adapters share a step.
-// The inputs are those that the linear sees, as floats; a product with `down` is summed in 16 lanes and a
-// fixed tree, one with `up` rank by rank: a row's result depends on nothing else in the step.
+// The inputs are those that the linear sees, rounded to bf16; a product with `down` is summed in 16 lanes and
+// a fixed tree, one with `up` rank by rank: a row's result depends on nothing else in the step.
 #pragma once
 #include "vec.h"
 
@@ -8,7 +8,7 @@ namespace mill::MILL_ISA {
 
 MILL_INLINE vf widen(const uint16_t* bf16) { return from_bf16(load<vh>(bf16)); }
 
-// The quantised inputs of a row as floats.
+// The quantised inputs of a row as bf16 values.
 static void dequantize(const Act& act, ActKind kind, int row, int k, float* x) {
   const float* scale = act.scale + (kind == ActKind::int8_groups ? size_t(row) * act.lines * 2 : row);
   for (int i = 0; i < k; i += 16) {
@@ -16,7 +16,8 @@ static void dequantize(const Act& act, ActKind kind, int row, int k, float* x) {
       store(x + i, widen((const uint16_t*)act.line(row, i / 32) + i % 32));
     } else {
       const vb q = load<vb>(act.line(row, i / 64) + i % 64);
-      store(x + i, __builtin_convertvector(q, vf) * splat(scale[kind == ActKind::int8 ? 0 : i / kGroup]));
+      const vf value = __builtin_convertvector(q, vf) * splat(scale[kind == ActKind::int8 ? 0 : i / kGroup]);
+      store(x + i, from_bf16(to_bf16(value)));
     }
   }
 }
@@ -31,11 +32,12 @@ template <int R, int N> static void shrink_block(const ShrinkTask& t, const int3
     for (int n = 0; n < N; n++) w[n] = widen(down + n * width + i);
     for (int r = 0; r < R; r++) {
       const vf x = load<vf>(t.x + r * width + i);
-      for (int n = 0; n < N; n++) acc[r][n] = acc[r][n] + w[n] * x;
+      for (int n = 0; n < N; n++) acc[r][n] = madd_exact(w[n], x, acc[r][n]);
     }
   }
   for (int r = 0; r < R; r++)
-    for (int n = 0; n < N; n++) t.low[size_t(rows[r]) * t.ld_low + rank + n] = t.w->scale * sum16(acc[r][n]);
+    for (int n = 0; n < N; n++)
+      t.low[size_t(rows[r]) * t.ld_low + rank + n] = from_bf16(to_bf16(t.w->scale * sum16(acc[r][n])));
 }
 
 template <int R> static void shrink_rows(const ShrinkTask& t, const int32_t* rows) {
@@ -52,20 +54,20 @@ static void shrink(const ShrinkTask& t) {
   for (; i < t.count; i++) shrink_rows<1>(t, t.rows + i);
 }
 
-MILL_INLINE vf expand(const LowRank& w, const float* low, int tile) {
-  const LowRankTile& at = w.tiles[tile];
-  const uint16_t* up = w.up + size_t(at.row) * kTileN;
-  vf sum{};
-  for (int i = 0; i < at.count; i++) sum = sum + splat(low[at.first + i]) * widen(up + i * kTileN);
-  return sum;
-}
-
 // Out of line: the products of rows without adapters stay as small as they were.
 __attribute__((noinline)) static void add_low_rank(const LinearTask& t, int row, int pair, vf* y) {
   const LowRank& w = t.low_ranks[t.slots[row]];
   if (w.rank == 0) return;
-  const float* low = t.low + size_t(row) * t.ld_low;
-  for (int h = 0; h < 2; h++) y[h] = y[h] + expand(w, low, pair * 2 + h);
+  const LowRankPair& at = w.pairs[pair];
+  const uint16_t* up = w.up + size_t(at.row) * 2 * kTileN;
+  const float *low0 = t.low + size_t(row) * t.ld_low + at.first[0], *low1 = low0 - at.first[0] + at.first[1];
+  vf sum0{}, sum1{};
+  for (int i = 0; i < at.count; i++) {
+    const vu weights = load<vu>(up + i * 2 * kTileN);
+    sum0 = madd_exact(even_bf16(weights), splat(low0[i]), sum0);
+    sum1 = madd_exact(odd_bf16(weights), splat(low1[i]), sum1);
+  }
+  y[0] = y[0] + sum0, y[1] = y[1] + sum1;
 }
 
 }  // namespace mill::MILL_ISA

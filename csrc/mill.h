@@ -53,19 +53,20 @@ struct LinearWeight {
   const uint16_t* mins;    // float16, as scales; null when symmetric
 };
 
-// Which ranks an output tile adds up: [first, first + count), their weights in rows [row, row + count) of `up`.
-struct LowRankTile { int32_t first, count, row; };
+// Which ranks the tiles of a pair add up: [first[h], first[h] + count), weights in rows [row, row + count) of `up`.
+struct LowRankPair { int32_t first[2], count, row; };
 
-// What one adapter adds to one linear: y += up . (scale * (down . x)) (LoRA, Hu et al. 2021).
+// What one adapter adds to one linear: y += up . (scale * (down . x)) (LoRA, Hu et al. 2021). Everything that is
+// multiplied is bf16, so that products are exact.
 struct LowRank {
   int rank = 0;                        // 0: nothing is added
   float scale = 0;
   const uint16_t* down = nullptr;      // bf16 [rank][K up to 16s]
-  const uint16_t* up = nullptr;        // bf16 [rows][16 outputs]
-  const LowRankTile* tiles = nullptr;  // [tiles up to pairs]
+  const uint16_t* up = nullptr;        // bf16 [rows][16 outputs][2 tiles]
+  const LowRankPair* pairs = nullptr;
 };
 
-// The first half of that, for rows that share an adapter: low = scale * (down . x) for ranks [begin, end).
+// The first half of that, for rows that share an adapter: low = scale * (down . x) for ranks [begin, end), in bf16.
 struct ShrinkTask {
   const LowRank* w;
   const Act* act;

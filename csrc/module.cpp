@@ -70,15 +70,18 @@ void check_sizes(const mill::LinearWeight& w, size_t data, size_t scales, size_t
 
 // The arrays of an adapter's part of a linear (lowrank.py has the layout).
 mill::LowRank low_rank(const mill::LinearWeight& w, int rank, float scale, const Bytes& down, const Bytes& up,
-                       const Bytes& tiles) {
-  const size_t width = round_up(w.k, 16), num_tiles = round_up(w.n, 32) / 16, rows = up.nbytes() / 32;
+                       const Bytes& pairs) {
+  const size_t width = round_up(w.k, 16), num_pairs = round_up(w.n, 32) / 32, rows = up.nbytes() / 64;
   require(rank > 0 && down.nbytes() == rank * width * 2, "size of an adapter's inner matrix");
-  require(up.nbytes() == rows * 32 && tiles.nbytes() == num_tiles * sizeof(mill::LowRankTile),
+  require(up.nbytes() == rows * 64 && pairs.nbytes() == num_pairs * sizeof(mill::LowRankPair),
           "size of an adapter's outer matrix");
-  const auto* at = (const mill::LowRankTile*)tiles.data();
-  for (size_t i = 0; i < num_tiles; i++)
-    require(at[i].first >= 0 && at[i].count >= 0 && at[i].row >= 0 && int64_t(at[i].first) + at[i].count <= rank &&
-            size_t(at[i].row) + at[i].count <= rows, "ranks of an adapter's tile");
+  const auto* at = (const mill::LowRankPair*)pairs.data();
+  for (size_t i = 0; i < num_pairs; i++) {
+    require(at[i].count >= 0 && at[i].row >= 0 && size_t(at[i].row) + at[i].count <= rows,
+            "rows of an adapter's pair of tiles");
+    for (int first : at[i].first)
+      require(first >= 0 && int64_t(first) + at[i].count <= rank, "ranks of an adapter's pair of tiles");
+  }
   return {rank, scale, (const uint16_t*)down.data(), (const uint16_t*)up.data(), at};
 }
 
@@ -141,17 +144,17 @@ class NativePlan {
 
   // One entry an operation in `ops`; none frees the slot. Nothing is changed if anything is wrong.
   void set_adapter(int slot, std::vector<int> ops, std::vector<int> ranks, std::vector<float> scales,
-                   std::vector<Bytes> downs, std::vector<Bytes> ups, std::vector<Bytes> tiles) {
+                   std::vector<Bytes> downs, std::vector<Bytes> ups, std::vector<Bytes> pairs) {
     std::vector<mill::LowRank> by_op(ops.empty() ? 0 : plan_.num_ops());
     for (size_t i = 0; i < ops.size(); i++) {
       require(ops[i] >= 0 && ops[i] < plan_.num_ops() && plan_.op(ops[i]).kind == mill::OpKind::linear,
               "an adapter for something else than a linear");
-      by_op[ops[i]] = low_rank(plan_.op(ops[i]).linear, ranks.at(i), scales.at(i), downs.at(i), ups.at(i), tiles.at(i));
+      by_op[ops[i]] = low_rank(plan_.op(ops[i]).linear, ranks.at(i), scales.at(i), downs.at(i), ups.at(i), pairs.at(i));
     }
     plan_.set_adapter(slot, std::move(by_op));
     std::vector<Bytes>& kept = adapter_arrays_[slot];
     kept.clear();
-    for (const auto* arrays : {&downs, &ups, &tiles}) kept.insert(kept.end(), arrays->begin(), arrays->end());
+    for (const auto* arrays : {&downs, &ups, &pairs}) kept.insert(kept.end(), arrays->begin(), arrays->end());
   }
 
   void run(Ints tokens, Ints positions, Ints kv_slots, Ints row_starts, Ints block_starts, Ints blocks,
@@ -247,7 +250,7 @@ NB_MODULE(_native, m) {
       .def("add_attend", &NativePlan::add_attend, "layer"_a)
       .def("add_select", &NativePlan::add_select)
       .def("set_adapter", &NativePlan::set_adapter, "slot"_a, "ops"_a, "ranks"_a, "scales"_a, "downs"_a, "ups"_a,
-           "tiles"_a)
+           "pairs"_a)
       .def("run", &NativePlan::run, nb::arg("tokens").noconvert(), nb::arg("positions").noconvert(), nb::arg("kv_slots").noconvert(), nb::arg("row_starts").noconvert(), nb::arg("block_starts").noconvert(),
            nb::arg("blocks").noconvert(), nb::arg("out_rows").noconvert(),
            nb::arg("adapters").noconvert(), "first"_a, "last"_a)

@@ -127,7 +127,7 @@ class NativeExecutor:
             [each.scale for each in linears.values()],
             [np.ascontiguousarray(each.down) for each in linears.values()],
             [np.ascontiguousarray(each.up) for each in linears.values()],
-            [np.ascontiguousarray(each.tiles) for each in linears.values()],
+            [np.ascontiguousarray(each.pairs) for each in linears.values()],
         )
 
     def _add(self, op: Op) -> None:

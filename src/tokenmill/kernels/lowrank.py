@@ -1,9 +1,10 @@
 """What an adapter adds to a linear: packed for the kernels, and its arithmetic in numpy.
 
 An adapter stays apart from the weights, y += up @ (scale * (down @ x)) (LoRA, Hu et al. 2021), so that rows
-of many adapters and of none share one step. x are the inputs as the linear sees them, rounded to its format.
-Matrices that are fused into one linear have ranks of their own; a tile of 16 outputs names the ranks that
-it adds up, so nothing is multiplied by zeros. Reading adapters from disk is in `models/adapter.py`.
+of many adapters and of none share one step. x are the inputs as the linear sees them; whatever is multiplied
+is rounded to bf16, so that products are exact. Matrices that are fused into one linear have ranks of their
+own: a pair of tiles of 16 outputs names the ranks that it adds up, so little is multiplied by zeros. Reading
+adapters from disk is in `models/adapter.py`.
 
 Shape legend: K and N inputs and outputs of a linear, R ranks (of all its matrices), r ranks of one matrix.
 """
@@ -44,18 +45,23 @@ def pack_low_rank(parts: Sequence[LowRankPart], linear: PackedLinear, scale: flo
         up_NR[part.outputs, ranks] = part.up
         is_used_NR[part.outputs, ranks] = True
         first = ranks.stop
-    tiles: list[tuple[int, int, int]] = []
-    rows: list[F32Array] = []
-    for tile in range(0, len(up_NR), _TILE):
-        used = np.flatnonzero(is_used_NR[tile : tile + _TILE].any(axis=0))
-        start, stop = (int(used[0]), int(used[-1]) + 1) if used.size else (0, 0)
-        tiles.append((start, stop - start, sum(map(len, rows))))
-        rows.append(up_NR[tile : tile + _TILE, start:stop].T)
+    pairs: list[tuple[int, int, int, int]] = []
+    rows: list[F32Array] = [np.zeros((0, _TILE, 2), np.float32)]
+    num_rows = 0
+    for tile in range(0, len(up_NR), 2 * _TILE):
+        halves = [slice(tile, tile + _TILE), slice(tile + _TILE, tile + 2 * _TILE)]
+        spans = [_span(is_used_NR[half]) for half in halves]
+        count = max(stop - start for start, stop in spans)
+        first, second = (min(start, rank - count) for start, _ in spans)
+        columns = [up_NR[half, at : at + count].T for half, at in zip(halves, (first, second), strict=True)]
+        pairs.append((first, second, count, num_rows))
+        rows.append(np.stack(columns, axis=2))
+        num_rows += count
     return PackedLowRank(
         scale=scale,
         down=bf16_bits(down_RK),
         up=bf16_bits(np.concatenate(rows)),
-        tiles=np.array(tiles, np.int32),
+        pairs=np.array(pairs, np.int32),
     )
 
 
@@ -64,16 +70,17 @@ def low_rank_delta(low_rank: PackedLowRank, linear: PackedLinear, x_TK: F32Array
 
     `down` is summed in 16 lanes and a fixed tree, `up` rank by rank.
     """
-    seen_TK = _seen_inputs(linear, x_TK)
+    seen_TK = bf16_values(bf16_bits(_seen_inputs(linear, x_TK)))
     down_RK = bf16_values(low_rank.down)[:, : linear.num_in]
-    sums = [sum_lanes(seen_TK * down_K) for down_K in down_RK]
-    low_TR = np.float32(low_rank.scale) * np.stack(sums, axis=1)
-    delta_TN = np.zeros((len(x_TK), len(low_rank.tiles) * _TILE), np.float32)
-    for i, (first, count, row) in enumerate(low_rank.tiles.tolist()):
-        outputs = delta_TN[:, i * _TILE : (i + 1) * _TILE]
+    sums_TR = np.stack([sum_lanes(seen_TK * down_K) for down_K in down_RK], axis=1)
+    low_TR = bf16_values(bf16_bits(np.float32(low_rank.scale) * sums_TR))
+    up = bf16_values(low_rank.up)
+    delta_TN = np.zeros((len(x_TK), len(low_rank.pairs), 2, _TILE), np.float32)
+    for i, (first, second, count, row) in enumerate(low_rank.pairs.tolist()):
         for r in range(count):
-            outputs += low_TR[:, first + r, None] * bf16_values(low_rank.up[row + r])
-    return delta_TN[:, : linear.num_out]
+            delta_TN[:, i, 0] += low_TR[:, first + r, None] * up[row + r, :, 0]
+            delta_TN[:, i, 1] += low_TR[:, second + r, None] * up[row + r, :, 1]
+    return delta_TN.reshape(len(x_TK), -1)[:, : linear.num_out]
 
 
 def _seen_inputs(linear: PackedLinear, x_TK: F32Array) -> F32Array:
@@ -83,6 +90,12 @@ def _seen_inputs(linear: PackedLinear, x_TK: F32Array) -> F32Array:
     group = ACT_GROUP if linear.act_format == "int8_groups" else x_TK.shape[1]
     parts = [quantize_rows(x_TK[:, k : k + group]) for k in range(0, x_TK.shape[1], group)]
     return np.concatenate([q.astype(np.float32) * scale_T[:, None] for q, scale_T in parts], axis=1)
+
+
+def _span(is_used_NR: npt.NDArray[np.bool_]) -> tuple[int, int]:
+    """First rank that some outputs use, and the one after the last."""
+    used = np.flatnonzero(is_used_NR.any(axis=0))
+    return (int(used[0]), int(used[-1]) + 1) if used.size else (0, 0)
 
 
 def _round_up(count: int, to: int) -> int:

@@ -98,14 +98,15 @@ class PackedLinear:
 class PackedLowRank:
     """What an adapter adds to one linear [N, K], with R ranks in all. `lowrank.py` makes it.
 
-    `down`: bf16 bits [R, K up to 16s]. `up`: bf16 bits [rows, 16 outputs]. `tiles` [N up to 32s / 16, 3]
-    gives for 16 outputs each: the first rank that they add up, the number of ranks, the first row of `up`.
+    `down`: bf16 bits [R, K up to 16s]. `up`: bf16 bits [rows, 16, 2], for pairs of tiles of 16 outputs.
+    `pairs` [pairs, 4] gives for each the first rank of either tile, their number of ranks, and the row of
+    `up` that belongs to the first.
     """
 
     scale: float
     down: npt.NDArray[np.uint16]
     up: npt.NDArray[np.uint16]
-    tiles: I32Array
+    pairs: I32Array
 
     @property
     def rank(self) -> int:
