@@ -6,46 +6,50 @@
 
 namespace mill::MILL_ISA {
 
-MILL_INLINE vf widen(const uint16_t* bf16) { return from_bf16(load<vh>(bf16)); }
-
 // The quantised inputs of a row as bf16 values.
 static void dequantize(const Act& act, ActKind kind, int row, int k, float* x) {
   const float* scale = act.scale + (kind == ActKind::int8_groups ? size_t(row) * act.lines * 2 : row);
   for (int i = 0; i < k; i += 16) {
     if (kind == ActKind::bf16) {
-      store(x + i, widen((const uint16_t*)act.line(row, i / 32) + i % 32));
+      store(x + i, from_bf16(load<vh>((const uint16_t*)act.line(row, i / 32) + i % 32)));
     } else {
       const vb q = load<vb>(act.line(row, i / 64) + i % 64);
-      const vf value = __builtin_convertvector(q, vf) * splat(scale[kind == ActKind::int8 ? 0 : i / kGroup]);
+      // By way of integers: gcc converts bytes to floats one by one.
+      const vf wide = __builtin_convertvector(__builtin_convertvector(q, vi), vf);
+      const vf value = wide * splat(scale[kind == ActKind::int8 ? 0 : i / kGroup]);
       store(x + i, from_bf16(to_bf16(value)));
     }
   }
 }
 
-// R rows, whose inputs lie in t.x, by N ranks.
-template <int R, int N> static void shrink_block(const ShrinkTask& t, const int32_t* rows, int rank) {
+// R rows, whose inputs lie in t.x, by N pairs of ranks.
+template <int R, int N> static void shrink_block(const ShrinkTask& t, const int32_t* rows, int pair) {
   const size_t width = size_t(t.k + 15) / 16 * 16;
-  const uint16_t* down = t.w->down + rank * width;
-  vf acc[R][N] = {};
+  const uint16_t* down = t.w->down + pair * width * 2;
+  vf acc[R][N][2] = {};
   for (size_t i = 0; i < width; i += 16) {
-    vf w[N];
-    for (int n = 0; n < N; n++) w[n] = widen(down + n * width + i);
+    vu w[N];
+    for (int n = 0; n < N; n++) w[n] = load<vu>(down + (n * width + i) * 2);
     for (int r = 0; r < R; r++) {
       const vf x = load<vf>(t.x + r * width + i);
-      for (int n = 0; n < N; n++) acc[r][n] = madd_exact(w[n], x, acc[r][n]);
+      for (int n = 0; n < N; n++) {
+        acc[r][n][0] = madd_exact(even_bf16(w[n]), x, acc[r][n][0]);
+        acc[r][n][1] = madd_exact(odd_bf16(w[n]), x, acc[r][n][1]);
+      }
     }
   }
-  for (int r = 0; r < R; r++)
-    for (int n = 0; n < N; n++)
-      t.low[size_t(rows[r]) * t.ld_low + rank + n] = from_bf16(to_bf16(t.w->scale * sum16(acc[r][n])));
+  for (int r = 0; r < R; r++) {
+    float* low = t.low + size_t(rows[r]) * t.ld_low + pair * 2;
+    for (int n = 0; n < N * 2; n++) low[n] = from_bf16(to_bf16(t.w->scale * sum16(acc[r][n / 2][n % 2])));
+  }
 }
 
 template <int R> static void shrink_rows(const ShrinkTask& t, const int32_t* rows) {
   const size_t width = size_t(t.k + 15) / 16 * 16;
   for (int r = 0; r < R; r++) dequantize(*t.act, t.kind, rows[r], t.k, t.x + r * width);
-  int rank = t.begin;
-  for (; rank + 4 <= t.end; rank += 4) shrink_block<R, 4>(t, rows, rank);
-  for (; rank < t.end; rank++) shrink_block<R, 1>(t, rows, rank);
+  int pair = t.begin;
+  for (; pair + 2 <= t.end; pair += 2) shrink_block<R, 2>(t, rows, pair);
+  for (; pair < t.end; pair++) shrink_block<R, 1>(t, rows, pair);
 }
 
 static void shrink(const ShrinkTask& t) {

@@ -59,14 +59,15 @@ struct LowRankPair { int32_t first[2], count, row; };
 // What one adapter adds to one linear: y += up . (scale * (down . x)) (LoRA, Hu et al. 2021). Everything that is
 // multiplied is bf16, so that products are exact.
 struct LowRank {
-  int rank = 0;                        // 0: nothing is added
+  int rank = 0;                        // even; 0: nothing is added
   float scale = 0;
-  const uint16_t* down = nullptr;      // bf16 [rank][K up to 16s]
+  const uint16_t* down = nullptr;      // bf16 [rank / 2][K up to 16s][2 ranks]
   const uint16_t* up = nullptr;        // bf16 [rows][16 outputs][2 tiles]
   const LowRankPair* pairs = nullptr;
 };
 
-// The first half of that, for rows that share an adapter: low = scale * (down . x) for ranks [begin, end), in bf16.
+// The first half of that, for rows that share an adapter: low = scale * (down . x), in bf16, for pairs of ranks
+// [begin, end).
 struct ShrinkTask {
   const LowRank* w;
   const Act* act;

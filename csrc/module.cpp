@@ -72,7 +72,7 @@ void check_sizes(const mill::LinearWeight& w, size_t data, size_t scales, size_t
 mill::LowRank low_rank(const mill::LinearWeight& w, int rank, float scale, const Bytes& down, const Bytes& up,
                        const Bytes& pairs) {
   const size_t width = round_up(w.k, 16), num_pairs = round_up(w.n, 32) / 32, rows = up.nbytes() / 64;
-  require(rank > 0 && down.nbytes() == rank * width * 2, "size of an adapter's inner matrix");
+  require(rank > 0 && rank % 2 == 0 && down.nbytes() == rank * width * 2, "size of an adapter's inner matrix");
   require(up.nbytes() == rows * 64 && pairs.nbytes() == num_pairs * sizeof(mill::LowRankPair),
           "size of an adapter's outer matrix");
   const auto* at = (const mill::LowRankPair*)pairs.data();

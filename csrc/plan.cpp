@@ -274,10 +274,10 @@ bool Plan::has_low_ranks(const Op& op) const {
 void Plan::shrink(const Op& op, const Act& act, int thread) {
   for (const AdapterRows& rows : adapter_groups_) {
     const LowRank& w = low_ranks_[op.index][rows.slot];
-    const Range ranks = part(w.rank, thread, pool_.size());
-    if (ranks.begin < ranks.end)
+    const Range pairs = part(w.rank / 2, thread, pool_.size());
+    if (pairs.begin < pairs.end)
       kernels_.shrink({&w, &act, act_of(op.linear.kind), op.linear.k, &adapter_rows_[rows.first], rows.count,
-                       ranks.begin, ranks.end, threads_[thread].inputs.get(), low_.get(), ld_low_});
+                       pairs.begin, pairs.end, threads_[thread].inputs.get(), low_.get(), ld_low_});
   }
 }
 

@@ -182,8 +182,8 @@ def test_adapters_are_one_a_sequence() -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"down": np.zeros((4, 95), np.uint16)},
-        {"down": np.zeros((3, 96), np.uint16)},
+        {"down": np.zeros((6, 95, 2), np.uint16)},
+        {"down": np.zeros((5, 96, 2), np.uint16)},
         {"up": np.zeros((1, 16, 2), np.uint16)},
         {"pairs": np.zeros((2, 4), np.int32)},
         {"pairs": np.tile(np.array([0, -1, 1, 0], np.int32), (5, 1))},

@@ -34,7 +34,7 @@ class LowRankPart:
 
 def pack_low_rank(parts: Sequence[LowRankPart], linear: PackedLinear, scale: float) -> PackedLowRank:
     """Pack the additions to disjoint outputs of one linear; the factors are rounded to bf16."""
-    rank = sum(len(part.down) for part in parts)
+    rank = _round_up(sum(len(part.down) for part in parts), 2)
     down_RK = np.zeros((rank, _round_up(linear.num_in, _TILE)), np.float32)
     up_NR = np.zeros((_round_up(linear.num_out, 2 * _TILE), rank), np.float32)
     is_used_NR = np.zeros(up_NR.shape, np.bool_)
@@ -59,7 +59,7 @@ def pack_low_rank(parts: Sequence[LowRankPart], linear: PackedLinear, scale: flo
         num_rows += count
     return PackedLowRank(
         scale=scale,
-        down=bf16_bits(down_RK),
+        down=bf16_bits(down_RK.reshape(rank // 2, 2, -1).transpose(0, 2, 1)),
         up=bf16_bits(np.concatenate(rows)),
         pairs=np.array(pairs, np.int32),
     )
@@ -71,7 +71,7 @@ def low_rank_delta(low_rank: PackedLowRank, linear: PackedLinear, x_TK: F32Array
     `down` is summed in 16 lanes and a fixed tree, `up` rank by rank.
     """
     seen_TK = bf16_values(bf16_bits(_seen_inputs(linear, x_TK)))
-    down_RK = bf16_values(low_rank.down)[:, : linear.num_in]
+    down_RK = bf16_values(low_rank.down).transpose(0, 2, 1).reshape(low_rank.rank, -1)[:, : linear.num_in]
     sums_TR = np.stack([sum_lanes(seen_TK * down_K) for down_K in down_RK], axis=1)
     low_TR = bf16_values(bf16_bits(np.float32(low_rank.scale) * sums_TR))
     up = bf16_values(low_rank.up)

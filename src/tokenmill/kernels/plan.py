@@ -96,9 +96,9 @@ class PackedLinear:
 
 @dataclass(frozen=True, kw_only=True)
 class PackedLowRank:
-    """What an adapter adds to one linear [N, K], with R ranks in all. `lowrank.py` makes it.
+    """What an adapter adds to one linear [N, K], with R ranks in all, an even number. `lowrank.py` makes it.
 
-    `down`: bf16 bits [R, K up to 16s]. `up`: bf16 bits [rows, 16, 2], for pairs of tiles of 16 outputs.
+    `down`: bf16 bits [R/2, K up to 16s, 2]. `up`: bf16 bits [rows, 16, 2], for pairs of tiles of 16 outputs.
     `pairs` [pairs, 4] gives for each the first rank of either tile, their number of ranks, and the row of
     `up` that belongs to the first.
     """
@@ -110,8 +110,8 @@ class PackedLowRank:
 
     @property
     def rank(self) -> int:
-        """Ranks of all matrices that are fused into this linear."""
-        return int(self.down.shape[0])
+        """Ranks of all matrices that are fused into this linear, rounded up to an even number."""
+        return 2 * len(self.down)
 
 
 @dataclass(frozen=True, kw_only=True)
