@@ -21,6 +21,7 @@ from tokenmill.kernels import (
     Executor,
     F32Array,
     NumpyExecutor,
+    PackedAdapter,
     StepBatch,
     StepPlan,
     available_isas,
@@ -63,6 +64,9 @@ class Watched:
 
     def block(self, index: int) -> npt.NDArray[np.uint8]:
         return self._executor.block(index)
+
+    def set_adapter(self, slot: int, adapter: PackedAdapter | None) -> None:
+        self._executor.set_adapter(slot, adapter)
 
 
 def executor(

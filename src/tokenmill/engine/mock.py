@@ -35,6 +35,7 @@ from tokenmill.kernels import (
     BufferName,
     F32Array,
     KvDtype,
+    PackedAdapter,
     PlanShape,
     Select,
     StepBatch,
@@ -180,6 +181,10 @@ class MockExecutor:
         """The bytes of one block, a live view: to move it out of the cache and back."""
         block: npt.NDArray[np.uint8] = self._kv[index].reshape(-1).view(np.uint8)
         return block
+
+    def set_adapter(self, slot: int, adapter: PackedAdapter | None) -> None:
+        """Raises ValueError: the mock has no slots."""
+        raise ValueError("adapter slot out of range")
 
     def _store(self, batch: StepBatch) -> None:
         assert 0 < batch.num_rows <= self.max_rows, f"{batch.num_rows} rows"

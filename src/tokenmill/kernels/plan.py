@@ -41,7 +41,9 @@ __all__ = [
     "LinearKind",
     "Norm",
     "Op",
+    "PackedAdapter",
     "PackedLinear",
+    "PackedLowRank",
     "PlanShape",
     "Quantize",
     "RopeKv",
@@ -98,6 +100,42 @@ class PackedLinear:
     def num_bytes(self) -> int:
         """Bytes that one pass over the matrix reads."""
         return self.data.nbytes + self.scales.nbytes + self.mins.nbytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedLowRank:
+    """What an adapter adds to one linear [N, K], with R ranks in all, an even number. `lowrank.py` makes it.
+
+    `down`: bf16 bits [R/2, K up to 16s, 2]. `up`: bf16 bits [rows, 16, 2], for pairs of tiles of 16 outputs.
+    `pairs` [pairs, 4] gives for each the first rank of either tile, their number of ranks, and the row of
+    `up` that belongs to the first.
+    """
+
+    scale: float
+    down: npt.NDArray[np.uint16]
+    up: npt.NDArray[np.uint16]
+    pairs: I32Array
+
+    @property
+    def rank(self) -> int:
+        """Ranks of all matrices that are fused into this linear, rounded up to an even number."""
+        return 2 * len(self.down)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedAdapter:
+    """An adapter for one plan: what it adds, by the index of the linear among the plan's operations.
+
+    `digest` is the SHA-256 of its content, in hexadecimal digits.
+    """
+
+    digest: str
+    linears: Mapping[int, PackedLowRank]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that one pass over the adapter reads."""
+        return sum(each.down.nbytes + each.up.nbytes for each in self.linears.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +268,8 @@ class StepBatch:
 
     Sequence s owns rows [row_starts[s], row_starts[s+1]) and blocks [block_starts[s],
     block_starts[s+1]) of `blocks`. Each block is (block id, position of its first token, rows in use
-    after this step); attention sees exactly these, never an implied range.
+    after this step); attention sees exactly these, never an implied range. `adapters` has the adapter
+    slot of each sequence, -1 for none; it may be empty where no sequence has one.
     """
 
     tokens: I32Array
@@ -240,6 +279,7 @@ class StepBatch:
     block_starts: I32Array
     blocks: I32Array
     out_rows: I32Array
+    adapters: I32Array = field(default_factory=lambda: np.zeros(0, np.int32))
 
     @property
     def num_rows(self) -> int:
@@ -283,4 +323,8 @@ class Executor(Protocol):
         Bytes copied from it mean the same in any block of this executor. Raises ValueError if there is no
         such block.
         """
+        ...
+
+    def set_adapter(self, slot: int, adapter: PackedAdapter | None) -> None:
+        """Fill an adapter slot, or free it. ValueError: no such slot, or not made for this plan."""
         ...

@@ -19,7 +19,7 @@ from tokenmill.models.packed import PackedModel, read_packed, write_packed
 
 __all__ = ["create_executor", "forget_packed", "load_packed"]
 
-_LAYOUT_VERSION = 3
+_LAYOUT_VERSION = 4
 """Part of every cache file's name: raise it when packing or smoothing changes."""
 
 
@@ -33,8 +33,12 @@ def create_executor(
     num_threads: int | None = None,
     isa: str | None = None,
     kv_dtype: KvDtype = "bf16",
+    max_adapters: int = 0,
 ) -> Executor:
-    """An executor for a model directory in one weight format, with `num_blocks` KV blocks."""
+    """An executor for a model directory in one weight format.
+
+    `num_blocks` is the size of the KV cache, `max_adapters` the number of adapter slots.
+    """
     plan = compile_plan(directory.architecture, load_packed(directory, weights))
     return create_plan_executor(
         plan,
@@ -44,6 +48,7 @@ def create_executor(
         num_threads=num_threads,
         isa=isa,
         kv_dtype=kv_dtype,
+        max_adapters=max_adapters,
     )
 
 

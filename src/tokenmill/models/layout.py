@@ -44,7 +44,7 @@ def compile_plan(architecture: Architecture, packed: PackedModel) -> StepPlan:
         Quantize(src="y", act=head.act_format),
         Linear(weight=head, dst="logits", rows="L"),
     ]
-    return StepPlan(shape=_plan_shape(architecture), ops=tuple(ops))
+    return StepPlan(shape=_plan_shape(architecture), ops=tuple(ops), smoothing=packed.smoothing)
 
 
 def _block_ops(layer: int, architecture: Architecture, packed: PackedModel) -> list[Op]:
