@@ -57,7 +57,7 @@ SIZES = [
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("sizes", SIZES, ids=["gqa", "mha", "mqa"])
 def test_native_equals_numpy(kind: str, isa: str, sizes: dict[str, int]) -> None:
-    native, twin = executor(1, kind, isa, **sizes), executor(1, kind, "numpy", **sizes)
+    native, twin = (executor(1, kind, each, kv_dtype="bf16", **sizes) for each in (isa, "numpy"))
     vocab = sizes.get("vocab", 203)
     first = make_batch([([t % vocab for t in tokens(2, 45)], 0, [3, 5]), ([7, 8, 9], 0, [1])])
     second = make_batch([([4], 45, [3, 5]), ([t % vocab for t in tokens(3, 20)], 3, [1])], out_rows=[0, 20])

@@ -130,10 +130,11 @@ def test_the_likeliest_tokens_of_the_batch_come_first() -> None:
     assert choose([], load_of(0, num_prompt_rows=9), room=5) == []
 
 
-def test_prompts_beside_them_do_not_make_drafts_look_cheap() -> None:
+def test_prompts_beside_them_make_drafts_look_neither_cheap_nor_dear() -> None:
     offers = [offer(key, 0.12) for key in range(16)]
     assert sum(controller().choose(offers, load_of(16), room=99)) == 0
     assert sum(controller().choose(offers, load_of(16, num_prompt_rows=496), room=99)) == 0
+    assert controller(FREE).choose([offer(0, 0.9)], load_of(1, num_prompt_rows=497), room=99) == [1]
 
 
 def test_each_sequence_is_judged_by_its_own_past() -> None:

@@ -83,6 +83,14 @@ def test_a_match_survives_the_growth_of_the_automaton(text: list[int], query: li
         taken += step
 
 
+def test_a_match_whose_state_was_split_since_is_not_taken_for_a_longer_one() -> None:
+    growing = automaton_of([9, 1, 2])
+    match = growing.after(Match(ROOT, 0), 2)
+    for token in (8, 1, 2, 3):
+        growing.extend(token)
+    assert growing.after(match, 3) == match_of(growing, [2, 3])
+
+
 @settings(max_examples=100, deadline=None)
 @given(text=LONG)
 def test_the_end_is_the_longest_suffix_seen_before(text: list[int]) -> None:

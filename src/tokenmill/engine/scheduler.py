@@ -47,12 +47,14 @@ class StepLimits:
 
 
 class Chunk(NamedTuple):
-    """Rows [start, stop) of one sequence; the last `num_out_rows` of them need logits."""
+    """Rows [start, stop) of one sequence; the last `num_out_rows` of them need logits, and the last
+    `num_drafts` are guesses."""
 
     sequence: SequenceState
     start: int
     stop: int
     num_out_rows: int
+    num_drafts: int = 0
 
     @property
     def num_rows(self) -> int:
@@ -464,7 +466,9 @@ class _Plan:
         """Add rows for drafts to a chunk; each is sampled."""
         chunk = self.chunks[index]
         self.chunks[index] = chunk._replace(
-            stop=chunk.stop + num_drafts, num_out_rows=chunk.num_out_rows + num_drafts
+            stop=chunk.stop + num_drafts,
+            num_out_rows=chunk.num_out_rows + num_drafts,
+            num_drafts=num_drafts,
         )
         self._spend(num_drafts, num_drafts)
 

@@ -11,11 +11,11 @@ Norms, rotation and kernels without tiles cost by the row, logits and sampling b
 attention by the token it reads. The product of rows and context in a long prompt's attention is not
 covered: where it dominates, forgetting follows it.
 
-Learning is least squares on relative errors with exponential forgetting, solved by one round of
-coordinate descent an observation (Hildreth 1957), so no coefficient becomes negative and directions
-without data keep their prior. Errors are clipped at three times their usual size, so a hiccup moves
-nothing. When the usual size grows, old steps are forgotten faster: a lasting change is followed within
-some tens of steps.
+Learning is least squares with exponential forgetting, solved by one round of coordinate descent an
+observation (Hildreth 1957), so no cost becomes negative and directions without data keep their prior.
+Errors are measured in units of the longer of the two times, the expected and the measured one: none is
+above 1, and a hiccup pulls the less the longer it is. When errors are usually large, old steps are
+forgotten faster, so a lasting change is followed within some tens of steps.
 """
 
 from bisect import bisect_right
@@ -29,12 +29,12 @@ ROW_TILE = 16
 # Steps after which an observation weighs half; fewer where the usual relative error is larger than this.
 _HALF_LIFE = 256
 _CALM_ERROR = 0.1
-_CLIP = 3.0
 _ERROR_RATE = 0.05
-_MIN_ERROR = 0.02
 _TINY_S = 1e-9
 _MAX_ROWS = 1 << 16
-# (rows, KV tokens, rows with logits) of the steps that stand for the prior; each weighs as one step.
+# (rows, KV tokens, rows with logits) of the steps that stand for the prior, and how little they weigh:
+# as steps that took so many times as long.
+_DOUBT = 10.0
 _TYPICAL = ((1, 0, 1), (16, 0, 16), (17, 0, 1), (512, 0, 1), (64, 0, 64), (1, 16384, 1))
 
 
@@ -58,10 +58,10 @@ class StepTimeModel:
         size = range(len(self._costs))
         self._gram = [[0.0 for _ in size] for _ in size]
         self._moment = [0.0 for _ in size]
-        self._error = 1.0
+        self._error = 0.0
         for rows, kv_tokens, out_rows in _TYPICAL:
             expected = self.predict(rows, kv_tokens, out_rows)
-            self._add(_features(rows, kv_tokens, out_rows), expected, expected)
+            self._add(_features(rows, kv_tokens, out_rows), expected, _DOUBT * expected)
 
     @property
     def costs(self) -> StepTimePrior:
@@ -80,12 +80,9 @@ class StepTimeModel:
     def observe(self, num_rows: int, num_kv_tokens: int, num_out_rows: int, seconds: float) -> None:
         """Learn from a step that took `seconds`."""
         expected = self.predict(num_rows, num_kv_tokens, num_out_rows)
-        limit = _CLIP * self._error
-        error = max(-limit, min(limit, seconds / expected - 1.0))
-        self._error = max(_MIN_ERROR, self._error + _ERROR_RATE * (abs(error) - self._error))
-        # In units of the longer time, else a prior that is much too short would outweigh all that is seen.
-        believed, unit = expected * (1.0 + error), expected * max(1.0, 1.0 + error)
-        self._add(_features(num_rows, num_kv_tokens, num_out_rows), believed, unit)
+        unit = max(expected, seconds)
+        self._error += _ERROR_RATE * (abs(seconds - expected) / unit - self._error)
+        self._add(_features(num_rows, num_kv_tokens, num_out_rows), seconds, unit)
         self._descend()
 
     def rows_within(self, seconds: float, num_kv_tokens: int, num_out_rows: int) -> int:

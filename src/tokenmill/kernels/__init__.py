@@ -27,6 +27,8 @@ from tokenmill.kernels.plan import (
     StepPlan,
     kv_block_bytes,
 )
+from tokenmill.kernels.sampling import choose_tokens, top_token_ids
+from tokenmill.kernels.sampling_twin import Choice, U32Array
 
 __all__ = [
     "KV_BLOCK",
@@ -34,6 +36,7 @@ __all__ = [
     "ActFormat",
     "Attend",
     "BufferName",
+    "Choice",
     "Embed",
     "EmbedTable",
     "Executor",
@@ -52,10 +55,13 @@ __all__ = [
     "Select",
     "StepBatch",
     "StepPlan",
+    "U32Array",
     "available_isas",
     "choose_isa",
+    "choose_tokens",
     "create_executor",
     "default_threads",
     "kv_block_bytes",
     "log_sum_exp_rows",
+    "top_token_ids",
 ]
