@@ -411,6 +411,11 @@ def test_taps_that_cannot_be_are_refused_at_once() -> None:
         Recording().rows("a", POST)
 
 
+def test_a_tapped_request_has_no_guessed_rows() -> None:
+    assert generation("a", [1], 1).can_draft
+    assert not generation("a", [1], 1, read(POST, Recording())).can_draft
+
+
 def test_the_digest_tells_edits_apart_and_knows_no_reads() -> None:
     vector_D = np.ones(4, np.float32)
     reads = [read(POST, Recording())]

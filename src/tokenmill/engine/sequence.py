@@ -182,8 +182,8 @@ class GenerationState(SequenceState):
 
     @property
     def can_draft(self) -> bool:
-        """False if nobody may see a row that holds a guess."""
-        return True
+        """False if nobody may see a row that holds a guess: a tap would."""
+        return not self.taps
 
     @property
     def finished(self) -> bool:
