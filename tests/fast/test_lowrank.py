@@ -129,7 +129,7 @@ def test_the_twin_computes_the_products_of_the_factors() -> None:
     for outputs, rank in ((np.arange(24), 5), (np.arange(24, 40), 2), (np.arange(88, 60, -3), 1)):
         down, up = (rng.standard_normal(size, np.float32) for size in ((rank, 50), (len(outputs), rank)))
         parts.append(LowRankPart(outputs=outputs, down=down, up=up))
-        want[:, outputs] = near(0.3 * near(x) @ near(down).T) @ near(up).T
+        want[:, outputs] = near(np.float32(0.3) * (near(x) @ near(down).T)) @ near(up).T
     packed = pack_low_rank(parts, linear, 0.3)
     np.testing.assert_allclose(low_rank_delta(packed, linear, x), want, atol=0.05)
     assert len(packed.up) == 7 + 2 + 1, "a pair of tiles holds the ranks that one of them needs at most"
