@@ -26,8 +26,8 @@ from tokenmill.kernels import (
 )
 from tokenmill.models.architecture import Architecture
 from tokenmill.models.chat_template import ChatTemplate
+from tokenmill.models.compile import ExecutorConfig
 from tokenmill.models.directory import ModelDirectory
-from tokenmill.models.pack import WeightFormat
 
 __all__ = [
     "EOS",
@@ -182,27 +182,16 @@ class FakeModel:
     def chat_template(self) -> ChatTemplate | None:
         return ChatTemplate(self.template) if self.template else None
 
-    def create(
-        self,
-        directory: ModelDirectory,
-        *,
-        weights: WeightFormat,
-        max_rows: int,
-        max_out_rows: int,
-        num_blocks: int,
-        num_threads: int | None,
-        kv_dtype: KvDtype,
-        max_adapters: int = 0,
-    ) -> FakeExecutor:
+    def create(self, directory: ModelDirectory, config: ExecutorConfig) -> FakeExecutor:
         """The executor factory to give to `LLM`."""
         self.executor = FakeExecutor(
-            num_blocks=num_blocks,
-            max_rows=max_rows,
-            max_out_rows=max_out_rows,
-            max_adapters=max_adapters,
+            num_blocks=config.num_blocks,
+            max_rows=config.max_rows,
+            max_out_rows=config.max_out_rows,
+            max_adapters=config.max_adapters,
         )
-        self.executor.num_threads = num_threads
-        self.executor.kv_dtype = kv_dtype
+        self.executor.num_threads = config.num_threads
+        self.executor.kv_dtype = config.kv_dtype
         return self.executor
 
 

@@ -12,7 +12,7 @@ from tokenmill.engine.embedding import embeddings
 from tokenmill.engine.tapping import FINAL_NORM, input_points
 from tokenmill.engine.taps import Recording, Tap, ablate, replace_values
 from tokenmill.kernels import F32Array
-from tokenmill.models.compile import create_executor
+from tokenmill.models.compile import ExecutorConfig, create_executor
 from tokenmill.models.directory import ModelDirectory
 
 PROMPTS = ["The capital of France is", "Two plus two is", "Bread is made of flour,"]
@@ -31,9 +31,8 @@ class Tapped:
 
     def __init__(self, path: Path) -> None:
         self.model = ModelDirectory.open(path)
-        self.executor = create_executor(
-            self.model, weights="w8a8", max_rows=128, max_out_rows=16, num_blocks=32, num_threads=1
-        )
+        config = ExecutorConfig(weights="w8a8", max_rows=128, max_out_rows=16, num_blocks=32, num_threads=1)
+        self.executor = create_executor(self.model, config)
         self.core = engine(self.executor, num_blocks=32, prefix_cache=True)
         self.encode = self.model.tokenizer().encode
 

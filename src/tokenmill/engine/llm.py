@@ -21,10 +21,10 @@ from tokenmill.core import (
 )
 from tokenmill.engine.config import LLMConfig
 from tokenmill.engine.core import StepStats
-from tokenmill.engine.local import ExecutorFactory, LocalEngine
+from tokenmill.engine.local import LocalEngine
 from tokenmill.engine.sequence import GenerationState, ScoringState, SequenceState
 from tokenmill.kernels import StepPlan
-from tokenmill.models.compile import create_executor
+from tokenmill.models.compile import ExecutorFactory, create_executor
 from tokenmill.models.directory import ModelDirectory
 
 __all__ = ["LLM", "Progress", "ProgressCallback"]

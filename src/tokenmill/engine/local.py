@@ -8,7 +8,6 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Protocol
 
 from tokenmill.core import Message, Request, SamplingParams, UsageError
 from tokenmill.engine.config import LLMConfig
@@ -20,31 +19,12 @@ from tokenmill.engine.ngram import NgramProposer
 from tokenmill.engine.proposers import CombinedProposer, Proposer
 from tokenmill.engine.sequence import GenerationState, ScoringState, SequenceState
 from tokenmill.engine.swap import SwapFile
-from tokenmill.kernels import KV_BLOCK, Executor, KvDtype, StepPlan
+from tokenmill.kernels import KV_BLOCK, Executor, StepPlan
 from tokenmill.models.chat_template import ChatTemplate, encode_chat
-from tokenmill.models.compile import create_executor
+from tokenmill.models.compile import ExecutorConfig, ExecutorFactory, create_executor
 from tokenmill.models.directory import ModelDirectory
-from tokenmill.models.pack import WeightFormat
 
-__all__ = ["ExecutorFactory", "LocalEngine"]
-
-
-class ExecutorFactory(Protocol):
-    """Compiles a model directory to an executor; the default is `tokenmill.models.compile`."""
-
-    def __call__(
-        self,
-        directory: ModelDirectory,
-        *,
-        weights: WeightFormat,
-        max_rows: int,
-        max_out_rows: int,
-        num_blocks: int,
-        num_threads: int | None,
-        kv_dtype: KvDtype,
-    ) -> Executor:
-        """Compile; the executor has `num_blocks` KV blocks."""
-        ...
+__all__ = ["LocalEngine"]
 
 
 class LocalEngine:
@@ -184,8 +164,7 @@ class LocalEngine:
             raise UsageError(f"a {what} has a token id outside the vocabulary of {vocab_size}")
 
     def _compile(self, model: ModelDirectory, create: ExecutorFactory, num_blocks: int) -> Executor:
-        return create(
-            model,
+        config = ExecutorConfig(
             weights=self.config.weights,
             max_rows=self.config.max_rows,
             max_out_rows=self.config.max_batch,
@@ -193,6 +172,7 @@ class LocalEngine:
             num_threads=self.config.num_threads,
             kv_dtype=self.config.kv_dtype,
         )
+        return create(model, config)
 
     def _swap_file(self, executor: Executor) -> SwapFile | None:
         num_slots = self.config.swap_tokens // KV_BLOCK
