@@ -347,7 +347,7 @@ def _changed(schema: Any, rng: random.Random) -> Any:
     elif change == 2:
         holder[key] = {
             rng.choice(["anyOf", "allOf", "oneOf", "not", "items"]): [copy.deepcopy(holder[key])]
-            * rng.randint(1, 30)
+            * rng.randint(1, 4)
         }
     elif change == 3:
         holder[key] = copy.deepcopy(schema)
