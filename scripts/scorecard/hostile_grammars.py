@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from scripts.scorecard.hostile_lark import hostile_lark
 from tokenmill.core.sampling import GrammarKind
 
 __all__ = ["Hostile", "hostile_grammars", "mutated"]
@@ -79,7 +80,7 @@ def hostile_grammars() -> list[Hostile]:
         Hostile("pattern of a string", "json_schema", json.dumps({"pattern": each})) for each in PATTERNS
     ]
     found += [Hostile("regex", "regex", pattern) for pattern in PATTERNS]
-    return found + [Hostile(family, "lark", text) for family, text in _lark()]
+    return found + [Hostile(family, "lark", text) for family, text in hostile_lark()]
 
 
 def _nested(depth: int, wrap: str) -> Any:
@@ -311,141 +312,6 @@ def _broken_json() -> Iterator[tuple[str, str]]:
         )
 
 
-def _lark() -> Iterator[tuple[str, str]]:
-    letters = [chr(97 + i) for i in range(26)]
-    yield from (
-        ("ambiguous", f"start: {rule}")
-        for rule in ('start start | "a"', "start*", '(start | "a")*', '("a" | "a")*', '("a"* "a"*)* "b"')
-    )
-    yield from (
-        ("left recursion", text)
-        for text in (
-            'start: start "a"',
-            'start: start "a" | "b"',
-            'start: a\na: b "x"\nb: a "y" | c\nc: a',
-            "start: start",
-            'start: e start "a" | "b"\ne:',
-        )
-    )
-    for n in (5, 40, 900, 3500):
-        rules = "\n".join(f"r{i}: r{i + 1}" for i in range(n))
-        yield "chain", f'start: r0\n{rules}\nr{n}: "a"'
-        yield "cycle", f"start: r0\n{rules}\nr{n}: r0"
-        yield (
-            "doubling",
-            "start: r0\n" + "\n".join(f"r{i}: r{i + 1} r{i + 1}" for i in range(n)) + f'\nr{n}: "a"',
-        )
-        yield (
-            "empty doubling",
-            "start: r0\n" + "\n".join(f"r{i}: r{i + 1} r{i + 1}" for i in range(n)) + f"\nr{n}:",
-        )
-        yield "choices", "start: " + " | ".join(f'"{i}" r' for i in range(n)) + '\nr: "x" | start'
-        yield (
-            "terminals",
-            "start: ("
-            + " | ".join(f"T{i}" for i in range(n))
-            + ")*\n"
-            + "\n".join(f"T{i}: /a*{i}/" for i in range(n)),
-        )
-        yield "nested groups", f'start: {"(" * n}"a"{")" * n}'
-        yield "nested groups", f'start: {"[" * n}"a"{"]" * n}'
-    for count in (
-        "{1000}",
-        "{1000000}",
-        "{0,99999999}",
-        "{3,2}",
-        "~5..1",
-        "{99999999999999999999}",
-        "+" * 50,
-    ):
-        yield "repetition", f'start: "a"{count}'
-        yield "repetition", f"start: A\nA: /[a-z]/{count}"
-    yield "repetition", 'start: x{100}\nx: y{100}\ny: z{100}\nz: "q" | "r"'
-    yield "repetition", "start: A{0,500}\nA: /[a-z]{1,50}/"
-    for n in (4, 10, 26):
-        yield "and", "start: A\nA: " + " & ".join(f"/(.*{c}){{2}}.*/" for c in letters[:n])
-        yield "not", "start: A\nA: ~(" + " | ".join(f"/(.*{c}){{2}}.*/" for c in letters[:n]) + ")"
-        yield "not", "start: A\nA: " + "~" * n + "/a*/"
-        yield (
-            "lexemes",
-            "start: ("
-            + " | ".join(letters[:n])
-            + ")*\n"
-            + "\n".join(f"{c}: /{c}.*/ /.*{c}/" for c in letters[:n]),
-        )
-        yield "lazy", "start: a*\na[lazy]: " + " | ".join(f"/.*{c}/" for c in letters[:n])
-    yield from (
-        ("special tokens", f"start: {rule}")
-        for rule in (
-            "<[0]>",
-            "<[999999]>",
-            "<[*]>",
-            '"a" <[256]> "b"',
-            "<nobody>",
-            "<|im_end|>",
-            "<[^*]>",
-            "<[5-1]>",
-            "<>",
-        )
-    )
-    yield from (
-        ("options", text)
-        for text in (
-            '%llguidance {"no_forcing": true}\nstart: /a*/',
-            '%llguidance {"allow_invalid_utf8": true}\nstart: /./',
-            "%llguidance []\nstart:",
-            "start[max_tokens=0]: /a*/",
-            'start[temperature="x"]: /a*/',
-            'start[stop=""]: /a*/',
-            "start[suffix=/(.*a){30}/]: /.*/",
-            "start[capture, lazy]: /.*/",
-        )
-    )
-    yield from (
-        ("embedded", text)
-        for text in (
-            'start: %json {"$ref": "#"}',
-            "start: %json {",
-            'start: %json {"type":"integer","multipleOf":999983}',
-            'start: %regex {"substring_chars": "' + "ab" * 9000 + '"}',
-            'start: %regex {"x":1}',
-            "start: @nobody",
-            "start: %lark { start: start }",
-            "%import common.NOBODY\nstart: A",
-            "%import os.system\nstart: A",
-            "%ignore /(.*a){30}/\nstart: /b/",
-            "%ignore //\nstart: /b/",
-        )
-    )
-    yield from (
-        ("broken", text)
-        for text in (
-            "",
-            "\0",
-            "start",
-            "start:",
-            "start: ",
-            ":",
-            "start: missing",
-            'start: "a',
-            "start: /a",
-            'a: "b"',
-            'start: "a"\nstart: "b"',
-            "start: %",
-            "é: é",
-            "start: \ud800",
-            'start: "\\q"',
-            "#",
-            "start: | |",
-            'start: "a" ->',
-            "start::_",
-            "x" * 60000,
-            "start: a\n" * 6000,
-            "start: " + '"a" ' * 12000,
-        )
-    )
-
-
 def mutated(schema: Any, rng: random.Random) -> str:
     """JSON text of a schema with one to four random changes."""
     schema = copy.deepcopy(schema)
@@ -481,7 +347,7 @@ def _changed(schema: Any, rng: random.Random) -> Any:
     elif change == 2:
         holder[key] = {
             rng.choice(["anyOf", "allOf", "oneOf", "not", "items"]): [copy.deepcopy(holder[key])]
-            * rng.randint(1, 30)
+            * rng.randint(1, 4)
         }
     elif change == 3:
         holder[key] = copy.deepcopy(schema)

@@ -24,7 +24,7 @@ CLOSERS = (ord('"'), ord("}"), ord("]"), ord(","), END)
 
 @pytest.fixture(scope="module")
 def compiler() -> Iterator[GrammarCompiler]:
-    with GrammarCompiler(TOKENS, TOKENS.vocab_size, [END], num_threads=1) as compiler:
+    with GrammarCompiler(TOKENS, TOKENS.vocab_size, [END]) as compiler:
         yield compiler
 
 
@@ -220,6 +220,9 @@ def test_a_batch_of_masks_is_each_mask(compiler: GrammarCompiler) -> None:
     assert compiler.fill_masks(states, mask_LW) == {}
     assert [allowed(row_W) for row_W in mask_LW] == [mask_of(compiler, state) for state in states]
     assert allowed(mask_LW[-1]) == [END]
+    parallel_LW = np.empty_like(mask_LW)
+    with GrammarCompiler(TOKENS, TOKENS.vocab_size, [END], num_threads=2) as parallel:
+        assert parallel.fill_masks(states, parallel_LW) == {} and (parallel_LW == mask_LW).all()
 
 
 # The first 40 tokens are beyond the trial: what follows shows only when a sequence gets there.

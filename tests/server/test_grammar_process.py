@@ -28,7 +28,7 @@ NESTED = "start: r0\n" + "\n".join(f"r{i}: r{i + 1}" for i in range(4000)) + '\n
 
 
 def compiler(**limits: Any) -> GrammarCompiler:
-    return GrammarCompiler(TOKENS, TOKENS.vocab_size, [END], GrammarLimits(**limits), num_threads=1)
+    return GrammarCompiler(TOKENS, TOKENS.vocab_size, [END], GrammarLimits(**limits))
 
 
 @pytest.fixture

@@ -243,9 +243,12 @@ class GrammarCompiler:
         vocab_size: int,
         end_ids: Sequence[int],
         limits: GrammarLimits | None = None,
-        num_threads: int | None = None,
+        num_threads: int = 1,
     ) -> None:
-        """`vocab_size` is the length of a row of logits, at least that of the tokenizer's vocabulary."""
+        """`vocab_size` is the length of a row of logits, at least that of the tokenizer's vocabulary.
+
+        Masks of up to 16 sequences come sooner from one thread (measured on two cores).
+        """
         assert end_ids and all(0 <= each < vocab_size for each in end_ids)
         self.limits = limits or GrammarLimits()
         is_text = [not tokenizer.is_special(i) and i not in end_ids for i in range(vocab_size)]
@@ -264,7 +267,7 @@ class GrammarCompiler:
         }
         self._text = text_bits(tokens)
         self._tokenizer = library_tokenizer(tokens, end_ids, tokenizer.encode)
-        self._executor = LLExecutor(num_threads)
+        self._executor = LLExecutor(num_threads) if num_threads > 1 else None
         self._cache: TenantCache[CheckedGrammar | UsageError] = TenantCache(
             self.limits.cache_bytes, self.limits.tenant_bytes
         )
@@ -313,15 +316,19 @@ class GrammarCompiler:
         return self.check(grammar, tenant).start()
 
     def fill_masks(self, states: Sequence[GrammarState], mask_LW: U32Array) -> dict[int, TokenmillError]:
-        """`fill_mask` for each state, in parallel. Returns the errors of those that failed, by row.
+        """`fill_mask` for each state, each given once. Returns the errors of those that failed, by row.
 
         The row of a state that failed allows end tokens only.
         """
         assert mask_LW.dtype == np.uint32 and mask_LW.shape == (len(states), self.num_words)
         assert mask_LW.flags.c_contiguous
         rows = [(state._matcher, row) for row, state in enumerate(states) if not state._has_ended]
-        row_bytes = mask_LW.itemsize * self.num_words
-        self._executor.unsafe_compute_mask_ptr(rows, mask_LW.ctypes.data, row_bytes, len(states))
+        address, row_bytes = mask_LW.ctypes.data, mask_LW.itemsize * self.num_words
+        if self._executor is not None:
+            self._executor.unsafe_compute_mask_ptr(rows, address, row_bytes, len(states))
+        else:
+            for matcher, row in rows:
+                matcher.unsafe_compute_mask_ptr(address + row * row_bytes, row_bytes)
         failures: dict[int, TokenmillError] = {}
         for row, state in enumerate(states):
             try:
