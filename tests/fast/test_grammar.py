@@ -208,23 +208,6 @@ def test_a_long_forced_text_is_written_out(compiler: GrammarCompiler) -> None:
     assert written == text.encode()
 
 
-def test_a_batch_of_masks_is_each_mask(compiler: GrammarCompiler) -> None:
-    sources = ["ab*", "[abc]+", "abc", "a(bc)+", "\\d+"]
-    states = [compiler.start(grammar("regex", source)) for source in sources]
-    for state in states[:4]:
-        state.accept(ord("a"))
-    ended = compiler.start(grammar("regex", "()"))
-    ended.accept(END)
-    states.append(ended)
-    mask_LW = np.empty((len(states), compiler.num_words), np.uint32)
-    assert compiler.fill_masks(states, mask_LW) == {}
-    assert [allowed(row_W) for row_W in mask_LW] == [mask_of(compiler, state) for state in states]
-    assert allowed(mask_LW[-1]) == [END]
-    parallel_LW = np.empty_like(mask_LW)
-    with GrammarCompiler(TOKENS, TOKENS.vocab_size, [END], num_threads=2) as parallel:
-        assert parallel.fill_masks(states, parallel_LW) == {} and (parallel_LW == mask_LW).all()
-
-
 # The first 40 tokens are beyond the trial: what follows shows only when a sequence gets there.
 LATE_DEAD_END = "start: A <[257]>\nA: /a{40}/"
 OBJECTS = [{"type": "object", "properties": {"a": True, f"b{i}": True}} for i in range(400)]
@@ -244,10 +227,7 @@ def test_a_sequence_that_fails_fails_alone(
         assert token in mask_of(compiler, bad)
         with contextlib.suppress(ResourceError):  # it may show here already
             bad.accept(token)
-    mask_LW = np.empty((3, compiler.num_words), np.uint32)
-    failures = compiler.fill_masks([good, bad, other], mask_LW)
-    assert list(failures) == [1] and isinstance(failures[1], error)
-    assert allowed(mask_LW[0]) == allowed(mask_LW[2]) == [ord("a")] and allowed(mask_LW[1]) == [END]
+    assert mask_of(compiler, good) == mask_of(compiler, other) == [ord("a")]
     with pytest.raises(error):
         mask_of(compiler, bad)
 

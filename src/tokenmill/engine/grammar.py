@@ -20,7 +20,7 @@ from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from llguidance import LLExecutor, LLMatcher
+from llguidance import LLMatcher
 
 from tokenmill.core import Grammar, ResourceError, TokenmillError, UsageError
 from tokenmill.engine.grammar_cache import TenantCache
@@ -101,6 +101,11 @@ class GrammarState:
         self._vocabulary = vocabulary
         self._tokens: list[int] = []
         self._has_ended = False
+
+    @property
+    def num_words(self) -> int:
+        """Words of a mask: a bit for each entry of a row of logits, the lowest first."""
+        return len(self._vocabulary.text_W)
 
     @property
     def finished(self) -> bool:
@@ -233,8 +238,7 @@ class CheckedGrammar:
 class GrammarCompiler:
     """Compiles grammars for one vocabulary, and keeps them. Safe between threads.
 
-    `check` may take up to two seconds, of which it holds no lock that `fill_masks` needs: call it where
-    requests come in, not between steps.
+    `check` may take up to two seconds, so call it where requests come in, not between steps.
     """
 
     def __init__(
@@ -243,12 +247,8 @@ class GrammarCompiler:
         vocab_size: int,
         end_ids: Sequence[int],
         limits: GrammarLimits | None = None,
-        num_threads: int = 1,
     ) -> None:
-        """`vocab_size` is the length of a row of logits, at least that of the tokenizer's vocabulary.
-
-        Masks of up to 16 sequences come sooner from one thread (measured on two cores).
-        """
+        """`vocab_size` is the length of a row of logits, at least that of the tokenizer's vocabulary."""
         assert end_ids and all(0 <= each < vocab_size for each in end_ids)
         self.limits = limits or GrammarLimits()
         is_text = [not tokenizer.is_special(i) and i not in end_ids for i in range(vocab_size)]
@@ -267,7 +267,6 @@ class GrammarCompiler:
         }
         self._text = text_bits(tokens)
         self._tokenizer = library_tokenizer(tokens, end_ids, tokenizer.encode)
-        self._executor = LLExecutor(num_threads) if num_threads > 1 else None
         self._cache: TenantCache[CheckedGrammar | UsageError] = TenantCache(
             self.limits.cache_bytes, self.limits.tenant_bytes
         )
@@ -314,29 +313,6 @@ class GrammarCompiler:
     def start(self, grammar: Grammar, tenant: str = "") -> GrammarState:
         """The state of a new sequence; quick after `check`, as long as the grammar is kept."""
         return self.check(grammar, tenant).start()
-
-    def fill_masks(self, states: Sequence[GrammarState], mask_LW: U32Array) -> dict[int, TokenmillError]:
-        """`fill_mask` for each state, each given once. Returns the errors of those that failed, by row.
-
-        The row of a state that failed allows end tokens only.
-        """
-        assert mask_LW.dtype == np.uint32 and mask_LW.shape == (len(states), self.num_words)
-        assert mask_LW.flags.c_contiguous
-        rows = [(state._matcher, row) for row, state in enumerate(states) if not state._has_ended]
-        address, row_bytes = mask_LW.ctypes.data, mask_LW.itemsize * self.num_words
-        if self._executor is not None:
-            self._executor.unsafe_compute_mask_ptr(rows, address, row_bytes, len(states))
-        else:
-            for matcher, row in rows:
-                matcher.unsafe_compute_mask_ptr(address + row * row_bytes, row_bytes)
-        failures: dict[int, TokenmillError] = {}
-        for row, state in enumerate(states):
-            try:
-                state._finish_mask(mask_LW[row])
-            except TokenmillError as error:
-                failures[row] = error
-                mask_LW[row] = self._vocabulary.ends_W
-        return failures
 
     def close(self) -> None:
         """End the child process. Grammars that were checked stay usable."""

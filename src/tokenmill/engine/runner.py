@@ -192,6 +192,7 @@ def _step_batch(chunks: Sequence[Chunk], out_rows: I32Array) -> StepBatch:
     """The flat inputs of a step: the rows of all chunks one after the other."""
     tokens, positions, slots, blocks = array("i"), array("i"), array("i"), array("i")
     row_starts, block_starts = array("i", [0]), array("i", [0])
+    adapters = array("i", [chunk.sequence.adapter.number for chunk in chunks])
     for chunk in chunks:
         table = chunk.sequence.table
         tokens.extend(chunk.sequence.rows(chunk.start, chunk.stop))
@@ -208,6 +209,7 @@ def _step_batch(chunks: Sequence[Chunk], out_rows: I32Array) -> StepBatch:
         block_starts=_int32(block_starts),
         blocks=_int32(blocks).reshape(-1, 3),
         out_rows=out_rows,
+        adapters=_int32(adapters if max(adapters) >= 0 else array("i")),
     )
 
 
