@@ -1,0 +1,388 @@
+"""A model without weights, for tests: known answers, at the speed of arithmetic, and faults on demand.
+
+    model = MockModel(MockScript(answers=((b"2+2=", b"4"),)))
+    llm = LLM(model, create=model.create)
+    llm.generate(["2+2="], SamplingParams())[0].text                      # "4"
+
+Everything above the executor is the real engine: scheduler, cache, sampler, detokenizer, process boundary.
+Only the arithmetic is replaced. The logits of a row are a hash of the tokens before it, and the hash is
+computed from what the row finds in the KV cache through its list of blocks: each slot keeps its token and a
+digest of everything up to it. A wrong slot, block, position or row count, a block that was freed too early
+or shared with another history, gives other tokens than `reference_tokens`, which knows no cache.
+
+A `MockScript` sets exact answers, the duration of a step, and faults: rows that are not finite, a step that
+raises or hangs, a process that exits. Tokens are bytes (`ByteTokenizer`), and text is rarely readable.
+
+Not covered: taps (there is one operation before the head), adapters, speed of any real model.
+"""
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from tokenmill.core import NotFoundError, UsageError
+from tokenmill.kernels import (
+    KV_BLOCK,
+    Attend,
+    BufferName,
+    F32Array,
+    PlanShape,
+    Select,
+    StepBatch,
+    StepPlan,
+)
+from tokenmill.models.architecture import Architecture
+from tokenmill.models.byte_tokenizer import END_TEXT, END_TOKEN, ByteTokenizer
+from tokenmill.models.chat_template import ChatTemplate
+from tokenmill.models.directory import ModelDirectory
+from tokenmill.models.pack import WeightFormat
+from tokenmill.models.weights import WeightSource
+
+__all__ = [
+    "MOCK_VOCAB_SIZE",
+    "FaultKind",
+    "MockExecutor",
+    "MockFault",
+    "MockModel",
+    "MockScript",
+    "mock_logits",
+    "reference_tokens",
+]
+
+MOCK_VOCAB_SIZE = 260
+"""Bytes, the end token, and three ids that pad the vocabulary: never text, and never the best token."""
+
+FaultKind = Literal["nan", "inf", "minus_inf", "raise", "hang", "exit"]
+
+_PADDING_LOGIT = -32.0
+_CERTAIN_LOGIT = 1e4
+_HANG_S = 1e9
+_EXIT_CODE = 70
+
+U64Array = npt.NDArray[np.uint64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MockFault:
+    """What goes wrong, and when: in the step with this number (1 is the executor's first), or in every
+    step that computes a sequence whose tokens contain `marker`, one after the other.
+
+    `nan` and `inf` set one logit, `minus_inf` all of them, in the rows concerned. `raise` raises
+    RuntimeError in the step, `hang` never comes back from it, `exit` ends the process at once.
+
+    The ids above the end token are markers that no text and no mock answer contains.
+    """
+
+    kind: FaultKind
+    marker: tuple[int, ...] = ()
+    at_step: int | None = None
+
+    def __post_init__(self) -> None:
+        if bool(self.marker) == (self.at_step is not None):
+            raise UsageError("a fault needs a marker or a step", hint="give one of marker and at_step")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MockScript:
+    """What a mock model does. Two models of one script give the same logits, in any process.
+
+    `answers` are pairs of token ids (or bytes): a prompt, and what follows it whatever the sampling
+    parameters, then the end token. Of several prompts that fit, the longest counts. A step takes `step_s`
+    and `row_s` for each row, in seconds. `context_length` is the most tokens, prompt and answer, of a request.
+    """
+
+    seed: int = 0
+    answers: tuple[tuple[tuple[int, ...] | bytes, tuple[int, ...] | bytes], ...] = ()
+    step_s: float = 0.0
+    row_s: float = 0.0
+    faults: tuple[MockFault, ...] = ()
+    context_length: int = 4096
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 1 << 63:
+            raise UsageError(f"seed is {self.seed}", hint="use a value from 0 to 2^63 - 1")
+        if self.context_length < 2:
+            raise UsageError(f"context_length is {self.context_length}", hint="use 2 or more")
+        ids = {token for pair in self.answers for tokens in pair for token in tokens}
+        if not ids <= set(range(MOCK_VOCAB_SIZE)):
+            raise UsageError("answers has a token id outside the vocabulary", hint="use bytes or END_TOKEN")
+
+    def answer_after(self, tokens: Sequence[int]) -> int | None:
+        """The scripted token after these; None if no answer was given, or the answer went another way."""
+        best: tuple[int, int] | None = None
+        for prompt, answer in self.answers:
+            rest = list(tokens[len(prompt) :])
+            fits = len(rest) <= len(answer) and list(tokens) == [*prompt, *answer[: len(rest)]]
+            if fits and (best is None or len(prompt) > best[0]):
+                best = len(prompt), answer[len(rest)] if len(rest) < len(answer) else END_TOKEN
+        return None if best is None else best[1]
+
+
+class MockExecutor:
+    """An `Executor` whose cache holds two integers a slot. `sleep` takes the scripted time, in seconds.
+
+    `num_steps` counts the steps begun.
+    """
+
+    def __init__(
+        self,
+        script: MockScript,
+        *,
+        num_blocks: int,
+        max_rows: int,
+        max_out_rows: int,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.plan = _mock_plan()
+        self.script = script
+        self.max_rows = max_rows
+        self.max_out_rows = max_out_rows
+        self.num_blocks = num_blocks
+        self.num_steps = 0
+        self._sleep = sleep
+        # Of each slot: its token + 1 (0 is a slot never written), and the digest of the tokens up to it.
+        self._kv = np.zeros((num_blocks, KV_BLOCK, 2), np.uint64)
+        self._logits = np.zeros((max_out_rows, MOCK_VOCAB_SIZE), np.float32)
+
+    def run(self, batch: StepBatch, first: int = 0, last: int | None = None) -> None:
+        """Run operations [first, last) of the plan: the first fills the cache, the second makes logits."""
+        self._logits[:] = np.nan
+        if first == 0:
+            self.num_steps += 1
+            if duration := self.script.step_s + self.script.row_s * batch.num_rows:
+                self._sleep(duration)
+            self._store(batch)
+        self._fail(batch)
+        if last is None:
+            self._head(batch)
+
+    def buffer(self, name: BufferName) -> F32Array:
+        """The logits [max_out_rows, V]; there is no other buffer."""
+        assert name == "logits", f"the mock has no {name}"
+        return self._logits
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy KV blocks (source, destination), in order."""
+        for source, destination in pairs:
+            self._kv[destination] = self._kv[source]
+
+    def block(self, index: int) -> npt.NDArray[np.uint8]:
+        """The bytes of one block, a live view: to move it out of the cache and back."""
+        return self._kv[index].reshape(-1).view(np.uint8)
+
+    def _store(self, batch: StepBatch) -> None:
+        assert 0 < batch.num_rows <= self.max_rows, f"{batch.num_rows} rows"
+        assert len(set(batch.kv_slots.tolist())) == batch.num_rows, "two rows write one slot"
+        flat = self._kv.reshape(-1, 2)
+        for s in range(len(batch.row_starts) - 1):
+            rows = slice(batch.row_starts[s], batch.row_starts[s + 1])
+            positions = batch.positions[rows]
+            start = int(positions[0])
+            assert np.array_equal(positions, np.arange(start, start + len(positions))), "rows out of order"
+            before = self._seen(batch, s, start - 1)[-1, 1] if start else np.uint64(0)
+            flat[batch.kv_slots[rows], 0] = batch.tokens[rows] + 1
+            flat[batch.kv_slots[rows], 1] = before + np.cumsum(_mix(batch.tokens[rows], positions))
+
+    def _head(self, batch: StepBatch) -> None:
+        assert 0 < len(batch.out_rows) <= self.max_out_rows, f"{len(batch.out_rows)} rows with logits"
+        for index, row in enumerate(batch.out_rows):
+            s = int(np.searchsorted(batch.row_starts, row, side="right")) - 1
+            seen = self._seen(batch, s, int(batch.positions[row]))
+            self._logits[index] = _logits_of(seen, self.script)
+            for fault in self.script.faults:
+                if self._applies(fault, seen):
+                    _spoil(self._logits[index], fault.kind)
+
+    def _seen(self, batch: StepBatch, s: int, position: int) -> U64Array:
+        """The slots [positions, 2] that a row of sequence `s` sees, in order of position."""
+        spans = batch.blocks[batch.block_starts[s] : batch.block_starts[s + 1]]
+        positions_BP = spans[:, 1:2] + np.arange(KV_BLOCK, dtype=np.int32)
+        visible_BP = (np.arange(KV_BLOCK) < spans[:, 2:3]) & (positions_BP <= position)
+        order = np.argsort(positions_BP[visible_BP], kind="stable")
+        seen: U64Array = self._kv[spans[:, 0]][visible_BP][order]
+        return seen
+
+    def _applies(self, fault: MockFault, seen: U64Array) -> bool:
+        if fault.at_step is not None:
+            return fault.at_step == self.num_steps
+        tokens = seen[:, 0].astype("<u4").tobytes()
+        marker = (np.array(fault.marker) + 1).astype("<u4").tobytes()
+        at = tokens.find(marker)
+        while at % 4 and at >= 0:
+            at = tokens.find(marker, at + 1)
+        return at >= 0
+
+    def _fail(self, batch: StepBatch) -> None:
+        """Do what the script says must go wrong in this step as a whole."""
+        for fault in self.script.faults:
+            if fault.kind in ("nan", "inf", "minus_inf"):
+                continue
+            ends = batch.positions[batch.row_starts[1:] - 1].tolist()
+            if not any(self._applies(fault, self._seen(batch, s, end)) for s, end in enumerate(ends)):
+                continue
+            if fault.kind == "exit":
+                os._exit(_EXIT_CODE)
+            if fault.kind == "hang":
+                self._sleep(_HANG_S)
+            raise RuntimeError("the mock was told to fail")
+
+
+class MockModel(ModelDirectory):
+    """What `LLM` takes as a model, without a folder; give it `create=model.create` too.
+
+    `template` is the chat template, if there is to be one. `sleep` is that of the executor, which is kept
+    as `executor` once it is made.
+    """
+
+    executor: MockExecutor
+
+    def __init__(
+        self,
+        script: MockScript | None = None,
+        *,
+        template: str = "",
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.script = script or MockScript()
+        self._template = template
+        self._sleep = sleep
+        super().__init__(Path("mock"), _mock_architecture(self.script.context_length), manifest=None)
+
+    @cached_property
+    def digest(self) -> str:
+        """The identity of the script."""
+        return hashlib.sha256(repr(self.script).encode()).hexdigest()
+
+    def tokenizer(self) -> ByteTokenizer:
+        """One token a byte."""
+        return ByteTokenizer()
+
+    def chat_template(self) -> ChatTemplate | None:
+        """The template that was given."""
+        return ChatTemplate(self._template, eos_token=END_TEXT) if self._template else None
+
+    def weights(self) -> WeightSource:
+        """Raises NotFoundError: there are none."""
+        raise NotFoundError("the mock model has no weights", hint="give `create=model.create` to the engine")
+
+    def create(
+        self,
+        directory: ModelDirectory,
+        *,
+        weights: WeightFormat,
+        max_rows: int,
+        max_out_rows: int,
+        num_blocks: int,
+        num_threads: int | None,
+    ) -> MockExecutor:
+        """Make the executor: the factory to give to `LLM`. Weight format and threads mean nothing here."""
+        self.executor = MockExecutor(
+            self.script,
+            num_blocks=num_blocks,
+            max_rows=max_rows,
+            max_out_rows=max_out_rows,
+            sleep=self._sleep,
+        )
+        return self.executor
+
+
+def mock_logits(tokens: Sequence[int], script: MockScript | None = None) -> F32Array:
+    """Logits [V] after these tokens, computed without any cache."""
+    ids = np.array(tokens, np.int64)
+    digests = np.cumsum(_mix(ids, np.arange(len(ids))))
+    seen = np.stack([(ids + 1).astype(np.uint64), digests], axis=1)
+    return _logits_of(seen, script or MockScript())
+
+
+def reference_tokens(
+    prompt: Sequence[int], max_tokens: int, script: MockScript | None = None
+) -> list[int]:
+    """The greedy answer to a prompt, computed from scratch for every token: what the engine must give.
+
+    It ends with `END_TOKEN`, or where `max_tokens` or the script's context length is reached. Faults of the
+    script are left out.
+    """
+    script = script or MockScript()
+    tokens = list(prompt)
+    while len(tokens) < min(len(prompt) + max_tokens, script.context_length):
+        tokens.append(int(np.argmax(mock_logits(tokens, script))))
+        if tokens[-1] == END_TOKEN:
+            break
+    return tokens[len(prompt) :]
+
+
+def _logits_of(seen: U64Array, script: MockScript) -> F32Array:
+    """Logits [V] of a row that sees these slots."""
+    if script.answers:
+        token = script.answer_after((seen[:, 0].astype(np.int64) - 1).tolist())
+        if token is not None:
+            logits = np.zeros(MOCK_VOCAB_SIZE, np.float32)
+            logits[token] = _CERTAIN_LOGIT
+            return logits
+    key = (int(_mix(seen[:, 1], np.arange(len(seen))).sum()) + script.seed) % (1 << 64)
+    bits = _mix(np.full(MOCK_VOCAB_SIZE, key, np.uint64), np.arange(MOCK_VOCAB_SIZE)) >> np.uint64(40)
+    logits = (bits.astype(np.float32) * np.float32(2.0**-20) - np.float32(8.0)).astype(np.float32)
+    logits[END_TOKEN + 1 :] = _PADDING_LOGIT
+    return logits
+
+
+def _mix(values: npt.NDArray[np.generic], places: npt.NDArray[np.generic]) -> U64Array:
+    """64 well-mixed bits of each pair (the finaliser of SplitMix64)."""
+    bits: U64Array = values.astype(np.uint64) * np.uint64(0xD1342543DE82EF95)
+    bits = bits + (places.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))
+
+
+def _spoil(logits_V: F32Array, kind: FaultKind) -> None:
+    if kind == "nan":
+        logits_V[3] = np.nan
+    elif kind == "inf":
+        logits_V[3] = np.inf
+    elif kind == "minus_inf":
+        logits_V[:] = -np.inf
+
+
+def _mock_architecture(max_positions: int) -> Architecture:
+    return Architecture(
+        family="llama",
+        vocab_size=MOCK_VOCAB_SIZE,
+        hidden_size=8,
+        num_layers=1,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=8,
+        intermediate_size=8,
+        norm_eps=1e-5,
+        rope_theta=10000.0,
+        max_positions=max_positions,
+        tied_embeddings=True,
+        bos_token_id=None,
+        eos_token_ids=(END_TOKEN,),
+    )
+
+
+def _mock_plan() -> StepPlan:
+    """A body of one operation, and a head of one."""
+    shape = PlanShape(
+        hidden_size=8,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=8,
+        intermediate_size=8,
+        vocab_size=MOCK_VOCAB_SIZE,
+        num_layers=1,
+        softmax_scale=1.0,
+        cos=np.ones((1, 4), np.float32),
+        sin=np.zeros((1, 4), np.float32),
+    )
+    return StepPlan(shape=shape, ops=(Attend(layer=0), Select()))
