@@ -176,7 +176,8 @@ class MockExecutor:
 
     def block(self, index: int) -> npt.NDArray[np.uint8]:
         """The bytes of one block, a live view: to move it out of the cache and back."""
-        return self._kv[index].reshape(-1).view(np.uint8)
+        view: npt.NDArray[np.uint8] = self._kv[index].reshape(-1).view(np.uint8)
+        return view
 
     def _store(self, batch: StepBatch) -> None:
         assert 0 < batch.num_rows <= self.max_rows, f"{batch.num_rows} rows"
@@ -302,9 +303,7 @@ def mock_logits(tokens: Sequence[int], script: MockScript | None = None) -> F32A
     return _logits_of(seen, script or MockScript())
 
 
-def reference_tokens(
-    prompt: Sequence[int], max_tokens: int, script: MockScript | None = None
-) -> list[int]:
+def reference_tokens(prompt: Sequence[int], max_tokens: int, script: MockScript | None = None) -> list[int]:
     """The greedy answer to a prompt, computed from scratch for every token: what the engine must give.
 
     It ends with `END_TOKEN`, or where `max_tokens` or the script's context length is reached. Faults of the
