@@ -7,8 +7,9 @@ that makes it raise fails.
 import secrets
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
-from tokenmill.core import Completion, Request, ResourceError, UsageError
+from tokenmill.core import Completion, Request, ResourceError, TokenLogprobs, UsageError
 from tokenmill.engine.core import EngineCore, StepResult, StepStats
 from tokenmill.engine.detokenizer import Detokenizer
 from tokenmill.engine.llm import ExecutorFactory, LLMConfig
@@ -17,9 +18,17 @@ from tokenmill.engine.sequence import GenerationState
 from tokenmill.models.compile import create_executor
 from tokenmill.models.directory import ModelDirectory
 
-__all__ = ["LocalEngine", "LocalState"]
+__all__ = ["Delta", "LocalEngine", "LocalState"]
 
 _MAX_WAITING = 4096
+
+
+class Delta(NamedTuple):
+    """What a generation has made since it was last asked."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
 
 
 class LocalState(GenerationState):
@@ -28,6 +37,17 @@ class LocalState(GenerationState):
     index = 0
     error = ""
     deadline_s: float | None = None
+    _num_taken_tokens = 0
+
+    @property
+    def num_output(self) -> int:
+        """Tokens sampled so far."""
+        return self.num_total - self.num_prompt
+
+    def take(self) -> Delta:
+        """What was not taken before."""
+        first, self._num_taken_tokens = self._num_taken_tokens, self.num_output
+        return Delta(self.take_text(), tuple(self.tokens[self.num_prompt + first :]), ())
 
     def completion(self) -> Completion:
         """What the request ended with."""

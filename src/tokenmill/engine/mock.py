@@ -96,7 +96,7 @@ class MockScript:
 
     `answers` are pairs of token ids (or bytes): a prompt, and what follows it whatever the sampling
     parameters, then the end token. Of several prompts that fit, the longest counts. A step takes `step_s`
-    and `row_s` for each row, in seconds. `context_length` is the most tokens, prompt and answer, of a request.
+    and `row_s` for each row, in seconds. A request has at most `context_length` tokens, answer included.
     """
 
     seed: int = 0
