@@ -65,6 +65,7 @@ class EngineStats:
     num_in_flight: int
     num_ended: Mapping[FinishReason, int]
     num_restarts: int
+    num_resubmitted: int
     failure: str
     num_steps: int
     num_waiting: int
@@ -95,6 +96,7 @@ class AsyncEngine:
         self._start_error: TokenmillError | None = None
         self._closed_why = ""
         self._num_restarts = 0
+        self._num_resubmitted = 0
         self._failure = ""
         self._stopped = asyncio.Event()
         self._supervisor: asyncio.Task[None] | None = None
@@ -149,6 +151,7 @@ class AsyncEngine:
             num_in_flight=len(self._records),
             num_ended=dict(self._num_ended),
             num_restarts=self._num_restarts,
+            num_resubmitted=self._num_resubmitted,
             failure=self._failure,
             num_steps=0 if beat is None else beat.num_steps,
             num_waiting=0 if beat is None else beat.num_waiting,
@@ -222,6 +225,7 @@ class AsyncEngine:
     def _send(self, record: RequestRecord, frame: bytes) -> None:
         assert self._process is not None
         record.sent = True
+        self._num_resubmitted += record.num_tries > 0
         record.num_tries += 1
         self._process.send(frame)
 
@@ -341,7 +345,7 @@ class AsyncEngine:
             delay_s = min(self._config.backoff_s * 2**num_idle, self._config.max_backoff_s)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopped.wait(), delay_s)
-            self._num_restarts += 1
+            self._num_restarts += not self._stopped.is_set()
 
     async def _run_process(self) -> EngineProcess:
         """One process, from start to end, and what its end means for its requests."""
