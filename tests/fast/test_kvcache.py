@@ -1,10 +1,12 @@
 """Block accounting: random histories against a plain model, and each guard shown to bite."""
 
+from array import array
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenmill.kvcache import BlockPool, BlockTable
+from tokenmill.kvcache import BlockPool, BlockTable, PrefixChain, prefix_root
 
 Action = tuple[str, int]
 ACTIONS = st.lists(st.tuples(st.sampled_from(["allocate", "share", "free"]), st.integers(0, 9)), max_size=60)
@@ -57,7 +59,7 @@ def test_sharing_a_free_block_is_an_assertion() -> None:
 def test_allocating_too_much_is_an_assertion() -> None:
     pool = BlockPool(4)
     assert not pool.can_allocate(5)
-    with pytest.raises(AssertionError, match="5 blocks asked, 4 free"):
+    with pytest.raises(AssertionError, match="5 asked, 4 available"):
         pool.allocate(5)
 
 
@@ -72,7 +74,7 @@ def test_integrity_sees_leaks_lost_blocks_and_duplicates() -> None:
     with pytest.raises(AssertionError, match="twice"):
         pool.check_integrity()
     pool._free[-1] = blocks[0]
-    with pytest.raises(AssertionError, match="free and owned"):
+    with pytest.raises(AssertionError, match="two states"):
         pool.check_integrity()
 
 
@@ -105,3 +107,103 @@ def test_a_table_without_room_is_an_assertion() -> None:
         table.slots(0, 5)
     with pytest.raises(AssertionError, match="no room for 5"):
         table.spans(5)
+
+
+def published(pool: BlockPool, *names: str) -> list[int]:
+    """Blocks with these contents, without owners, given up in this order."""
+    blocks = pool.allocate(len(names))
+    for block, name in zip(blocks, names, strict=True):
+        pool.publish(block, name.encode(), name.encode())
+    pool.free(blocks)
+    return blocks
+
+
+def test_a_block_without_owners_is_cached_if_its_content_has_a_name() -> None:
+    pool = BlockPool(4)
+    named, nameless = pool.allocate(2)
+    pool.publish(named, b"key", b"tokens")
+    pool.free([named, nameless])
+    assert (pool.num_free, pool.num_cached, pool.num_in_use) == (3, 1, 0)
+    assert pool.find(b"key", b"tokens") == named and pool.find(b"other", b"tokens") is None
+    pool.share([named])
+    assert (pool.num_free, pool.num_cached, pool.num_in_use) == (3, 0, 1)
+    pool.check_integrity([named])
+
+
+def test_a_hit_compares_tokens_so_that_equal_keys_are_not_believed() -> None:
+    pool = BlockPool(4)
+    published(pool, "a")
+    assert pool.find(b"a", b"b") is None
+
+
+def test_the_block_unused_longest_is_evicted_and_only_when_none_is_free() -> None:
+    pool = BlockPool(4)
+    a, b, c = published(pool, "a", "b", "c")
+    pool.share([a])
+    pool.free([a])
+    assert pool.allocate(1) not in ([a], [b], [c])
+    assert pool.allocate(2) == [b, c] or set(pool._content) == {a}
+    assert pool.find(b"a", b"a") == a and pool.find(b"b", b"b") is None
+    pool.check_integrity()
+
+
+def test_one_content_has_one_block() -> None:
+    pool = BlockPool(4)
+    first, second = pool.allocate(2)
+    pool.publish(first, b"key", b"tokens")
+    pool.publish(second, b"key", b"tokens")
+    assert pool.find(b"key", b"tokens") == first
+    pool.free([second, first])
+    assert (pool.num_free, pool.num_cached) == (3, 1)
+
+
+def test_forgotten_content_is_not_found_in_use_nor_cached() -> None:
+    pool = BlockPool(4)
+    (cached,) = published(pool, "cached")
+    pool.forget(cached)
+    (used,) = pool.allocate(1)
+    pool.publish(used, b"used", b"")
+    pool.forget(used)
+    pool.free([used])
+    assert pool.num_free == 4 and pool.find(b"cached", b"cached") is pool.find(b"used", b"") is None
+    pool.forget(used)
+    pool.check_integrity([])
+
+
+def test_only_blocks_in_use_are_published() -> None:
+    with pytest.raises(AssertionError, match="not in use"):
+        BlockPool(4).publish(1, b"key", b"")
+
+
+def test_integrity_sees_a_name_without_content() -> None:
+    pool = BlockPool(4)
+    (block,) = published(pool, "a")
+    del pool._content[block]
+    with pytest.raises(AssertionError, match="out of step"):
+        pool.check_integrity()
+
+
+ROOT = {"tenant": "t", "model": "m", "layout": "bf16", "adapter": "", "intervention": ""}
+
+
+def test_every_field_of_the_root_gives_another_chain() -> None:
+    roots = {prefix_root(**ROOT)} | {prefix_root(**{**ROOT, name: "x"}) for name in ROOT}
+    assert len(roots) == 1 + len(ROOT)
+    # Lengths are part of it: a border cannot be moved from one field to the next.
+    assert prefix_root(**{**ROOT, "tenant": "ab", "model": "c"}) != prefix_root(
+        **{**ROOT, "tenant": "a", "model": "bc"}
+    )
+    assert prefix_root(**{**ROOT, "tenant": "t6:model:1:"}) != prefix_root(**ROOT)
+
+
+@given(
+    st.lists(st.integers(0, 3), min_size=8, max_size=24), st.lists(st.integers(0, 3), min_size=8, max_size=24)
+)
+def test_keys_are_equal_exactly_as_far_as_the_tokens(first: list[int], second: list[int]) -> None:
+    chains = [(PrefixChain(b"root", 4), array("i", tokens)) for tokens in (first, second)]
+    for index in range(min(len(first), len(second)) // 4):
+        keys = [chain.key(index, tokens) for chain, tokens in chains]
+        stop = (index + 1) * 4
+        assert (keys[0] == keys[1]) == (first[:stop] == second[:stop])
+    with pytest.raises(AssertionError, match="not full"):
+        chains[0][0].key(len(first) // 4, chains[0][1])

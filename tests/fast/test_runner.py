@@ -4,7 +4,7 @@ import numpy as np
 
 from tests.fast.engine_fakes import FakeExecutor, fake_logits
 from tokenmill.engine.runner import Runner
-from tokenmill.engine.scheduler import Chunk, Schedule
+from tokenmill.engine.scheduler import BlockMoves, Chunk, Schedule
 from tokenmill.engine.sequence import ScoringState
 
 
@@ -16,7 +16,7 @@ def sequence(num_tokens: int, blocks: list[int], first_token: int = 0) -> Scorin
 
 def schedule(*chunks: tuple[ScoringState, int, int, int]) -> Schedule:
     made = tuple(Chunk(sequence=s, start=a, stop=b, num_out_rows=n) for s, a, b, n in chunks)
-    return Schedule(chunks=made, preempted=())
+    return Schedule(chunks=made, moves=BlockMoves((), (), ()), preempted=())
 
 
 def test_the_flat_batch_names_every_row_and_block() -> None:

@@ -1,6 +1,7 @@
 """The scheduler alone, in integers: progress, budgets, order, preemption, and every guard."""
 
 import random
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -8,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenmill.core import Request, ResourceError, SamplingParams
+from tokenmill.core import Request, ResourceError, SamplingParams, Tier
 from tokenmill.engine.detokenizer import Detokenizer
 from tokenmill.engine.scheduler import MAX_PREEMPTIONS, Chunk, Schedule, Scheduler, StepLimits
-from tokenmill.engine.sequence import GenerationState, ScoringState, SequenceState
+from tokenmill.engine.sequence import TIER_DELAY_S, GenerationState, ScoringState, SequenceState
 from tokenmill.kernels import KV_BLOCK
-from tokenmill.kvcache import BlockPool
+from tokenmill.kvcache import BlockPool, PrefixChain, prefix_root
 
 LIMITS = StepLimits(max_rows=64, max_out_rows=8, max_sequences=8)
 
@@ -21,9 +22,11 @@ LIMITS = StepLimits(max_rows=64, max_out_rows=8, max_sequences=8)
 def generation(name: str, num_prompt: int, num_new: int) -> GenerationState:
     return GenerationState(
         Request(request_id=name, prompt=(1,) * num_prompt, params=SamplingParams(ignore_eos=True)),
+        index=0,
         seed=0,
         max_total=num_prompt + num_new,
         detokenizer=Detokenizer(lambda _: b"x"),
+        end_token_ids=frozenset(),
         submitted_s=0.0,
     )
 
@@ -60,7 +63,7 @@ class Simulator:
         for position in range(chunk.stop - chunk.num_out_rows, chunk.stop):
             if isinstance(chunk.sequence, GenerationState):
                 assert position == chunk.sequence.num_total - 1
-                chunk.sequence.append(1, is_eos=False, now_s=0.0)
+                chunk.sequence.append(1, None, now_s=0.0)
             elif isinstance(chunk.sequence, ScoringState):
                 chunk.sequence.append(position, -1.0)
 
@@ -91,6 +94,7 @@ def test_everything_ends_within_every_budget(
     max_out_rows: int,
     max_sequences: int,
 ) -> None:
+    max_out_rows += max_sequences - 1
     limits = StepLimits(max_rows=max_rows, max_out_rows=max_out_rows, max_sequences=max_sequences)
     sim = simulator(num_blocks, limits)
     sequences: list[SequenceState] = [
@@ -103,11 +107,9 @@ def test_everything_ends_within_every_budget(
     assert {id(s) for s in sim.finished} == {id(s) for s in sequences}, "each ends once"
     assert len(sim.finished) == len(sequences)
     for schedule in sim.steps:
-        sampled = sum(c.num_out_rows for c in schedule.chunks if c.sequence.samples)
+        sampled = sum(c.num_out_rows for c in schedule.chunks if isinstance(c.sequence, GenerationState))
         assert 0 < schedule.num_rows <= max_rows and sampled <= max_out_rows
         assert len(schedule.chunks) <= max_sequences
-        arrivals = [chunk.sequence.arrival for chunk in schedule.chunks]
-        assert arrivals == sorted(arrivals), "first come, first served"
     assert sim.scheduler.pool.num_free == num_blocks
 
 
@@ -127,11 +129,14 @@ def test_prefill_and_decode_share_a_step() -> None:
 
 
 def test_sampled_rows_stop_short_of_their_budget() -> None:
-    limits = StepLimits(max_rows=64, max_out_rows=2, max_sequences=8)
-    sim = simulator(16, limits)
-    for name in "abc":
+    sim = simulator(16, StepLimits(max_rows=64, max_out_rows=3, max_sequences=3))
+    first = generation("first", 10, 20)
+    sim.scheduler.submit(first)
+    sim.step()
+    for name in ("second", "third"):
         sim.scheduler.submit(generation(name, 10, 2))
-    assert [(c.num_rows, c.num_out_rows) for c in sim.step().chunks] == [(10, 1), (10, 1), (9, 0)]
+    first.drafts.extend([1] * 9)
+    assert [(c.num_rows, c.num_out_rows) for c in sim.scheduler.schedule().chunks] == [(3, 3), (9, 0), (9, 0)]
 
 
 def test_scored_rows_are_not_bounded_by_the_sampling_budget() -> None:
@@ -171,7 +176,7 @@ def test_a_start_leaves_a_block_for_each_that_runs() -> None:
     for name in ("first", "second", "third"):
         sim.scheduler.submit(generation(name, 20, 20))
     sim.step()
-    assert (sim.scheduler.num_running, sim.scheduler.num_waiting) == (2, 1)
+    assert (len(sim.scheduler.running), len(sim.scheduler.waiting)) == (2, 1)
 
 
 def test_what_was_preempted_too_often_starts_only_when_it_can_stay() -> None:
@@ -201,7 +206,7 @@ def test_removal_frees_blocks_at_any_moment() -> None:
     sim.scheduler.submit(running)
     sim.scheduler.submit(waiting)
     sim.step()
-    assert (sim.scheduler.num_running, sim.scheduler.num_waiting) == (1, 1)
+    assert (len(sim.scheduler.running), len(sim.scheduler.waiting)) == (1, 1)
     sim.scheduler.remove(running)
     sim.scheduler.remove(running)
     assert sim.scheduler.pool.num_free == 8
@@ -227,3 +232,222 @@ def test_integrity_sees_a_leak() -> None:
     sequence.table.clear()
     with pytest.raises(AssertionError, match="leaked"):
         sim.scheduler.check_integrity()
+
+
+def chained(name: str, tokens: Sequence[int], num_new: int, tenant: str = "") -> GenerationState:
+    """A generation that uses the prefix cache."""
+    state = generation(name, len(tokens), num_new)
+    state.tokens = array("i", tokens)
+    root = prefix_root(tenant=tenant, model="m", layout="bf16", adapter="", intervention="")
+    state.chain = PrefixChain(root, KV_BLOCK)
+    return state
+
+
+def test_a_known_prefix_is_not_computed_again() -> None:
+    sim = simulator(32)
+    sim.run([chained("first", range(100), 5)])
+    second = chained("second", [*range(100), 7, 7, 7], 5)
+    other = chained("other", range(100), 5, tenant="another")
+    sim.scheduler.submit(second)
+    sim.scheduler.submit(other)
+    assert [(c.sequence.request_id, c.start) for c in sim.step().chunks] == [("second", 96), ("other", 0)]
+    assert (second.num_cached, other.num_cached) == (96, 0), "tenants share nothing"
+    sim.run([])
+
+
+def test_the_row_whose_logits_are_wanted_is_never_skipped() -> None:
+    sim = simulator(32)
+    sim.run([chained("first", range(64), 2)])
+    again = chained("again", range(64), 2)
+    sim.scheduler.submit(again)
+    assert [(c.start, c.stop) for c in sim.step().chunks] == [(32, 64)]
+
+
+def test_two_that_run_share_the_blocks_of_a_prefix() -> None:
+    sim = simulator(8)
+    sim.scheduler.submit(chained("first", range(128), 20))
+    sim.step()
+    sim.step()
+    sim.step()
+    sim.scheduler.submit(chained("second", range(128), 20))
+    sim.step()
+    first, second = sim.scheduler.running
+    assert (
+        first.table.blocks[:3] == second.table.blocks[:3]
+        and first.table.blocks[3:] != second.table.blocks[3:]
+    )
+    sim.run([])
+    assert sim.scheduler.pool.num_in_use == 0
+
+
+def test_damaged_content_is_not_kept() -> None:
+    sim = simulator(8)
+    first = chained("first", range(100), 5)
+    sim.scheduler.submit(first)
+    for _ in range(3):
+        sim.step()
+    sim.scheduler.remove(first, damaged=True)
+    assert (sim.scheduler.pool.num_free, sim.scheduler.pool.num_cached) == (8, 0)
+
+
+def test_a_fork_shares_full_blocks_and_copies_the_last() -> None:
+    sim = simulator(8)
+    parent, child = generation("parent", 40, 30), generation("child", 40, 30)
+    sim.scheduler.submit(parent)
+    sim.step()
+    child.append(1, None, now_s=0.0)
+    sim.scheduler.fork(parent, child)
+    schedule = sim.step()
+    assert parent.table.blocks[0] == child.table.blocks[0]
+    assert schedule.moves.copies == ((parent.table.blocks[1], child.table.blocks[1]),)
+    assert [(c.sequence, c.start, c.stop) for c in schedule.chunks] == [(parent, 40, 41), (child, 40, 41)]
+    sim.run([])
+    assert sim.scheduler.pool.num_free == 8
+
+
+def test_a_fork_without_room_waits_and_is_computed_from_its_tokens() -> None:
+    sim = simulator(8, StepLimits(max_rows=64, max_out_rows=1, max_sequences=1))
+    parent, child = generation("parent", 40, 3), generation("child", 40, 3)
+    sim.scheduler.submit(parent)
+    sim.step()
+    child.append(1, None, now_s=0.0)
+    sim.scheduler.fork(parent, child)
+    assert list(sim.scheduler.waiting) == [child] and child.num_computed == 0
+    sim.run([])
+    assert [s.request_id for s in sim.finished] == ["parent", "child"]
+
+
+def ranked(
+    name: str, tier: Tier, submitted_s: float, num_prompt: int = 10, num_new: int = 5
+) -> GenerationState:
+    state = generation(name, num_prompt, num_new)
+    state.tier, state.rank_s = tier, submitted_s + TIER_DELAY_S[tier]
+    return state
+
+
+def test_tiers_go_first_and_age() -> None:
+    sim = simulator(64, StepLimits(max_rows=64, max_out_rows=1, max_sequences=1))
+    late_s = TIER_DELAY_S["batch"]
+    order = [
+        ranked("old batch", "batch", 0.0),
+        ranked("standard", "standard", late_s),
+        ranked("fast", "fast", late_s + 1),
+        ranked("batch", "batch", late_s),
+    ]
+    for state in reversed(order):
+        sim.scheduler.submit(state)
+    sim.run([])
+    assert [s.request_id for s in sim.finished] == ["old batch", "fast", "standard", "batch"]
+
+
+def test_fast_work_takes_the_place_of_batch_work_and_of_nothing_else() -> None:
+    tiers: list[tuple[Tier, bool]] = [("batch", True), ("standard", False)]
+    for tier, displaced in tiers:
+        sim = simulator(64, StepLimits(max_rows=64, max_out_rows=1, max_sequences=1))
+        running = ranked("running", tier, 0.0, num_new=50)
+        sim.scheduler.submit(running)
+        sim.step()
+        sim.scheduler.submit(ranked("fast", "fast", 1.0))
+        assert sim.step().preempted == ((running,) if displaced else ())
+        sim.run([])
+        assert sim.finished[0].request_id == ("fast" if displaced else "running")
+
+
+def test_a_long_prompt_leaves_half_of_each_step_to_short_ones_and_keeps_half() -> None:
+    sim = simulator(256)
+    long = generation("long", 1000, 2)
+    sim.scheduler.submit(long)
+    sim.step()
+    for name in ("b", "a"):
+        sim.scheduler.submit(generation(name, 20, 50))
+    assert [(c.sequence.request_id, c.num_rows) for c in sim.step().chunks] == [
+        ("long", 32),
+        ("b", 20),
+        ("a", 12),
+    ]
+    assert [(c.sequence.request_id, c.num_rows) for c in sim.step().chunks] == [
+        ("b", 1),
+        ("long", 55),
+        ("a", 8),
+    ]
+
+
+def test_a_lower_row_limit_still_serves_every_sequence_that_lacks_one_row() -> None:
+    sim = simulator(256)
+    for name in "abc":
+        sim.scheduler.submit(generation(name, 10, 9))
+    sim.step()
+    sim.scheduler.submit(generation("long", 1000, 2))
+    assert [c.num_rows for c in sim.scheduler.schedule(max_rows=2).chunks] == [1, 1, 1]
+
+
+def test_drafts_take_only_what_is_left() -> None:
+    sim = simulator(3, StepLimits(max_rows=8, max_out_rows=6, max_sequences=2))
+    first, second = generation("first", 4, 70), generation("second", 4, 20)
+    for state in (first, second):
+        sim.scheduler.submit(state)
+    sim.step()
+    first.drafts.extend([1] * 9)
+    second.drafts.extend([1] * 9)
+    schedule = sim.scheduler.schedule()
+    assert [(c.num_rows, c.num_out_rows) for c in schedule.chunks] == [(5, 5), (1, 1)], "six places"
+    assert (len(first.drafts), len(second.drafts)) == (4, 0)
+
+
+def test_guesses_that_were_wrong_do_not_count_as_computed() -> None:
+    sim = simulator(8)
+    state = generation("a", 4, 20)
+    sim.scheduler.submit(state)
+    sim.step()
+    state.drafts.extend([1, 1, 9])
+    schedule = sim.scheduler.schedule()
+    assert [(c.start, c.stop) for c in schedule.chunks] == [(4, 8)]
+    for _ in range(3):
+        state.append(1, None, now_s=0.0)
+    sim.scheduler.commit(schedule)
+    assert (state.num_computed, state.num_total, len(state.drafts)) == (7, 8, 0)
+
+
+def swapping(num_blocks: int, num_slots: int) -> Simulator:
+    return Simulator(Scheduler(BlockPool(num_blocks), LIMITS, swap=BlockPool(num_slots)))
+
+
+def test_swapped_blocks_come_back_and_nothing_is_computed_twice() -> None:
+    sim = swapping(4, 8)
+    sim.run([generation("first", 30, 80), generation("second", 30, 60)])
+    outs = [slot for schedule in sim.steps for _, slot in schedule.moves.outs]
+    ins = [slot for schedule in sim.steps for slot, _ in schedule.moves.ins]
+    assert outs == ins and len(outs) >= 2, "all that went out came back"
+    rows = [(c.sequence.request_id, p) for s in sim.steps for c in s.chunks for p in range(c.start, c.stop)]
+    assert len(rows) == len(set(rows))
+    assert sim.scheduler.swap is not None and sim.scheduler.swap.num_free == 8
+
+
+def test_without_free_slots_or_where_it_costs_more_it_is_computed_again() -> None:
+    costly = Scheduler(BlockPool(4), LIMITS, swap=BlockPool(8), prefer_swap=lambda tokens, blocks: False)
+    for sim in (swapping(4, 1), Simulator(costly)):
+        sim.run([generation("first", 30, 80), generation("second", 30, 60)])
+        assert any(s.preempted for s in sim.steps) and not any(s.moves.outs or s.moves.ins for s in sim.steps)
+
+
+def test_a_swapped_sequence_that_is_removed_gives_its_slots_back() -> None:
+    sim = swapping(4, 8)
+    first, second = generation("first", 30, 80), generation("second", 30, 60)
+    for state in (first, second):
+        sim.scheduler.submit(state)
+    while not sim.step().preempted:
+        pass
+    assert second.swap_slots
+    sim.scheduler.remove(second)
+    sim.scheduler.check_integrity()
+    assert sim.scheduler.swap is not None and sim.scheduler.swap.num_free == 8
+
+
+def test_the_queue_is_bounded() -> None:
+    sim = simulator(8, StepLimits(max_rows=8, max_out_rows=1, max_sequences=1, max_waiting=2))
+    for name in "ab":
+        sim.scheduler.submit(generation(name, 4, 4))
+    with pytest.raises(ResourceError, match="2 requests are waiting already"):
+        sim.scheduler.submit(generation("c", 4, 4))
+    sim.run([])
+    assert len(sim.finished) == 2

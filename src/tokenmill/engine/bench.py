@@ -30,7 +30,9 @@ from tokenmill.costs import (
     decode_work,
     prefill_work,
 )
-from tokenmill.engine.llm import LLM, ExecutorFactory, LLMConfig, Progress
+from tokenmill.engine.config import LLMConfig
+from tokenmill.engine.llm import LLM, Progress
+from tokenmill.engine.local import ExecutorFactory
 from tokenmill.kernels import KV_BLOCK, StepPlan
 from tokenmill.kernels.probe import MachineLimits
 from tokenmill.models.architecture import Architecture

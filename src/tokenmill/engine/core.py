@@ -1,22 +1,42 @@
-"""The step loop's body: schedule, run, sample or score, record. One call is one step.
+"""The step loop's body: expire, guess, schedule, run, sample or score, record. One call is one step.
 
-It knows sequences and token ids, no text sources and no queues of callers; whoever drives it (the offline
-`LLM`) submits states, calls `step` while there is work and reads the states. It is not safe to use from
-two threads at once.
+It knows sequences and token ids, no text sources and no queues of callers; whoever drives it (`LocalEngine`)
+submits states, calls `step` while there is work and reads the states. It is not safe to use from two
+threads at once.
+
+An exception in a step is nobody's and everybody's: the sequences of that step are run again one by one, so
+that the one it belongs to fails alone.
 """
 
 import time
-from collections.abc import Callable, Collection
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
+from typing import NamedTuple
 
+from tokenmill.core import FinishReason
 from tokenmill.engine.runner import OutRows, Runner
-from tokenmill.engine.sampler import SamplingRow, logprobs_of, sample
+from tokenmill.engine.sampler import SamplingRow, logprobs_of, sample, top_logprobs
 from tokenmill.engine.scheduler import Schedule, Scheduler, StepLimits
 from tokenmill.engine.sequence import GenerationState, ScoringState, SequenceState
-from tokenmill.kernels import Executor, F32Array
-from tokenmill.kvcache import BlockPool
+from tokenmill.kernels import KV_BLOCK, Executor, F32Array
+from tokenmill.kvcache import BlockPool, PrefixChain, prefix_root
 
-__all__ = ["EngineCore", "StepResult", "StepStats"]
+__all__ = ["CoreConfig", "EngineCore", "StepResult", "StepStats"]
+
+_NOT_FINITE = "the model's logits are not finite numbers"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoreConfig:
+    """Sizes of an engine. `model` names the model's content in prefix keys; None switches the cache off."""
+
+    num_blocks: int
+    max_sequences: int
+    max_waiting: int = 1 << 20
+    model: str | None = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,102 +63,237 @@ class EngineCore:
     """Runs sequences on one executor that has `num_blocks` KV blocks. `clock` returns seconds."""
 
     def __init__(
-        self,
-        executor: Executor,
-        *,
-        num_blocks: int,
-        max_sequences: int,
-        eos_token_ids: Collection[int],
-        clock: Callable[[], float] = time.perf_counter,
+        self, executor: Executor, config: CoreConfig, *, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         limits = StepLimits(
-            max_rows=executor.max_rows, max_out_rows=executor.max_out_rows, max_sequences=max_sequences
+            max_rows=executor.max_rows,
+            max_out_rows=executor.max_out_rows,
+            max_sequences=config.max_sequences,
+            max_waiting=config.max_waiting,
         )
         self.clock = clock
-        self._scheduler = Scheduler(BlockPool(num_blocks), limits)
+        self.scheduler = Scheduler(BlockPool(config.num_blocks), limits)
+        self._config = config
+        self._executor = executor
         self._runner = Runner(executor)
-        self._eos_token_ids = frozenset(eos_token_ids)
+        self._expiries: list[tuple[float, int, GenerationState]] = []
+        self._suspects: deque[SequenceState] = deque()
 
     @property
     def has_work(self) -> bool:
         """True if any submitted sequence is not finished."""
-        return self._scheduler.has_work
-
-    def check_fits(self, sequence: SequenceState) -> None:
-        """Raise `ResourceError` if the KV cache could never hold the sequence."""
-        self._scheduler.check_fits(sequence)
+        return self.scheduler.has_work
 
     def submit(self, sequence: SequenceState) -> None:
-        """Queue a sequence. Raises `ResourceError` as `check_fits` does."""
-        self._scheduler.submit(sequence)
+        """Queue a sequence. Raises `ResourceError` if the cache could never hold it, or the queue is full."""
+        self.scheduler.submit(sequence)
+        for each in (sequence, *sequence.siblings):
+            each.chain = self._chain(each)
+        self._watch(sequence)
 
     def abort(self, sequence: SequenceState) -> None:
-        """Give up a sequence between two steps: its blocks are free at once. No-op if it is finished."""
-        self._scheduler.remove(sequence)
-        if isinstance(sequence, GenerationState) and not sequence.finished:
-            sequence.finish("cancelled", now_s=self.clock())
+        """Give up a sequence between two steps: its blocks are free at once. No-op if it is finished.
+
+        Before its first token this ends all completions of the request.
+        """
+        if not sequence.finished:
+            self._end(sequence, "cancelled")
 
     def step(self) -> StepResult:
-        """Compute one step. If the executor raises, no row counts as computed and every state stays valid."""
+        """Compute one step. Exceptions of the model fail one request; what is not an `Exception` is raised,
+        and then no row counts as computed and every state stays valid.
+        """
         began = self.clock()
-        schedule = self._scheduler.schedule()
+        finished = self._expire(began)
+        schedule = self._plan()
+        touched = [each for c in schedule.chunks for each in (c.sequence, *c.sequence.siblings)]
         try:
-            for out in self._runner.run(schedule):
-                self._take(out)
-            self._scheduler.commit(schedule)
+            self._run(schedule)
+        except Exception as error:
+            self._suspect(schedule, error)
         finally:
-            finished = self._remove_finished(schedule)
+            for chunk in schedule.chunks:
+                chunk.sequence.drafts = array("i")
+            finished += self._collect(touched)
         if not self.has_work:
             self.check_integrity()
         stats = StepStats(
             num_rows=schedule.num_rows,
             num_out_rows=schedule.num_out_rows,
             num_sequences=len(schedule.chunks),
-            num_waiting=self._scheduler.num_waiting,
+            num_waiting=len(self.scheduler.waiting),
             num_preempted=len(schedule.preempted),
             seconds=self.clock() - began,
         )
-        return StepResult(stats=stats, finished=finished)
+        return StepResult(stats=stats, finished=tuple(finished))
 
     def check_integrity(self) -> None:
-        """Assert that every KV block is free or held by a sequence that is not finished."""
-        self._scheduler.check_integrity()
+        """Assert that every KV block is free, cached, or held by a sequence that is not finished."""
+        self.scheduler.check_integrity()
 
-    def _remove_finished(self, schedule: Schedule) -> tuple[SequenceState, ...]:
-        finished = tuple(chunk.sequence for chunk in schedule.chunks if chunk.sequence.finished)
+    def _chain(self, sequence: SequenceState) -> PrefixChain | None:
+        if self._config.model is None:
+            return None
+        root = prefix_root(
+            tenant=sequence.tenant, model=self._config.model, layout="bf16", adapter="", intervention=""
+        )
+        return PrefixChain(root, KV_BLOCK)
+
+    def _watch(self, sequence: SequenceState) -> None:
+        if isinstance(sequence, GenerationState) and sequence.expires_s is not None:
+            heappush(self._expiries, (sequence.expires_s, sequence.arrival, sequence))
+
+    def _expire(self, now_s: float) -> list[SequenceState]:
+        """End what has waited or run until its deadline."""
+        expired: list[SequenceState] = []
+        while self._expiries and self._expiries[0][0] <= now_s:
+            state = heappop(self._expiries)[2]
+            if not state.finished:
+                expired += (state, *state.siblings)
+                self._end(state, "expired")
+        return expired
+
+    def _end(self, sequence: SequenceState, reason: FinishReason) -> None:
+        """End a sequence from outside; with it those that would begin where it was going to."""
+        self.scheduler.remove(sequence)
+        for each in (sequence, *sequence.siblings):
+            if isinstance(each, GenerationState):
+                each.finish(reason, now_s=self.clock())
+        sequence.siblings = ()
+
+    def _plan(self) -> Schedule:
+        while self._suspects:
+            suspect = self._suspects.popleft()
+            if suspect in self.scheduler.running:
+                return self.scheduler.schedule(only=suspect)
+        return self.scheduler.schedule()
+
+    def _run(self, schedule: Schedule) -> None:
+        if schedule.moves.copies:
+            self._executor.copy_blocks(schedule.moves.copies)
+        if schedule.chunks:
+            for out in self._runner.run(schedule):
+                self._take(out)
+        self.scheduler.commit(schedule)
+        for chunk in schedule.chunks:
+            if chunk.sequence.siblings:
+                self._branch(chunk.sequence)
+
+    def _branch(self, parent: SequenceState) -> None:
+        """Start the other completions of a request once their first token is chosen."""
+        if not (parent.siblings[0].num_output or parent.siblings[0].finished):
+            return
+        for child in parent.siblings:
+            if not child.finished:
+                self.scheduler.fork(parent, child)
+                self._watch(child)
+        parent.siblings = ()
+
+    def _suspect(self, schedule: Schedule, error: Exception) -> None:
+        """One of these sequences made the step fail: alone it fails; several are run one by one next."""
+        if not schedule.chunks:
+            raise error
+        if len(schedule.chunks) == 1:
+            schedule.chunks[0].sequence.fail(f"{type(error).__name__}: {error}", now_s=self.clock())
+        else:
+            self._suspects = deque(chunk.sequence for chunk in schedule.chunks)
+
+    def _collect(self, touched: Iterable[SequenceState]) -> list[SequenceState]:
+        """Remove what has finished, and end what would begin where a failed sequence was going to."""
+        touched = list(touched)
+        for sequence in touched:
+            if sequence.finished and sequence.siblings:
+                for child in sequence.siblings:
+                    if not child.finished:
+                        child.fail(sequence.error, now_s=self.clock())
+                sequence.siblings = ()
+        finished = [sequence for sequence in touched if sequence.finished]
         for sequence in finished:
-            self._scheduler.remove(sequence)
+            self.scheduler.remove(sequence, damaged=bool(sequence.error))
         return finished
 
     def _take(self, out: OutRows) -> None:
         """Hand each row of logits to its sequence."""
-        sampled: list[tuple[int, GenerationState]] = []
+        sampled: list[_Sample] = []
         scored: list[tuple[int, int, ScoringState]] = []
-        for index, row in enumerate(out.rows):
-            if isinstance(row.sequence, GenerationState):
-                sampled.append((index, row.sequence))
-            elif isinstance(row.sequence, ScoringState):
-                scored.append((index, row.position, row.sequence))
+        prompts: list[tuple[int, int, GenerationState]] = []
+        for index, (sequence, position) in enumerate(out.rows):
+            if isinstance(sequence, ScoringState):
+                scored.append((index, position, sequence))
+            elif isinstance(sequence, GenerationState) and position < sequence.num_prompt - 1:
+                prompts.append((index, position, sequence))
+            elif isinstance(sequence, GenerationState):
+                sampled += _samples(sequence, position, index)
         if sampled:
-            logits_LV = _select(out.logits_LV, [index for index, _ in sampled])
-            self._sample(logits_LV, [state for _, state in sampled])
+            self._sample(out.logits_LV, sampled)
         if scored:
-            logits_LV = _select(out.logits_LV, [index for index, _, _ in scored])
-            targets = [state.target(position) for _, position, state in scored]
-            for (_, position, state), logprob in zip(scored, logprobs_of(logits_LV, targets), strict=True):
-                state.append(position, logprob)
+            _score(out.logits_LV, scored)
+        if prompts:
+            _score_prompts(out.logits_LV, prompts)
 
-    def _sample(self, logits_LV: F32Array, states: list[GenerationState]) -> None:
-        """Choose and append one token a sequence. A row without finite logits fails its own sequence only."""
-        rows = [SamplingRow(s.params, s.seed, s.num_total) for s in states]
-        result = sample(logits_LV, rows)
+    def _sample(self, logits_LV: F32Array, samples: Sequence["_Sample"]) -> None:
+        """Choose a token for each row and append those that stand.
+
+        A row stands if every guess before it was right. Rows come in order, so it is enough to look at the
+        last: its position must be the sequence's last, and it must have been computed from that token.
+        """
+        result = sample(logits_LV, [each.row for each in samples])
         now_s = self.clock()
-        chosen = zip(states, result.token_ids.tolist(), result.valid.tolist(), strict=True)
-        for state, token_id, valid in chosen:
+        for each, token_id, valid, logprobs in zip(
+            samples, result.token_ids.tolist(), result.valid.tolist(), result.logprobs, strict=True
+        ):
+            state, position = each.state, each.row.position
+            if state.finished or position != state.num_total or each.last_token != state.tokens[-1]:
+                continue
+            if each.is_draft:
+                state.num_accepted += 1
             if valid:
-                state.append(token_id, is_eos=token_id in self._eos_token_ids, now_s=now_s)
+                state.append(token_id, logprobs, now_s=now_s)
             else:
-                state.finish("failed", now_s=now_s)
+                state.fail(_NOT_FINITE, now_s=now_s)
+
+
+class _Sample(NamedTuple):
+    """A row to be sampled, for whom, and the token that it was computed from."""
+
+    row: SamplingRow
+    state: GenerationState
+    last_token: int
+    is_draft: bool
+
+
+def _samples(state: GenerationState, position: int, logits_row: int) -> Iterator[_Sample]:
+    """The samples taken from the logits at one position: one, or where the prompt ends one a completion."""
+    # Tokens of an earlier row of this step may be appended already; drafts follow the last computed token.
+    known = state.num_computed + 1 if state.drafts else state.num_total
+    tokens = state.tokens[:known] + state.drafts if state.drafts else state.tokens
+    family = (state, *state.siblings) if position == state.num_prompt - 1 else (state,)
+    for each in family:
+        row = SamplingRow(
+            params=each.params,
+            seed=each.seed,
+            position=position + 1,
+            logits_row=logits_row,
+            tokens=tokens,
+            num_prompt=each.num_prompt,
+            banned=each.banned_at(position + 1),
+            bad_words=each.bad_words,
+        )
+        yield _Sample(row, each, tokens[position], position >= known)
+
+
+def _score(logits_LV: F32Array, rows: Sequence[tuple[int, int, ScoringState]]) -> None:
+    targets = [state.target(position) for _, position, state in rows]
+    logprobs = logprobs_of(_select(logits_LV, [index for index, _, _ in rows]), targets)
+    for (_, position, state), logprob in zip(rows, logprobs, strict=True):
+        state.append(position, logprob)
+
+
+def _score_prompts(logits_LV: F32Array, rows: Sequence[tuple[int, int, GenerationState]]) -> None:
+    for index, position, state in rows:
+        num_top = state.params.prompt_logprobs or 0
+        target = state.tokens[position + 1]
+        state.append_prompt(position, top_logprobs(logits_LV[index : index + 1], [target], num_top)[0])
 
 
 def _select(logits_LV: F32Array, indices: list[int]) -> F32Array:

@@ -1,209 +1,211 @@
-"""Stand-in for the engine that is driven by submit, abort and step; on top of today's `EngineCore`.
+"""The engine in this process: a model, compiled, with its tokenizer, and the step loop over requests.
 
-One model in one thread. A step that raises is run again sequence by sequence, so that only the sequence
-that makes it raise fails.
+Whoever drives it submits requests, calls `step` while there is work, and reads the states that it got: the
+offline `LLM` in its own loop, the engine process between two looks at its socket. It belongs to one thread.
 """
 
 import secrets
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import NamedTuple
+import time
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Protocol
 
-from tokenmill.core import Completion, Request, ResourceError, TokenLogprobs, UsageError
-from tokenmill.engine.core import EngineCore, StepResult, StepStats
+from tokenmill.core import Message, Request, SamplingParams, UsageError
+from tokenmill.engine.config import LLMConfig
+from tokenmill.engine.core import CoreConfig, EngineCore, StepResult
 from tokenmill.engine.detokenizer import Detokenizer
-from tokenmill.engine.llm import ExecutorFactory, LLMConfig
-from tokenmill.engine.scheduler import Chunk, Schedule, Scheduler
-from tokenmill.engine.sequence import GenerationState
+from tokenmill.engine.sequence import GenerationState, ScoringState, SequenceState
+from tokenmill.kernels import Executor, StepPlan
+from tokenmill.models.chat_template import ChatTemplate, encode_chat
 from tokenmill.models.compile import create_executor
 from tokenmill.models.directory import ModelDirectory
+from tokenmill.models.pack import WeightFormat
 
-__all__ = ["Delta", "LocalEngine", "LocalState"]
-
-_MAX_WAITING = 4096
-
-
-class Delta(NamedTuple):
-    """What a generation has made since it was last asked."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprobs, ...]
+__all__ = ["ExecutorFactory", "LocalEngine"]
 
 
-class LocalState(GenerationState):
-    """A generation that knows which of its request's completions it is, and why it failed."""
+class ExecutorFactory(Protocol):
+    """Compiles a model directory to an executor; the default is `tokenmill.models.compile`."""
 
-    index = 0
-    error = ""
-    deadline_s: float | None = None
-    _num_taken_tokens = 0
-
-    @property
-    def num_output(self) -> int:
-        """Tokens sampled so far."""
-        return self.num_total - self.num_prompt
-
-    def take(self) -> Delta:
-        """What was not taken before."""
-        first, self._num_taken_tokens = self._num_taken_tokens, self.num_output
-        return Delta(self.take_text(), tuple(self.tokens[self.num_prompt + first :]), ())
-
-    def completion(self) -> Completion:
-        """What the request ended with."""
-        return replace(super().completion(), index=self.index, error=self.error)
+    def __call__(
+        self,
+        directory: ModelDirectory,
+        *,
+        weights: WeightFormat,
+        max_rows: int,
+        max_out_rows: int,
+        num_blocks: int,
+        num_threads: int | None,
+    ) -> Executor:
+        """Compile; the executor has `num_blocks` KV blocks."""
+        ...
 
 
 class LocalEngine:
-    """Requests in, states out."""
+    """A compiled model and its step loop. `clock` returns seconds and never goes back."""
 
     def __init__(
-        self, model: ModelDirectory, config: LLMConfig, *, create: ExecutorFactory = create_executor
+        self,
+        model: ModelDirectory,
+        config: LLMConfig | None = None,
+        *,
+        create: ExecutorFactory = create_executor,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.num_blocks = config.num_blocks(model.architecture)
+        self.config = config or LLMConfig()
+        self.num_blocks = self.config.num_blocks(model.architecture)
         executor = create(
             model,
-            weights=config.weights,
-            max_rows=config.max_rows,
-            max_out_rows=config.max_batch,
+            weights=self.config.weights,
+            max_rows=self.config.max_rows,
+            max_out_rows=self.config.max_batch,
             num_blocks=self.num_blocks,
-            num_threads=config.num_threads,
+            num_threads=self.config.num_threads,
         )
-        self._architecture = model.architecture
-        self._tokenizer = model.tokenizer()
-        self._core = _IsolatingCore(
+        self.plan: StepPlan = executor.plan
+        self.tokenizer = model.tokenizer()
+        self._model = model
+        self._core = EngineCore(
             executor,
-            num_blocks=self.num_blocks,
-            max_sequences=config.max_batch,
-            eos_token_ids=model.architecture.eos_token_ids,
+            CoreConfig(
+                num_blocks=self.num_blocks,
+                max_sequences=self.config.max_batch,
+                max_waiting=self.config.max_waiting,
+                model="" if self.config.prefix_cache else None,
+            ),
+            clock=clock,
         )
-        self._states: dict[LocalState, None] = {}
 
     @property
     def context_length(self) -> int:
         """The most tokens, prompt and answer together, that a request may have."""
-        return self._architecture.max_positions
+        return self._model.architecture.max_positions
 
     @property
     def has_work(self) -> bool:
-        """True if any state is not finished."""
+        """True if any submitted sequence is not finished."""
         return self._core.has_work
 
     @property
     def num_waiting(self) -> int:
-        """States that hold no blocks."""
-        return self._core.scheduler.num_waiting
+        """Sequences that hold no blocks yet."""
+        return len(self._core.scheduler.waiting)
 
     @property
     def num_running(self) -> int:
-        """States that hold blocks."""
-        return self._core.scheduler.num_running
+        """Sequences that hold blocks."""
+        return len(self._core.scheduler.running)
 
     @property
     def num_blocks_in_use(self) -> int:
-        """KV blocks that unfinished states hold."""
+        """KV blocks that sequences hold; 0 without work."""
         return self._core.scheduler.pool.num_in_use
 
-    def submit(self, request: Request) -> tuple[LocalState, ...]:
-        """Queue a request. Raises UsageError or ResourceError; then nothing was queued."""
-        self._check(request)
-        states = tuple(self._state(request, index) for index in range(request.params.n))
-        self._core.check_fits(states[0])
-        for state in states:
-            self._core.submit(state)
-            self._states[state] = None
+    def encode_chat(self, conversation: Sequence[Message]) -> list[int]:
+        """The prompt that the model's chat template makes of a conversation, ready for the answer.
+
+        Raises `UsageError` if the model has no template, or the template refuses the conversation.
+        """
+        if self._chat_template is None:
+            raise UsageError("the model has no chat template", hint="it is a base model: use generate")
+        return encode_chat(self.tokenizer, self._chat_template, conversation)
+
+    def submit(self, request: Request) -> tuple[GenerationState, ...]:
+        """Queue a request; one state for each of its `n` completions.
+
+        Raises `UsageError` for one that cannot be run, `ResourceError` if the cache could never hold it or
+        the queue is full.
+        """
+        states = self.prepare(request)
+        self.submit_state(states[0])
         return states
 
-    def abort(self, state: GenerationState) -> None:
-        """Give a state up; no-op if it is finished."""
-        assert isinstance(state, LocalState)
+    def prepare(self, request: Request) -> tuple[GenerationState, ...]:
+        """The states of a request, checked and not submitted. Errors as in `submit`, but for the queue."""
+        self.check_tokens(request.prompt, "prompt", room=1)
+        params = request.params
+        seed = secrets.randbelow(1 << 62) if params.seed is None else params.seed
+        submitted_s = self._core.clock()
+        states = [
+            GenerationState(
+                request,
+                index=index,
+                seed=_seed(seed, index),
+                max_total=min(len(request.prompt) + params.max_tokens, self.context_length),
+                detokenizer=Detokenizer(self._text_bytes, params.stop),
+                end_token_ids=self._end_token_ids(params),
+                bad_words=self._bad_words(params),
+                submitted_s=submitted_s,
+            )
+            for index in range(params.n)
+        ]
+        states[0].branch(states[1:])
+        self._core.scheduler.check_fits(states[0])
+        return tuple(states)
+
+    def prepare_score(self, request_id: str, ids: Sequence[int], num_context: int) -> ScoringState:
+        """The state of a text to be scored from token `num_context` on, checked and not submitted."""
+        state = ScoringState(request_id, ids, num_context)
+        self._core.scheduler.check_fits(state)
+        return state
+
+    def submit_state(self, state: SequenceState) -> None:
+        """Queue a prepared state. Raises `ResourceError` if the queue is full."""
+        self._core.submit(state)
+
+    def abort(self, state: SequenceState) -> None:
+        """Cancel between two steps: blocks are free at once. No-op if it is finished.
+
+        Before a request's first token this ends all of its completions.
+        """
         self._core.abort(state)
-        self._states.pop(state, None)
 
     def step(self) -> StepResult:
         """Compute one step."""
-        now_s = self._core.clock()
-        late = [s for s in self._states if s.deadline_s is not None and now_s >= s.deadline_s]
-        for state in late:
-            state.finish("expired", now_s=now_s)
-            self.abort(state)
-        result = self._core.step()
-        for each in result.finished:
-            assert isinstance(each, LocalState)
-            self._states.pop(each, None)
-        return replace(result, finished=(*late, *result.finished))
+        return self._core.step()
 
     def check_integrity(self) -> None:
-        """Assert that every block is free or held."""
+        """Assert that every KV block is free, cached, or held by a sequence that is not finished."""
         self._core.check_integrity()
 
-    def _state(self, request: Request, index: int) -> LocalState:
-        params = request.params
-        seed = secrets.randbelow(1 << 63) if params.seed is None else params.seed + index
-        state = LocalState(
-            request,
-            seed=seed,
-            max_total=min(len(request.prompt) + params.max_tokens, self.context_length),
-            detokenizer=Detokenizer(self._text_bytes, params.stop),
-            submitted_s=self._core.clock(),
-        )
-        state.index = index
-        if request.timeout_s is not None:
-            state.deadline_s = state.submitted_s + request.timeout_s
-        return state
-
-    def _check(self, request: Request) -> None:
-        ids: Sequence[int] = request.prompt
-        if not ids or len(ids) >= self.context_length:
+    def check_tokens(self, ids: Sequence[int], what: str, *, room: int) -> None:
+        """Raise `UsageError` unless these are tokens of the model that leave `room` in its context."""
+        if not len(ids):
+            raise UsageError(f"a {what} is empty", hint="give at least one token of text")
+        if len(ids) + room > self.context_length:
+            needs = " and needs room for an answer" if room else ""
             raise UsageError(
-                f"a prompt has {len(ids)} tokens; the model's context is {self.context_length}",
-                hint="give at least one token, and leave room for an answer",
+                f"a {what} has {len(ids)} tokens{needs}; the model's context is {self.context_length}",
+                hint=f"shorten the {what}",
             )
-        if not 0 <= min(ids) <= max(ids) < self._architecture.vocab_size:
-            raise UsageError("a prompt has a token id outside the vocabulary")
-        if self.num_waiting + request.params.n > _MAX_WAITING:
-            raise ResourceError(f"{_MAX_WAITING} requests wait already", hint="try again later")
+        vocab_size = self._model.architecture.vocab_size
+        if not 0 <= min(ids) <= max(ids) < vocab_size:
+            raise UsageError(f"a {what} has a token id outside the vocabulary of {vocab_size}")
+
+    @cached_property
+    def _chat_template(self) -> ChatTemplate | None:
+        return self._model.chat_template()
+
+    def _end_token_ids(self, params: SamplingParams) -> frozenset[int]:
+        vocab_size = self._model.architecture.vocab_size
+        named = [*params.stop_token_ids, *(token_id for token_id, _ in params.logit_bias)]
+        if any(token_id >= vocab_size for token_id in named):
+            raise UsageError(
+                f"token {max(named)} is outside the vocabulary of {vocab_size}",
+                hint="look at stop_token_ids and logit_bias",
+            )
+        return frozenset(() if params.ignore_eos else self._model.architecture.eos_token_ids)
+
+    def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """The token sequences of each bad word, at the start of a text and after a space."""
+        forms = [form for word in params.bad_words for form in (word, " " + word.lstrip())]
+        return tuple(dict.fromkeys(tuple(self.tokenizer.encode(form)) for form in forms))
 
     def _text_bytes(self, token_id: int) -> bytes:
-        return b"" if self._tokenizer.is_special(token_id) else self._tokenizer.token_bytes(token_id)
+        """The bytes of a token as text; a control token stands for none, as in `Tokenizer.decode`."""
+        return b"" if self.tokenizer.is_special(token_id) else self.tokenizer.token_bytes(token_id)
 
 
-class _IsolatingCore(EngineCore):
-    @property
-    def scheduler(self) -> Scheduler:
-        return self._scheduler
-
-    def step(self) -> StepResult:
-        try:
-            return super().step()
-        except Exception:
-            return self._step_apart()
-
-    def _step_apart(self) -> StepResult:
-        schedule = self._scheduler.schedule()
-        for chunk in schedule.chunks:
-            try:
-                self._run_alone(chunk)
-            except Exception as error:
-                state = chunk.sequence
-                assert isinstance(state, LocalState)
-                state.error = f"the step raised {type(error).__name__}: {error}"
-                state.finish("failed", now_s=self.clock())
-        finished = self._remove_finished(schedule)
-        if not self.has_work:
-            self.check_integrity()
-        stats = StepStats(
-            num_rows=schedule.num_rows,
-            num_out_rows=schedule.num_out_rows,
-            num_sequences=len(schedule.chunks),
-            num_waiting=self._scheduler.num_waiting,
-            num_preempted=len(schedule.preempted),
-            seconds=0.0,
-        )
-        return StepResult(stats=stats, finished=finished)
-
-    def _run_alone(self, chunk: Chunk) -> None:
-        alone = Schedule(chunks=(chunk,), preempted=())
-        for out in self._runner.run(alone):
-            self._take(out)
-        self._scheduler.commit(alone)
+def _seed(seed: int, index: int) -> int:
+    """The seed of one completion of a request: the first has the request's own."""
+    return (seed + index * 0x9E3779B97F4A7C15) % (1 << 63)

@@ -21,7 +21,7 @@ from typing import Annotated, TypeAlias
 import msgspec
 
 from tokenmill.core import Completion, Request, ResourceError, TokenLogprobs, UsageError
-from tokenmill.engine.llm import LLMConfig
+from tokenmill.engine.config import LLMConfig
 from tokenmill.engine.mock import MockScript
 
 __all__ = [

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tokenmill.core import Request, ResourceError, TokenmillError
-from tokenmill.engine.local import LocalEngine, LocalState
+from tokenmill.engine.local import LocalEngine
 from tokenmill.engine.messages import (
     Advance,
     Beat,
@@ -47,6 +47,7 @@ from tokenmill.engine.messages import (
     encode,
 )
 from tokenmill.engine.mock import MockModel
+from tokenmill.engine.sequence import GenerationState
 from tokenmill.models.directory import ModelDirectory
 
 __all__ = ["EngineServer", "Link", "main", "open_engine"]
@@ -92,7 +93,7 @@ class _Open:
     """A completion that is not finished: whose it is, and where it comes from."""
 
     key: int
-    state: LocalState
+    state: GenerationState
 
 
 class EngineServer:

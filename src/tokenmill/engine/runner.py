@@ -81,7 +81,7 @@ def _step_batch(chunks: Sequence[Chunk], out_rows: "array[int]") -> StepBatch:
     row_starts, block_starts = array("i", [0]), array("i", [0])
     for chunk in chunks:
         table = chunk.sequence.table
-        tokens.extend(chunk.sequence.tokens[chunk.start : chunk.stop])
+        tokens.extend(chunk.sequence.rows(chunk.start, chunk.stop))
         positions.extend(range(chunk.start, chunk.stop))
         slots.extend(table.slots(chunk.start, chunk.stop))
         blocks.extend(table.spans(chunk.stop))

@@ -11,6 +11,7 @@ Shape legend: L rows, V vocabulary, C candidates of one row.
 """
 
 import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
@@ -18,10 +19,10 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from tokenmill.core import SamplingParams
+from tokenmill.core import SamplingParams, TokenLogprobs
 from tokenmill.kernels import F32Array, I32Array, log_sum_exp_rows
 
-__all__ = ["Sampled", "SamplingRow", "logprobs_of", "sample"]
+__all__ = ["Sampled", "SamplingRow", "logprobs_of", "sample", "top_logprobs"]
 
 _Indices: TypeAlias = npt.NDArray[np.intp]
 
@@ -38,6 +39,12 @@ class SamplingRow(NamedTuple):
     params: SamplingParams
     seed: int
     position: int
+    logits_row: int
+    tokens: "array[int]"
+    num_prompt: int
+    banned: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    mask: npt.NDArray[np.uint32] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,18 +53,26 @@ class Sampled:
 
     token_ids: I32Array
     valid: npt.NDArray[np.bool_]
+    logprobs: tuple[TokenLogprobs | None, ...]
 
 
 def sample(logits_LV: F32Array, rows: Sequence[SamplingRow]) -> Sampled:
     """Choose a token for each row. A row with NaN or infinite maximum is marked; the others stand."""
-    assert logits_LV.shape[0] == len(rows), "one row of logits for each sequence"
-    # numpy's argmax stops at a NaN, so looking at the maximum is enough to find one anywhere in the row.
+    logits_LV = logits_LV[[row.logits_row for row in rows]]
     token_ids = logits_LV.argmax(axis=1).astype(np.int32)
     valid = np.isfinite(logits_LV[np.arange(len(rows)), token_ids])
     for index, row in enumerate(rows):
         if valid[index] and not row.params.greedy:
             token_ids[index] = _draw(logits_LV[index], row, top=int(token_ids[index]))
-    return Sampled(token_ids=token_ids, valid=valid)
+    return Sampled(token_ids=token_ids, valid=valid, logprobs=(None,) * len(rows))
+
+
+def top_logprobs(logits_LV: F32Array, token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:
+    """Log-probabilities."""
+    return [
+        TokenLogprobs(token_id=t, logprob=p)
+        for t, p in zip(token_ids, logprobs_of(logits_LV, token_ids), strict=True)
+    ]
 
 
 def logprobs_of(logits_LV: F32Array, token_ids: Sequence[int]) -> list[float]:

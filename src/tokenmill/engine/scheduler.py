@@ -1,15 +1,24 @@
-"""Which rows of which sequences the next step computes.
+"""Which rows of which sequences the next step computes, and which blocks they get.
 
 There are no phases. A sequence has `num_total` tokens, of which `num_computed` are in the cache, and a step
-lets the second number catch up with the first: many rows of a new prompt, one row of a running answer,
-all in one flat batch. What does not fit in the step's budget is left for the next, so long prompts are
-computed in chunks without a rule for it. Order is first come, first served. When blocks run out, the
-sequence that came last gives its blocks back and is computed again later.
+lets the second number catch up with the first. Every step is planned in this order:
+
+    displace urgent work that finds no room takes that of running batch work
+    grow     each sequence that lacks one row gets it, and a block where it needs one
+    draft    guessed tokens, where rows and blocks are left over
+    admit    waiting sequences start, as long as the first of them fits
+    fill     the other rows: at most half of them to the sequence that has waited longest, the rest to
+             those that lack least, so that neither long nor short prompts stand still
+
+Sequences are ordered by `place`: the time of submission plus a delay for later tiers. When blocks run out,
+the last in that order gives its blocks back: to a swap file, or to be computed again later, whichever
+is cheaper. After `MAX_PREEMPTIONS` it starts again only with all blocks that it can ever need, and stays.
 
 Everything is integers. No clock is read here and no tensor is touched, so it runs unchanged in a simulator.
 """
 
-from collections import deque
+from bisect import insort
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,7 +26,7 @@ from tokenmill.core import ResourceError
 from tokenmill.engine.sequence import SequenceState
 from tokenmill.kvcache import BlockPool
 
-__all__ = ["MAX_PREEMPTIONS", "Chunk", "Schedule", "Scheduler", "StepLimits"]
+__all__ = ["MAX_PREEMPTIONS", "BlockMoves", "Chunk", "Schedule", "Scheduler", "StepLimits"]
 
 MAX_PREEMPTIONS = 4
 """A sequence is preempted at most so often; then it waits until it can stay."""
@@ -25,14 +34,16 @@ MAX_PREEMPTIONS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class StepLimits:
-    """The budget of one step: rows, rows that are sampled, and sequences that hold blocks."""
+    """The budget of one step: rows, rows that are sampled, sequences that hold blocks; and of the queue."""
 
     max_rows: int
     max_out_rows: int
     max_sequences: int
+    max_waiting: int = 1 << 20
 
     def __post_init__(self) -> None:
-        assert min(self.max_rows, self.max_out_rows, self.max_sequences) > 0, self
+        assert min(self.max_rows, self.max_out_rows, self.max_sequences, self.max_waiting) > 0, self
+        assert self.max_sequences <= self.max_out_rows, "each running sequence needs a place to be sampled"
 
 
 class Chunk(NamedTuple):
@@ -49,11 +60,21 @@ class Chunk(NamedTuple):
         return self.stop - self.start
 
 
+class BlockMoves(NamedTuple):
+    """Blocks to move before a step runs, in this order: copies (source, target), blocks to swap out
+    (block, slot), blocks to swap in (slot, block)."""
+
+    copies: tuple[tuple[int, int], ...]
+    outs: tuple[tuple[int, int], ...]
+    ins: tuple[tuple[int, int], ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """What one step computes, and which sequences lost their blocks for it."""
+    """What one step computes, which blocks move for it, and which sequences lost their blocks."""
 
     chunks: tuple[Chunk, ...]
+    moves: BlockMoves
     preempted: tuple[SequenceState, ...]
 
     @property
@@ -66,19 +87,35 @@ class Schedule:
         """Rows whose logits are wanted."""
         return sum(chunk.num_out_rows for chunk in self.chunks)
 
+    @property
+    def num_kv_tokens(self) -> int:
+        """Tokens whose keys and values attention reads."""
+        return sum(chunk.stop for chunk in self.chunks)
+
 
 class Scheduler:
     """Owns the waiting and running sequences and, through their tables, every block in use of the pool.
 
-    Both queues are in order of arrival, and everything running came before everything waiting.
+    `swap` is the pool of slots in the swap file, if there is one; `prefer_swap(num_tokens, num_blocks)` says
+    if moving that many blocks out and in again is cheaper than computing that many tokens again.
     """
 
-    def __init__(self, pool: BlockPool, limits: StepLimits) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        limits: StepLimits,
+        *,
+        swap: BlockPool | None = None,
+        prefer_swap: Callable[[int, int], bool] = lambda num_tokens, num_blocks: True,
+    ) -> None:
         self.pool = pool
+        self.swap = swap
         self.limits = limits
-        self._waiting: deque[SequenceState] = deque()
+        self._prefer_swap = prefer_swap
+        self._waiting: list[SequenceState] = []
         self._running: list[SequenceState] = []
         self._num_arrived = 0
+        self._copies: list[tuple[int, int]] = []
 
     @property
     def has_work(self) -> bool:
@@ -86,14 +123,14 @@ class Scheduler:
         return bool(self._running or self._waiting)
 
     @property
-    def num_waiting(self) -> int:
-        """Sequences without blocks."""
-        return len(self._waiting)
+    def waiting(self) -> Sequence[SequenceState]:
+        """Sequences without blocks, in order."""
+        return self._waiting
 
     @property
-    def num_running(self) -> int:
-        """Sequences with blocks."""
-        return len(self._running)
+    def running(self) -> Sequence[SequenceState]:
+        """Sequences with blocks, in order."""
+        return self._running
 
     def check_fits(self, sequence: SequenceState) -> None:
         """Raise `ResourceError` if even an empty cache could not hold the sequence to its end."""
@@ -106,122 +143,330 @@ class Scheduler:
             )
 
     def submit(self, sequence: SequenceState) -> None:
-        """Queue a sequence. Raises `ResourceError` as `check_fits` does."""
+        """Queue a sequence. Raises `ResourceError` as `check_fits` does, and if the queue is full."""
         self.check_fits(sequence)
+        if len(self._waiting) >= self.limits.max_waiting:
+            raise ResourceError(
+                f"{len(self._waiting)} requests are waiting already",
+                hint="try again later, or raise max_waiting",
+            )
         sequence.arrival = self._num_arrived
         self._num_arrived += 1
-        self._waiting.append(sequence)
+        self._queue(sequence)
 
-    def schedule(self) -> Schedule:
-        """Plan a step and allocate its blocks. Never empty while there is work."""
-        budget = _Budget(self.limits)
-        preempted: list[SequenceState] = []
-        index = 0
-        while index < len(self._running):
-            sequence = self._running[index]
-            stop = budget.reach(sequence)
-            if stop > sequence.table.capacity and not self._make_room(sequence, stop, preempted):
-                break
-            budget.take(sequence, stop)
-            index += 1
-        if not preempted:
-            self._admit(budget)
-        schedule = Schedule(chunks=tuple(budget.chunks), preempted=tuple(preempted))
+    def fork(self, parent: SequenceState, child: SequenceState) -> None:
+        """Start `child`, which begins with the tokens computed for `parent`, from the parent's blocks.
+
+        Full blocks are shared; the last, which both will write, is copied before the next step. Where
+        there is no room the child waits, and is computed from its tokens.
+        """
+        child.arrival = self._num_arrived
+        self._num_arrived += 1
+        shared, rest = divmod(parent.num_computed, parent.table.block_size)
+        num_new = child.table.num_missing(child.num_total) - shared
+        fits = len(self._running) < self.limits.max_sequences and self.pool.can_allocate(num_new)
+        if parent not in self._running or not fits:
+            self._queue(child)
+            return
+        blocks = parent.table.blocks
+        self.pool.share(blocks[:shared])
+        new = self.pool.allocate(num_new)
+        if rest:
+            self._copies.append((blocks[shared], new[0]))
+        child.table.extend([*blocks[:shared], *new])
+        child.num_computed = parent.num_computed
+        child.num_published = shared
+        self._run(child)
+
+    def schedule(self, *, max_rows: int | None = None, only: SequenceState | None = None) -> Schedule:
+        """Plan a step and allocate its blocks. Never empty while there is work.
+
+        `max_rows` lowers the limit for this step, but every running sequence that lacks one row gets it.
+        `only` plans a step of one running sequence that has the blocks it needs.
+        """
+        plan = _Plan(self.limits, max_rows)
+        if only is not None:
+            assert only in self._running, f"{only.request_id} does not run"
+            plan.take(only, only.num_pending)
+        else:
+            self._displace(plan)
+            self._grow(plan)
+            self._draft(plan)
+            self._admit(plan)
+            self._fill(plan)
+        schedule = Schedule(
+            chunks=tuple(plan.chunks),
+            moves=BlockMoves(tuple(self._copies), tuple(plan.outs), tuple(plan.ins)),
+            preempted=tuple(plan.preempted),
+        )
+        self._copies.clear()
         self._check(schedule)
         return schedule
 
     def commit(self, schedule: Schedule) -> None:
-        """Record that the rows of a step are in the cache."""
+        """Record that the rows of a step are in the cache, and name the blocks that they filled."""
         for chunk in schedule.chunks:
-            assert chunk.sequence.num_computed == chunk.start, "a schedule is committed twice"
-            chunk.sequence.num_computed = chunk.stop
+            sequence = chunk.sequence
+            assert sequence.num_computed == chunk.start, "a schedule is committed twice"
+            sequence.num_computed = sequence.num_confirmed(chunk.stop)
+            sequence.drafts = sequence.drafts[:0]
+            self._publish(sequence)
 
-    def remove(self, sequence: SequenceState) -> None:
-        """Forget a sequence, at any moment between steps, and free its blocks. No-op if it is unknown."""
+    def remove(self, sequence: SequenceState, *, damaged: bool = False) -> None:
+        """Forget a sequence, at any moment between steps, and free its blocks. No-op if it is unknown.
+
+        `damaged` content is not kept for others.
+        """
         if sequence in self._running:
             self._running.remove(sequence)
         elif sequence in self._waiting:
             self._waiting.remove(sequence)
-        self.pool.free(sequence.table.clear())
+        if damaged:
+            for block in sequence.table.blocks:
+                self.pool.forget(block)
+        self._free(sequence)
 
     def check_integrity(self) -> None:
         """Assert that the sequences hold exactly the blocks in use, and that the queues are in order."""
         everyone = [*self._running, *self._waiting]
         self.pool.check_integrity(block for sequence in everyone for block in sequence.table.blocks)
-        arrivals = [sequence.arrival for sequence in everyone]
-        assert arrivals == sorted(set(arrivals)), "the queues are out of order"
-        assert all(not s.table.num_blocks and not s.num_computed for s in self._waiting)
+        if self.swap is not None:
+            self.swap.check_integrity(slot for sequence in self._waiting for slot in sequence.swap_slots)
+        for queue in (self._running, self._waiting):
+            places = [sequence.place for sequence in queue]
+            assert places == sorted(set(places)), "a queue is out of order"
+        assert all(not s.table.num_blocks and (s.swap_slots or not s.num_computed) for s in self._waiting)
+        assert all(not s.swap_slots for s in self._running), "a running sequence is swapped out"
+        assert all(s.num_preemptions <= MAX_PREEMPTIONS for s in everyone), "preempted too often"
 
-    def _make_room(self, sequence: SequenceState, stop: int, preempted: list[SequenceState]) -> bool:
-        """Allocate blocks up to `stop`, preempting from the back; False if `sequence` itself had to go."""
-        while not self.pool.can_allocate(missing := sequence.table.num_missing(stop)):
-            victim = self._running.pop()
-            self._preempt(victim)
-            preempted.append(victim)
-            if victim is sequence:
-                return False
-        sequence.table.extend(self.pool.allocate(missing))
-        return True
+    def _queue(self, sequence: SequenceState) -> None:
+        insort(self._waiting, sequence, key=lambda each: each.place)
 
-    def _preempt(self, victim: SequenceState) -> None:
-        """Take all blocks away; the tokens, sampled ones too, are kept and computed again."""
-        self.pool.free(victim.table.clear())
-        victim.num_computed = 0
-        victim.num_preemptions += 1
-        self._waiting.appendleft(victim)
+    def _run(self, sequence: SequenceState) -> None:
+        insort(self._running, sequence, key=lambda each: each.place)
 
-    def _admit(self, budget: "_Budget") -> None:
-        """Start waiting sequences, in order, as long as the first of them fits."""
-        while self._waiting and budget.num_rows > 0 and len(self._running) < self.limits.max_sequences:
+    def _grow(self, plan: "_Plan") -> None:
+        """One row for each sequence that lacks one."""
+        index = 0
+        while index < len(self._running):
+            sequence = self._running[index]
+            if sequence.num_pending == 1:
+                if sequence.table.capacity < sequence.num_total and not self._make_room(sequence, plan):
+                    continue
+                plan.take(sequence, 1)
+            index += 1
+
+    def _draft(self, plan: "_Plan") -> None:
+        """Rows for guessed tokens: never at the cost of another sequence's blocks, rows or places."""
+        for index, chunk in enumerate(plan.chunks):
+            sequence = chunk.sequence
+            missing = sequence.table.num_missing(chunk.stop + len(sequence.drafts))
+            if sequence.drafts and missing and self.pool.num_free >= missing + len(self._running):
+                sequence.table.extend(self.pool.allocate(missing))
+            room = sequence.table.capacity - chunk.stop
+            sequence.drafts = sequence.drafts[: max(0, min(room, plan.num_rows, plan.num_places))]
+            plan.extend(index, len(sequence.drafts))
+
+    def _admit(self, plan: "_Plan") -> None:
+        """Start waiting sequences, in order, as long as the first of them fits and would get rows.
+
+        In a step that preempted somebody nobody else starts: the blocks were needed.
+        """
+        pending = [s.num_pending for s in self._running if s.num_pending > 1]
+        while self._waiting and not plan.preempted:
+            wanted = min(plan.num_rows // 2, *pending[:1]) + sum(pending[1:]) if pending else 0
             sequence = self._waiting[0]
-            stop = budget.reach(sequence)
-            if stop == 0 or not self.pool.can_allocate(self._num_wanted(sequence)):
+            if wanted >= plan.num_rows or not self._can_start(sequence):
                 break
-            self._running.append(self._waiting.popleft())
-            sequence.table.extend(self.pool.allocate(sequence.table.num_missing(sequence.num_total)))
-            budget.take(sequence, stop)
+            self._start(sequence, plan)
+            pending.append(sequence.num_pending)
+
+    def _fill(self, plan: "_Plan") -> None:
+        """Hand out the rows that are left: half to the first in line, the rest to those that lack least."""
+        planned = {id(chunk.sequence) for chunk in plan.chunks}
+        filling = [s for s in self._running if s.num_pending > 0 and id(s) not in planned]
+        if not filling:
+            return
+        first, others = filling[0], sorted(filling[1:], key=lambda each: each.num_pending)
+        num_others = sum(sequence.num_pending for sequence in others)
+        plan.take(first, max(-(-plan.num_rows // 2), plan.num_rows - num_others))
+        for sequence in others:
+            plan.take(sequence, plan.num_rows)
+
+    def _can_start(self, sequence: SequenceState) -> bool:
+        if len(self._running) >= self.limits.max_sequences:
+            return False
+        # Blocks found in the prefix cache cost nothing where somebody holds them already.
+        num_held = sum(self.pool.num_owners(block) > 0 for block in self._find_prefix(sequence))
+        return self.pool.can_allocate(self._num_wanted(sequence) - num_held)
 
     def _num_wanted(self, sequence: SequenceState) -> int:
-        """Free blocks that it takes to start a sequence: room for its tokens, and some to grow.
+        """Blocks that it takes to start a sequence: room for its tokens, and some to grow.
 
         One block more for each sequence that runs keeps it from being preempted within a few steps. After
-        `MAX_PREEMPTIONS` it starts only when everything before it, and it, can run to the end; and what
-        is started later is preempted earlier, so it stays.
+        `MAX_PREEMPTIONS` it takes all that it can ever need, and waits until that leaves the others theirs.
         """
         if sequence.num_preemptions < MAX_PREEMPTIONS:
             return sequence.table.num_missing(sequence.num_total) + len(self._running)
         return sum(each.table.num_missing(each.max_computed) for each in [*self._running, sequence])
 
+    def _displace(self, plan: "_Plan") -> None:
+        """Start the first in line, if it is urgent and batch work holds the room for it."""
+        if not self._waiting or self._waiting[0].tier != "fast" or self._can_start(self._waiting[0]):
+            return
+        sequence = self._waiting[0]
+        behind = [s for s in self._running if s.place > sequence.place]
+        victims = [s for s in behind if s.tier == "batch" and not s.reserved]
+        num_blocks = sum(victim.table.num_blocks for victim in victims)
+        if not victims or self._num_wanted(sequence) > self.pool.num_available + num_blocks:
+            return
+        while victims and not self._can_start(sequence):
+            self._preempt(victims.pop(), plan)
+        if self._can_start(sequence):
+            self._start(sequence, plan)
+
+    def _start(self, sequence: SequenceState, plan: "_Plan") -> None:
+        """Give a waiting sequence its blocks: swapped in, found in the prefix cache, or new."""
+        self._waiting.remove(sequence)
+        if sequence.swap_slots:
+            assert self.swap is not None
+            blocks = self.pool.allocate(len(sequence.swap_slots))
+            plan.ins += zip(sequence.swap_slots, blocks, strict=True)
+            sequence.table.extend(blocks)
+            self.swap.free(sequence.swap_slots)
+            sequence.swap_slots = []
+        else:
+            self._take_prefix(sequence)
+        sequence.reserved = sequence.num_preemptions >= MAX_PREEMPTIONS
+        needed = sequence.max_computed if sequence.reserved else sequence.num_total
+        sequence.table.extend(self.pool.allocate(sequence.table.num_missing(needed)))
+        self._run(sequence)
+        plan.started.append(sequence)
+
+    def _find_prefix(self, sequence: SequenceState) -> list[int]:
+        """The blocks, in use or cached, that hold what the sequence begins with."""
+        chain, blocks = sequence.chain, list[int]()
+        if chain is None or sequence.swap_slots:
+            return blocks
+        for index in range(sequence.num_skippable // sequence.table.block_size):
+            tokens = chain.tokens_of(index, sequence.tokens)
+            block = self.pool.find(chain.key(index, sequence.tokens), tokens)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def _take_prefix(self, sequence: SequenceState) -> None:
+        """Begin after the blocks that the cache has."""
+        blocks = self._find_prefix(sequence)
+        self.pool.share(blocks)
+        sequence.table.extend(blocks)
+        sequence.num_computed = len(blocks) * sequence.table.block_size
+        sequence.num_published = len(blocks)
+        if sequence.num_preemptions == 0:
+            sequence.num_cached = sequence.num_computed
+
+    def _publish(self, sequence: SequenceState) -> None:
+        """Name the blocks that are full of computed tokens."""
+        chain, size = sequence.chain, sequence.table.block_size
+        num_full = sequence.num_computed // size
+        if chain is None or num_full <= sequence.num_published:
+            return
+        blocks = sequence.table.blocks
+        for index in range(sequence.num_published, num_full):
+            key = chain.key(index, sequence.tokens)
+            self.pool.publish(blocks[index], key, chain.tokens_of(index, sequence.tokens))
+        sequence.num_published = num_full
+
+    def _make_room(self, sequence: SequenceState, plan: "_Plan") -> bool:
+        """Allocate a block, preempting from the back; False if `sequence` itself had to go."""
+        missing = sequence.table.num_missing(sequence.num_total)
+        while not self.pool.can_allocate(missing):
+            victim = next(each for each in reversed(self._running) if self._can_preempt(each, plan))
+            self._preempt(victim, plan)
+            if victim is sequence:
+                return False
+        sequence.table.extend(self.pool.allocate(missing))
+        return True
+
+    def _can_preempt(self, sequence: SequenceState, plan: "_Plan") -> bool:
+        """Whoever holds a reservation stays, and so does whoever has rows in this step or starts in it."""
+        busy = [chunk.sequence for chunk in plan.chunks] + plan.started
+        return not sequence.reserved and all(each is not sequence for each in busy)
+
+    def _preempt(self, victim: SequenceState, plan: "_Plan") -> None:
+        """Take all blocks away; the tokens, sampled ones too, are kept."""
+        self._running.remove(victim)
+        victim.num_preemptions += 1
+        victim.drafts = victim.drafts[:0]
+        num_blocks = -(-victim.num_computed // victim.table.block_size)
+        swaps = self.swap is not None and victim.num_computed and self.swap.can_allocate(num_blocks)
+        if swaps and self.swap is not None and self._prefer_swap(victim.num_computed, num_blocks):
+            slots = self.swap.allocate(num_blocks)
+            plan.outs += zip(victim.table.blocks[:num_blocks], slots, strict=True)
+            victim.swap_slots = slots
+        else:
+            victim.num_computed = 0
+        victim.num_published = 0
+        self.pool.free(reversed(victim.table.clear()))
+        plan.preempted.append(victim)
+        self._queue(victim)
+
+    def _free(self, sequence: SequenceState) -> None:
+        # The end of a prefix is given up before its beginning.
+        self.pool.free(reversed(sequence.table.clear()))
+        if sequence.swap_slots:
+            assert self.swap is not None
+            self.swap.free(sequence.swap_slots)
+            sequence.swap_slots = []
+
     def _check(self, schedule: Schedule) -> None:
+        num_places = sum(max(0, c.stop - max(c.start, c.sequence.first_sampled)) for c in schedule.chunks)
         assert schedule.num_rows <= self.limits.max_rows, "more rows than a step has"
-        assert sum(c.sequence.samples for c in schedule.chunks if c.num_out_rows) <= self.limits.max_out_rows
+        assert num_places <= self.limits.max_out_rows, "more sampled rows than a step has"
         assert len(self._running) <= self.limits.max_sequences, "more sequences than allowed"
         assert all(c.num_rows > 0 for c in schedule.chunks), "an empty chunk"
         assert schedule.chunks or not self.has_work, "there is work, and no step"
 
 
-class _Budget:
-    """What is left of a step while it is planned."""
+class _Plan:
+    """A step while it is planned: chunks so far, what is left of the limits, and blocks to be moved."""
 
-    def __init__(self, limits: StepLimits) -> None:
+    def __init__(self, limits: StepLimits, max_rows: int | None) -> None:
         self.chunks: list[Chunk] = []
-        self.num_rows = limits.max_rows
-        self._num_out_rows = limits.max_out_rows
+        self.preempted: list[SequenceState] = []
+        self.started: list[SequenceState] = []
+        self.outs: list[tuple[int, int]] = []
+        self.ins: list[tuple[int, int]] = []
+        self.num_places = limits.max_out_rows
+        self._num_rows = limits.max_rows
+        self._num_wanted = limits.max_rows if max_rows is None else min(max_rows, limits.max_rows)
 
-    def reach(self, sequence: SequenceState) -> int:
-        """How far `num_computed` of this sequence may come in this step."""
-        stop = min(sequence.num_total, sequence.num_computed + self.num_rows)
-        if sequence.samples and stop > sequence.first_logits and self._num_out_rows == 0:
-            return sequence.first_logits
-        return stop
+    @property
+    def num_rows(self) -> int:
+        """Rows that may still be handed out."""
+        return max(0, self._num_wanted)
 
-    def take(self, sequence: SequenceState, stop: int) -> None:
-        """Spend rows on [num_computed, stop)."""
+    def take(self, sequence: SequenceState, most: int) -> None:
+        """Spend up to `most` rows on the sequence's next tokens."""
         start = sequence.num_computed
-        if stop == start:
-            return
-        num_out_rows = max(0, min(stop - sequence.first_logits, stop - start))
-        self.chunks.append(Chunk(sequence, start, stop, num_out_rows))
-        self.num_rows -= stop - start
-        if sequence.samples:
-            self._num_out_rows -= num_out_rows
+        stop = min(sequence.num_total, start + min(most, self._num_rows))
+        if stop > sequence.first_sampled and self.num_places == 0:
+            stop = sequence.first_sampled
+        if stop > start:
+            num_out_rows = max(0, min(stop - sequence.first_logits, stop - start))
+            self.chunks.append(Chunk(sequence, start, stop, num_out_rows))
+            self._spend(stop - start, max(0, stop - max(start, sequence.first_sampled)))
+
+    def extend(self, index: int, num_drafts: int) -> None:
+        """Add rows for drafts to a chunk; each is sampled."""
+        chunk = self.chunks[index]
+        self.chunks[index] = chunk._replace(
+            stop=chunk.stop + num_drafts, num_out_rows=chunk.num_out_rows + num_drafts
+        )
+        self._spend(num_drafts, num_drafts)
+
+    def _spend(self, num_rows: int, num_places: int) -> None:
+        self._num_rows -= num_rows
+        self._num_wanted -= num_rows
+        self.num_places -= num_places

@@ -2,40 +2,62 @@
 
 A sequence is a list of tokens of which the first `num_computed` have keys and values in the cache. The
 engine knows no phases: a step computes some of the missing tokens, and `num_computed` catches up with
-`num_total`. Generating and scoring differ only in what happens to the logits. Nothing here decides
-anything: the scheduler moves blocks and counts, the engine appends tokens.
+`num_total`. Drafts are tokens after `num_total` that somebody guessed; they are computed with the rest and
+forgotten with the step. Generating and scoring differ only in what happens to the logits. Nothing here
+decides anything: the scheduler moves blocks and counts, the engine appends tokens.
 """
 
 from array import array
-from collections.abc import Iterable
-from typing import ClassVar
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
-from tokenmill.core import Completion, FinishReason, Request, Score, Usage
+from tokenmill.core import Completion, FinishReason, Request, Score, Tier, TokenLogprobs, Usage
 from tokenmill.engine.detokenizer import Detokenizer
 from tokenmill.kernels import KV_BLOCK
-from tokenmill.kvcache import BlockTable
+from tokenmill.kvcache import BlockTable, PrefixChain
 
-__all__ = ["GenerationState", "ScoringState", "SequenceState"]
+__all__ = ["TIER_DELAY_S", "Delta", "GenerationState", "ScoringState", "SequenceState"]
+
+TIER_DELAY_S: dict[Tier, float] = {"fast": 0.0, "standard": 10.0, "batch": 120.0}
+"""Sequences are served in order of submission time plus this many seconds. So a request of a later tier
+is passed by at most the requests that come within its delay: nobody starves."""
+
+_NEVER = 1 << 60
 
 
 class SequenceState:
     """Tokens, how many of them are computed, and the blocks that hold them.
 
-    `arrival` is set at submission and orders sequences: earlier is served first and preempted last.
-    `max_computed` bounds `num_computed` over the whole life.
+    `max_computed` bounds `num_computed` over the whole life. `rank_s` and `arrival` (set at submission)
+    order sequences. The scheduler owns `table`, `swap_slots`, `reserved`, `num_published` and the counts.
     """
 
-    samples: ClassVar[bool]
-    """True if the last row is sampled, and so needs a place among the step's `max_out_rows`."""
+    tier: Tier = "standard"
+    rank_s: float = 0.0
+    tenant: str = ""
+    siblings: "tuple[GenerationState, ...]" = ()
 
     def __init__(self, request_id: str, tokens: Iterable[int], max_computed: int) -> None:
         self.request_id = request_id
         self.tokens = array("i", tokens)
+        self.drafts = array("i")
         self.max_computed = max_computed
         self.num_computed = 0
         self.num_preemptions = 0
+        self.num_cached = 0
         self.arrival = -1
         self.table = BlockTable(KV_BLOCK)
+        self.swap_slots: list[int] = []
+        self.reserved = False
+        self.chain: PrefixChain | None = None
+        self.num_published = 0
+        self.adapter_slot = -1
+        self.error = ""
+
+    @property
+    def place(self) -> tuple[float, int]:
+        """Earlier is served first and preempted last."""
+        return self.rank_s, self.arrival
 
     @property
     def num_total(self) -> int:
@@ -43,104 +65,215 @@ class SequenceState:
         return len(self.tokens)
 
     @property
+    def num_pending(self) -> int:
+        """Known tokens that are not in the cache."""
+        return len(self.tokens) - self.num_computed
+
+    @property
     def first_logits(self) -> int:
         """The first position whose logits are still wanted."""
         raise NotImplementedError
+
+    @property
+    def first_sampled(self) -> int:
+        """The first position whose logits choose a token, and so need a place in the step."""
+        return _NEVER
+
+    @property
+    def num_skippable(self) -> int:
+        """Leading tokens whose rows nobody needs to see: they may come from the prefix cache."""
+        return self.first_logits
 
     @property
     def finished(self) -> bool:
         """True if the sequence needs no further step."""
         raise NotImplementedError
 
+    def rows(self, start: int, stop: int) -> "array[int]":
+        """The tokens at positions [start, stop), drafts included."""
+        total = len(self.tokens)
+        return self.tokens[start:stop] + self.drafts[max(0, start - total) : max(0, stop - total)]
+
+    def num_confirmed(self, stop: int) -> int:
+        """Of rows computed up to `stop`, how many hold tokens that turned out to be the sequence's own."""
+        return stop
+
+    def fail(self, error: str, *, now_s: float) -> None:
+        """End because of an error in this sequence."""
+        raise NotImplementedError
+
+
+class Delta(NamedTuple):
+    """What a generation has made since it was last asked."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
+
 
 class GenerationState(SequenceState):
-    """A request whose continuation is sampled.
+    """A request whose continuation is sampled: completion `index` of the request's `n`.
 
     `max_total` is the number of tokens, prompt included, at which it ends with reason `length`. Times
-    are seconds of the engine's clock.
+    are seconds of the engine's clock. `siblings` are the other completions of the request, which begin
+    where the prompt ends: until then only this one is computed.
     """
 
-    samples = True
-
     def __init__(
-        self, request: Request, *, seed: int, max_total: int, detokenizer: Detokenizer, submitted_s: float
+        self,
+        request: Request,
+        *,
+        index: int,
+        seed: int,
+        max_total: int,
+        detokenizer: Detokenizer,
+        end_token_ids: frozenset[int],
+        bad_words: tuple[tuple[int, ...], ...] = (),
+        submitted_s: float,
     ) -> None:
         assert 0 < len(request.prompt) < max_total, "a prompt is not empty and leaves room for one token"
         # The last token sampled is never computed: nothing follows it.
         super().__init__(request.request_id, request.prompt, max_total - 1)
+        self.index = index
         self.params = request.params
+        self.tenant = request.tenant
+        self.adapter = request.adapter
+        self.tier = request.tier
+        self.rank_s = submitted_s + TIER_DELAY_S[request.tier]
+        self.expires_s = None if request.timeout_s is None else submitted_s + request.timeout_s
         self.num_prompt = len(request.prompt)
         self.seed = seed
         self.max_total = max_total
-        self.detokenizer = detokenizer
+        self.bad_words = bad_words
         self.finish_reason: FinishReason | None = None
         self.submitted_s = submitted_s
         self.first_token_s: float | None = None
         self.finished_s: float | None = None
+        self.num_drafted = 0
+        self.num_accepted = 0
+        self._detokenizer = detokenizer
+        self._end_token_ids = end_token_ids
         self._pieces: list[str] = []
-        self._num_taken = 0
+        self._logprobs: list[TokenLogprobs] = []
+        self._prompt_logprobs: list[TokenLogprobs] = []
+        self._num_pieces_taken = 0
+        self._num_tokens_taken = 0
+
+    @property
+    def num_output(self) -> int:
+        """Tokens sampled so far."""
+        return len(self.tokens) - self.num_prompt
 
     @property
     def first_logits(self) -> int:
-        """The last position: its logits choose the next token."""
-        return self.num_total - 1
+        """The last position, whose logits choose the next token; before that, prompt rows to be scored."""
+        return len(self._prompt_logprobs) if self._scores_prompt else self.num_total - 1
+
+    @property
+    def first_sampled(self) -> int:
+        """The last position."""
+        return len(self.tokens) - 1
 
     @property
     def finished(self) -> bool:
         """True once there is a finish reason."""
         return self.finish_reason is not None
 
-    def append(self, token_id: int, *, is_eos: bool, now_s: float) -> None:
+    def banned_at(self, position: int) -> tuple[int, ...]:
+        """Tokens that would end the text before `min_tokens`, if chosen for this position."""
+        if position - self.num_prompt >= self.params.min_tokens:
+            return ()
+        return (*self._end_token_ids, *self.params.stop_token_ids)
+
+    def num_confirmed(self, stop: int) -> int:
+        """Rows up to the token before the last: what follows it was guessed wrongly."""
+        return min(stop, self.num_total - 1) if self.drafts else stop
+
+    def append(self, token_id: int, logprobs: TokenLogprobs | None, *, now_s: float) -> None:
         """Take a sampled token; it may end the sequence. The text of an end token is not shown."""
         assert not self.finished, f"{self.request_id} goes on after its end"
         self.tokens.append(token_id)
+        if logprobs is not None:
+            self._logprobs.append(logprobs)
         if self.first_token_s is None:
             self.first_token_s = now_s
-        if is_eos and not self.params.ignore_eos:
+        if token_id in self._end_token_ids:
             self.finish("completed", now_s=now_s)
             return
-        piece = self.detokenizer.push(token_id)
+        if token_id in self.params.stop_token_ids:
+            self.finish("stopped", now_s=now_s)
+            return
+        piece = self._detokenizer.push(token_id)
         self._pieces.append(piece.text)
         if piece.stopped:
             self.finish("stopped", now_s=now_s)
         elif self.num_total == self.max_total:
             self.finish("length", now_s=now_s)
 
+    def append_prompt(self, position: int, logprobs: TokenLogprobs) -> None:
+        """Take the log-probabilities of the prompt token after this position; positions come in order."""
+        assert position == len(self._prompt_logprobs), f"{self.request_id} scores {position} out of order"
+        self._prompt_logprobs.append(logprobs)
+
     def finish(self, reason: FinishReason, *, now_s: float) -> None:
         """Write the one terminal state, and release text that waited for a possible stop string."""
         assert self.finish_reason is None, f"{self.request_id} ends twice"
-        self._pieces.append(self.detokenizer.finish())
+        self._pieces.append(self._detokenizer.finish())
         self.finish_reason = reason
         self.finished_s = now_s
 
-    def take_text(self) -> str:
-        """Text that was not taken before."""
-        text = "".join(self._pieces[self._num_taken :])
-        self._num_taken = len(self._pieces)
-        return text
+    def fail(self, error: str, *, now_s: float) -> None:
+        """End as `failed`."""
+        self.error = error
+        self.finish("failed", now_s=now_s)
+
+    def take(self) -> Delta:
+        """Text, tokens and log-probabilities that were not taken before."""
+        first, pieces = self._num_tokens_taken, self._pieces[self._num_pieces_taken :]
+        self._num_tokens_taken, self._num_pieces_taken = self.num_output, len(self._pieces)
+        return Delta(
+            "".join(pieces), tuple(self.tokens[self.num_prompt + first :]), tuple(self._logprobs[first:])
+        )
 
     def completion(self) -> Completion:
         """What the request ended with."""
         assert self.finish_reason is not None and self.finished_s is not None
         first_s = self.finished_s if self.first_token_s is None else self.first_token_s
-        sampled = tuple(self.tokens[self.num_prompt :])
+        params = self.params
         return Completion(
             request_id=self.request_id,
+            index=self.index,
             text="".join(self._pieces),
-            token_ids=sampled,
+            token_ids=tuple(self.tokens[self.num_prompt :]),
             finish_reason=self.finish_reason,
             usage=Usage(
-                num_prompt_tokens=self.num_prompt, num_cached_tokens=0, num_output_tokens=len(sampled)
+                num_prompt_tokens=self.num_prompt,
+                num_cached_tokens=self.num_cached,
+                num_output_tokens=self.num_output,
+                num_draft_tokens=self.num_drafted,
+                num_accepted_tokens=self.num_accepted,
             ),
             ttft_s=first_s - self.submitted_s,
             total_s=self.finished_s - self.submitted_s,
+            logprobs=None if params.logprobs is None else tuple(self._logprobs),
+            prompt_logprobs=None if params.prompt_logprobs is None else tuple(self._prompt_logprobs),
+            error=self.error,
         )
+
+    def branch(self, siblings: Sequence["GenerationState"]) -> None:
+        """Make these the other completions of the request. They share its prompt's log-probabilities."""
+        self.siblings = tuple(siblings)
+        for sibling in siblings:
+            sibling._prompt_logprobs = self._prompt_logprobs
+
+    @property
+    def _scores_prompt(self) -> bool:
+        wanted = 0 if self.params.prompt_logprobs is None else self.num_prompt - 1
+        return len(self._prompt_logprobs) < wanted
 
 
 class ScoringState(SequenceState):
     """A given text of which the tokens from `num_context` on are scored; `num_context` is at least 1."""
-
-    samples = False
 
     def __init__(self, request_id: str, token_ids: Iterable[int], num_context: int) -> None:
         self._token_ids = tuple(token_ids)
@@ -158,7 +291,7 @@ class ScoringState(SequenceState):
     @property
     def finished(self) -> bool:
         """True once every token is scored."""
-        return self.first_logits == self.num_total
+        return bool(self.error) or self.first_logits == self.num_total
 
     def target(self, position: int) -> int:
         """The token that the logits at this position are to be scored on."""
@@ -168,6 +301,10 @@ class ScoringState(SequenceState):
         """Take the log-probability of the token after this position; positions come in order."""
         assert position == self.first_logits, f"{self.request_id} scores position {position} out of order"
         self._logprobs.append(logprob)
+
+    def fail(self, error: str, *, now_s: float) -> None:
+        """End without a score; `error` says why."""
+        self.error = error
 
     def score(self) -> Score:
         """The scored tokens and their log-probabilities."""

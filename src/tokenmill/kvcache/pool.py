@@ -1,18 +1,31 @@
-"""The pool of KV blocks: which are free, and how many owners each of the others has.
+"""The pool of KV blocks: which are free, which are kept for later, and how many owners the others have.
 
-A block is an integer in [0, num_blocks). It is either on the free list or has one or more owners, so
-that several sequences can hold the same block (a shared prefix, a fork before its first write). What a
-block contains, and which positions of which sequence, is not known here (see `table.py`).
+A block is an integer in [0, num_blocks), and always in one of three states:
+
+    free ──allocate──► in use (one or more owners) ──free──► cached, if its content has a key; else free
+      ▲                    ▲                                    │
+      └──── forgotten ─────┼──────────── share (a hit) ◄────────┤
+                           └──────────── allocate (evicted) ◄───┘
+
+Several sequences own the same block where they share a prefix. A cached block has no owner but its content
+is still good; the one unused longest is taken when no block is free. Contents are named by keys that
+the caller makes (`prefix.py`); what a block contains is not known here.
 """
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
+from typing import NamedTuple
 
 __all__ = ["BlockPool"]
 
 
+class _Content(NamedTuple):
+    key: bytes
+    tokens: bytes
+
+
 class BlockPool:
-    """Hands out blocks and counts their owners.
+    """Hands out blocks, counts their owners, and remembers contents.
 
     The block freed last is handed out first, so memory that was never needed is never touched.
     """
@@ -21,61 +34,107 @@ class BlockPool:
         assert num_blocks > 0, f"a pool of {num_blocks} blocks"
         self.num_blocks = num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))
+        self._cached: OrderedDict[int, None] = OrderedDict()
         self._num_owners = [0] * num_blocks
+        self._content: dict[int, _Content] = {}
+        self._block_of: dict[bytes, int] = {}
 
     @property
     def num_free(self) -> int:
-        """Blocks that nobody owns."""
+        """Blocks that hold nothing."""
         return len(self._free)
+
+    @property
+    def num_cached(self) -> int:
+        """Blocks that nobody owns and whose content is kept."""
+        return len(self._cached)
 
     @property
     def num_in_use(self) -> int:
         """Blocks with at least one owner."""
-        return self.num_blocks - len(self._free)
+        return self.num_blocks - len(self._free) - len(self._cached)
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that `allocate` could hand out now."""
+        return len(self._free) + len(self._cached)
 
     def num_owners(self, block: int) -> int:
-        """Owners of a block; 0 if it is free. A block with more than one must be copied before a write."""
+        """Owners of a block; 0 if it is free or cached."""
         return self._num_owners[block]
 
     def can_allocate(self, num_blocks: int) -> bool:
         """True if `allocate` with this number would succeed now."""
-        return num_blocks <= len(self._free)
+        return num_blocks <= self.num_available
 
     def allocate(self, num_blocks: int) -> list[int]:
-        """Take blocks, each with one owner. Ask `can_allocate` first."""
-        assert 0 <= num_blocks <= len(self._free), f"{num_blocks} blocks asked, {len(self._free)} free"
+        """Take blocks, each with one owner, cached ones last. Ask `can_allocate` first."""
+        assert 0 <= num_blocks <= self.num_available, f"{num_blocks} asked, {self.num_available} available"
+        while len(self._free) < num_blocks:
+            self.forget(next(iter(self._cached)))
         blocks = [self._free.pop() for _ in range(num_blocks)]
         for block in blocks:
             self._num_owners[block] = 1
         return blocks
 
     def share(self, blocks: Iterable[int]) -> None:
-        """Add one owner to each of these blocks, which are in use."""
+        """Add one owner to each of these blocks, which are in use or cached."""
         for block in blocks:
-            assert self._num_owners[block] > 0, f"block {block} is free and cannot be shared"
+            if block in self._cached:
+                del self._cached[block]
+            else:
+                assert self._num_owners[block] > 0, f"block {block} is free and cannot be shared"
             self._num_owners[block] += 1
 
     def free(self, blocks: Iterable[int]) -> None:
-        """Remove one owner from each of these blocks; a block without owners becomes free."""
+        """Remove one owner from each of these blocks. Of the cached ones the first is evicted first."""
         for block in blocks:
             assert self._num_owners[block] > 0, f"block {block} is freed twice"
             self._num_owners[block] -= 1
-            if self._num_owners[block] == 0:
+            if self._num_owners[block]:
+                continue
+            if block in self._content:
+                self._cached[block] = None
+            else:
                 self._free.append(block)
 
+    def publish(self, block: int, key: bytes, tokens: bytes) -> None:
+        """Name the content of a full block in use. No-op if another block has that content already."""
+        assert self._num_owners[block] > 0, f"block {block} is not in use and cannot be published"
+        if key not in self._block_of and block not in self._content:
+            self._block_of[key] = block
+            self._content[block] = _Content(key, tokens)
+
+    def find(self, key: bytes, tokens: bytes) -> int | None:
+        """The block with this content, in use or cached. `tokens` are compared, so a key cannot lie."""
+        block = self._block_of.get(key)
+        return block if block is not None and self._content[block].tokens == tokens else None
+
+    def forget(self, block: int) -> None:
+        """Drop the name of a block's content; a cached block becomes free. No-op if it has none."""
+        content = self._content.pop(block, None)
+        if content is None:
+            return
+        del self._block_of[content.key]
+        if block in self._cached:
+            del self._cached[block]
+            self._free.append(block)
+
     def check_integrity(self, held: Iterable[int] | None = None) -> None:
-        """Assert that free + in use = total, each block once.
+        """Assert that free + cached + in use = total, each block once.
 
         With `held` (the blocks of every owner, one after the other) also assert that the owners are
         exactly those: nothing leaked, nothing used after it was freed.
         """
-        free = set(self._free)
+        free, cached = set(self._free), set(self._cached)
         assert len(free) == len(self._free), "a block is on the free list twice"
         assert free <= set(range(self.num_blocks)), "a block outside the pool is on the free list"
         owned = {block for block, count in enumerate(self._num_owners) if count}
         assert all(count >= 0 for count in self._num_owners), "a block has a negative number of owners"
-        assert not free & owned, f"blocks {sorted(free & owned)} are free and owned"
-        assert len(free) + len(owned) == self.num_blocks, "blocks are neither free nor owned"
+        assert not (free & owned or free & cached or cached & owned), "a block is in two states"
+        assert len(free) + len(cached) + len(owned) == self.num_blocks, "blocks are in no state"
+        assert cached <= self._content.keys() and not free & self._content.keys(), "contents are out of step"
+        assert self._block_of == {c.key: block for block, c in self._content.items()}, "a key names no block"
         if held is not None:
             counts = Counter(held)
             wrong = {b for b in range(self.num_blocks) if counts[b] != self._num_owners[b]}
