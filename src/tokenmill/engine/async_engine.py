@@ -113,7 +113,8 @@ class AsyncEngine:
         """Start the engine process and wait until its model is open.
 
         At most `max_requests` may be in flight, here and in the process together. `on_end` is called once for
-        each request, soon after its end, also if its caller is gone: the place to settle an account.
+        each request at its end, before who waits for it goes on, also if the caller is gone: the place to
+        settle an account.
         Raises what opening the model raises, and ResourceError if the process does not come up.
         """
         if not 1 <= max_requests <= 1 << 20:
@@ -262,6 +263,8 @@ class AsyncEngine:
         record.changed.set()
         if len(completions := record.completions()) < len(record.choices):
             return
+        if self._on_end is not None:
+            self._loop.call_soon(self._on_end, record.request, completions)
         record.done.set()
         if record.timer is not None:
             record.timer.cancel()
@@ -269,8 +272,6 @@ class AsyncEngine:
         self._ids.remove(record.request.request_id)
         if not self._records:
             self._idle.set()
-        if self._on_end is not None:
-            self._loop.call_soon(self._on_end, record.request, completions)
 
     def _end_rest(self, record: RequestRecord, reason: FinishReason, error: str = "") -> None:
         """End what has not ended, with what has come so far."""

@@ -297,17 +297,23 @@ def mock_logits(tokens: Sequence[int], script: MockScript | None = None) -> F32A
     return logits
 
 
-def reference_tokens(prompt: Sequence[int], max_tokens: int, script: MockScript | None = None) -> list[int]:
+def reference_tokens(
+    prompt: Sequence[int],
+    max_tokens: int,
+    script: MockScript | None = None,
+    *,
+    ignore_eos: bool = False,
+) -> list[int]:
     """The greedy answer to a prompt, computed from scratch for every token: what the engine must give.
 
-    It ends with `END_TOKEN`, or where `max_tokens` or the script's context length is reached. Faults of the
-    script are left out.
+    It ends with `END_TOKEN` unless that is ignored, or where `max_tokens` or the script's context length is
+    reached. Faults of the script are left out.
     """
     script = script or MockScript()
     tokens = list(prompt)
     while len(tokens) < min(len(prompt) + max_tokens, script.context_length):
         tokens.append(int(np.argmax(mock_logits(tokens, script))))
-        if tokens[-1] == END_TOKEN:
+        if tokens[-1] == END_TOKEN and not ignore_eos:
             break
     return tokens[len(prompt) :]
 
