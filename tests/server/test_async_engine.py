@@ -2,6 +2,10 @@
 
 import asyncio
 import gc
+import os
+import signal
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
 
 import pytest
 
@@ -22,6 +26,27 @@ from tokenmill.engine.supervisor import SupervisorConfig
 LONG = 3000
 
 
+Body = Callable[[AsyncEngine, Ends], Coroutine[Any, Any, None]]
+Run = Callable[[Body], None]
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    """Runs test bodies one after the other on one engine, which must be idle and whole after each."""
+    ends = Ends()
+    with asyncio.Runner() as runner:
+        engine = runner.run(AsyncEngine.start(spec(), BOUNDS, on_end=ends))
+
+        def run_body(body: Body) -> None:
+            ends.of.clear()
+            runner.run(body(engine, ends))
+            runner.run(idle(engine))
+            assert engine.stats.num_restarts == 0 and engine.state == "ready"
+
+        yield run_body
+        runner.run(engine.close())
+
+
 async def read_all(engine: AsyncEngine, which: Request) -> tuple[list[StreamDelta], list[Completion]]:
     news = [each async for each in engine.submit(which)]
     deltas = [each for each in news if isinstance(each, StreamDelta)]
@@ -33,41 +58,38 @@ async def idle(engine: AsyncEngine) -> None:
     await until(lambda: engine.stats.num_in_flight == 0 and engine.stats.num_blocks_in_use == 0)
 
 
-def test_a_stream_is_its_completion_in_pieces() -> None:
-    async def body() -> None:
-        async with started() as (engine, ends):
-            which = request("a", max_tokens=20)
-            deltas, (completion,) = await read_all(engine, which)
-            assert completion.token_ids == answer(which.prompt, 20)
-            assert sum((d.token_ids for d in deltas), ()) == completion.token_ids
-            assert "".join(d.text for d in deltas) == completion.text
-            assert len(deltas) > 3 and completion.finish_reason == "length"
-            assert completion.usage.num_output_tokens == 20
-            (other,) = await engine.submit(request("b", b"hi")).result()
-            assert other.text.startswith("hello")
-            await until(lambda: len(ends.of) == 2)
-            assert engine.stats.num_ended == {"length": 2} and engine.state == "ready"
+def test_a_stream_is_its_completion_in_pieces(run: Run) -> None:
+    async def body(engine: AsyncEngine, ends: Ends) -> None:
+        which = request("a", max_tokens=20)
+        deltas, (completion,) = await read_all(engine, which)
+        assert completion.token_ids == answer(which.prompt, 20)
+        assert sum((d.token_ids for d in deltas), ()) == completion.token_ids
+        assert "".join(d.text for d in deltas) == completion.text
+        assert len(deltas) > 3 and completion.finish_reason == "length"
+        assert completion.usage.num_output_tokens == 20
+        (other,) = await engine.submit(request("b", b"hi")).result()
+        assert other.text.startswith("hello")
+        assert [ends.reason(name) for name in "ab"] == ["length", "length"] and engine.state == "ready"
 
-    asyncio.run(body())
+    run(body)
 
 
-def test_completions_of_one_request_have_their_index() -> None:
-    async def body() -> None:
-        async with started() as (engine, _):
-            params = SamplingParams(max_tokens=6, n=3, temperature=1.0, seed=5, logprobs=2, ignore_eos=True)
-            which = Request(request_id="a", prompt=(1, 2), params=params)
-            deltas, completions = await read_all(engine, which)
-            assert sorted(each.index for each in completions) == [0, 1, 2]
-            for each in completions:
-                own = [d for d in deltas if d.index == each.index]
-                assert sum((d.token_ids for d in own), ()) == each.token_ids
-                assert sum((d.logprobs for d in own), ()) == each.logprobs
-            again = await engine.submit(which).result()
-            assert {each.index: each.token_ids for each in again} == {
-                each.index: each.token_ids for each in completions
-            }
+def test_completions_of_one_request_have_their_index(run: Run) -> None:
+    async def body(engine: AsyncEngine, _: Ends) -> None:
+        params = SamplingParams(max_tokens=6, n=3, temperature=1.0, seed=5, logprobs=2, ignore_eos=True)
+        which = Request(request_id="a", prompt=(1, 2), params=params)
+        deltas, completions = await read_all(engine, which)
+        assert sorted(each.index for each in completions) == [0, 1, 2]
+        for each in completions:
+            own = [d for d in deltas if d.index == each.index]
+            assert sum((d.token_ids for d in own), ()) == each.token_ids
+            assert sum((d.logprobs for d in own), ()) == each.logprobs
+        again = await engine.submit(which).result()
+        assert {each.index: each.token_ids for each in again} == {
+            each.index: each.token_ids for each in completions
+        }
 
-    asyncio.run(body())
+    run(body)
 
 
 def test_what_cannot_be_run_is_refused() -> None:
@@ -95,25 +117,24 @@ def test_what_cannot_be_run_is_refused() -> None:
     asyncio.run(body())
 
 
-def test_cancelling_ends_a_request_once_with_what_it_has() -> None:
-    async def body() -> None:
-        async with started() as (engine, ends):
-            handle = engine.submit(request("a", max_tokens=LONG))
-            tokens: tuple[int, ...] = ()
-            async for news in handle:
-                if isinstance(news, StreamDelta):
-                    tokens += news.token_ids
-                    if len(tokens) > 4:
-                        handle.cancel()
-                        handle.cancel()
-            (completion,) = await handle.result()
-            assert completion.finish_reason == "cancelled" and completion.token_ids == tokens
-            assert tokens == answer(b"go", len(tokens))
-            handle.cancel()
-            await idle(engine)
-            assert ends.reason("a") == "cancelled" and engine.stats.num_ended == {"cancelled": 1}
+def test_cancelling_ends_a_request_once_with_what_it_has(run: Run) -> None:
+    async def body(engine: AsyncEngine, ends: Ends) -> None:
+        handle = engine.submit(request("a", max_tokens=LONG))
+        tokens: tuple[int, ...] = ()
+        async for news in handle:
+            if isinstance(news, StreamDelta):
+                tokens += news.token_ids
+                if len(tokens) > 4:
+                    handle.cancel()
+                    handle.cancel()
+        (completion,) = await handle.result()
+        assert completion.finish_reason == "cancelled" and completion.token_ids == tokens
+        assert tokens == answer(b"go", len(tokens))
+        handle.cancel()
+        await idle(engine)
+        assert ends.reason("a") == "cancelled"
 
-    asyncio.run(body())
+    run(body)
 
 
 async def break_off(engine: AsyncEngine, name: str) -> None:
@@ -124,7 +145,7 @@ async def break_off(engine: AsyncEngine, name: str) -> None:
 async def close_generator(engine: AsyncEngine, name: str) -> None:
     news = aiter(engine.submit(request(name, max_tokens=LONG)))
     await anext(news)
-    await news.aclose()  # type: ignore[attr-defined]
+    await news.aclose()
 
 
 async def drop_handle(engine: AsyncEngine, name: str) -> None:
@@ -146,61 +167,55 @@ async def cancel_waiter(engine: AsyncEngine, name: str) -> None:
     await asyncio.wait([task])
 
 
-def test_a_caller_that_vanishes_cancels_its_request() -> None:
-    async def body() -> None:
-        async with started() as (engine, ends):
-            for vanish in (break_off, close_generator, drop_handle, cancel_reader, cancel_waiter):
-                await vanish(engine, vanish.__name__)
-                await until(lambda: ends.reason(vanish.__name__) == "cancelled", 2.0)  # noqa: B023
-                await idle(engine)
+def test_a_caller_that_vanishes_cancels_its_request(run: Run) -> None:
+    async def body(engine: AsyncEngine, ends: Ends) -> None:
+        for vanish in (break_off, close_generator, drop_handle, cancel_reader, cancel_waiter):
+            await vanish(engine, vanish.__name__)
+            await until(lambda: ends.reason(vanish.__name__) == "cancelled", 2.0)  # noqa: B023
+            await idle(engine)
 
-    asyncio.run(body())
+    run(body)
 
 
-def test_who_reads_late_gets_it_in_one_piece() -> None:
+def test_who_reads_late_gets_it_in_one_piece(run: Run) -> None:
     """What nobody reads is kept once, merged: one delta, however many steps it took."""
 
-    async def body() -> None:
-        async with started() as (engine, _):
-            handle = engine.submit(request("a", max_tokens=200))
-            await until(lambda: handle.done)
-            news = [each async for each in handle]
-            assert [type(each) for each in news] == [StreamDelta, Completion]
-            assert len(news[0].token_ids) == 200
-            assert [each async for each in handle] == [] and (await handle.result())[0] is news[1]
+    async def body(engine: AsyncEngine, _: Ends) -> None:
+        handle = engine.submit(request("a", max_tokens=200))
+        await until(lambda: handle.done)
+        news = [each async for each in handle]
+        assert [type(each) for each in news] == [StreamDelta, Completion]
+        assert len(news[0].token_ids) == 200
+        assert [each async for each in handle] == [] and (await handle.result())[0] is news[1]
 
-    asyncio.run(body())
+    run(body)
 
 
-def test_a_deadline_ends_a_request_and_not_its_neighbour() -> None:
-    async def body() -> None:
-        async with started() as (engine, _):
-            late = engine.submit(request("late", max_tokens=LONG, timeout_s=0.1))
-            fine = engine.submit(request("fine", max_tokens=60, timeout_s=30.0))
-            (completion,) = await late.result()
-            assert completion.finish_reason == "expired" and completion.token_ids
-            assert (await fine.result())[0].finish_reason == "length"
-            await idle(engine)
-            assert engine.stats.num_ended == {"expired": 1, "length": 1}
+def test_a_deadline_ends_a_request_and_not_its_neighbour(run: Run) -> None:
+    async def body(engine: AsyncEngine, ends: Ends) -> None:
+        late = engine.submit(request("late", max_tokens=LONG, timeout_s=0.1))
+        fine = engine.submit(request("fine", max_tokens=60, timeout_s=30.0))
+        (completion,) = await late.result()
+        assert completion.finish_reason == "expired" and completion.token_ids
+        assert (await fine.result())[0].finish_reason == "length"
+        assert (ends.reason("late"), ends.reason("fine")) == ("expired", "length")
 
-    asyncio.run(body())
+    run(body)
 
 
 @pytest.mark.parametrize("kind", ["nan", "raise"])
-def test_a_request_that_spoils_a_step_fails_alone(kind: str) -> None:
-    async def body() -> None:
-        async with started() as (engine, _):
-            pid = engine.stats.pid
-            good = [engine.submit(request(f"{i}", bytes([i, 7]), 30)) for i in range(6)]
-            bad = engine.submit(request("bad", prompt=(MARKS[kind], 0, 1)))  # type: ignore[index]
-            (completion,) = await bad.result()
-            assert completion.finish_reason == "failed" and completion.error
-            for i, handle in enumerate(good):
-                assert (await handle.result())[0].token_ids == answer((i, 7), 30)
-            await idle(engine)
-            assert engine.stats.pid == pid and engine.stats.num_restarts == 0
+def test_a_request_that_spoils_a_step_fails_alone(run: Run, kind: str) -> None:
+    async def body(engine: AsyncEngine, _: Ends) -> None:
+        pid = engine.stats.pid
+        good = [engine.submit(request(f"{i}", bytes([i, 7]), 30)) for i in range(6)]
+        bad = engine.submit(request("bad", prompt=(MARKS[kind], 0, 1)))  # type: ignore[index]
+        (completion,) = await bad.result()
+        assert completion.finish_reason == "failed" and completion.error
+        for i, handle in enumerate(good):
+            assert (await handle.result())[0].token_ids == answer((i, 7), 30)
+        assert engine.stats.pid == pid
 
-    asyncio.run(body())
+    run(body)
 
 
 def test_draining_finishes_what_is_there_and_takes_no_more() -> None:
@@ -209,11 +224,11 @@ def test_draining_finishes_what_is_there_and_takes_no_more() -> None:
             handle = engine.submit(request("a", max_tokens=100))
             draining = asyncio.create_task(engine.drain(10.0))
             await asyncio.sleep(0.05)
-            assert engine.state == "live"
+            states = [engine.state]
             with pytest.raises(ResourceError, match="drained"):
                 engine.submit(request("b"))
             await draining
-            assert engine.state == "drained"
+            assert [*states, engine.state] == ["live", "drained"]
             assert (await handle.result())[0].finish_reason == "length"
 
     asyncio.run(body())
@@ -243,6 +258,21 @@ def test_an_error_of_the_model_is_raised_by_start() -> None:
         with pytest.raises(UsageError, match="max_requests"):
             await AsyncEngine.start(spec(), max_requests=0)
         assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(body())
+
+
+def test_a_supervisor_that_fails_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body() -> None:
+        complaints: list[dict[str, Any]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+        async with started() as (engine, _):
+            monkeypatch.setattr(engine, "_bury", None)
+            handle = engine.submit(request("a", max_tokens=LONG))
+            os.kill(engine.stats.pid, signal.SIGKILL)
+            (completion,) = await handle.result()
+            assert completion.finish_reason == "failed" and "supervised" in completion.error
+        assert isinstance(complaints[0]["exception"], TypeError)
 
     asyncio.run(body())
 

@@ -304,9 +304,12 @@ class AsyncEngine:
             self._send(record, self._submission(record))
 
     def _advance(self, record: RequestRecord, message: Advance) -> None:
-        if message.index >= len(record.choices) or record.choices[message.index].completion is not None:
-            raise ValueError(f"news of completion {message.index}, which is not being made")
-        record.choices[message.index].add(message.text, message.token_ids, message.logprobs)
+        choices, index = record.choices, message.index
+        if index >= len(choices) or choices[index].completion is not None:
+            raise ValueError(f"news of completion {index}, which is not being made")
+        if len(choices[index].token_ids) + len(message.token_ids) > record.request.params.max_tokens:
+            raise ValueError("more tokens than were asked for")
+        choices[index].add(message.text, message.token_ids, message.logprobs)
         record.changed.set()
 
     def _take_end(self, record: RequestRecord, completion: Completion) -> None:
@@ -331,7 +334,14 @@ class AsyncEngine:
         self._end_rest(record, "failed", str(record.refusal))
 
     async def _supervise(self) -> None:
-        """Keep one engine process running until there is no point in it."""
+        """Keep an engine process running; if this itself fails, nobody is left to wait for it."""
+        try:
+            await self._keep_running()
+        except Exception as error:
+            self._give_up(ResourceError(f"the engine cannot be supervised ({error!r})"))
+            self._loop.call_exception_handler({"message": "engine supervisor", "exception": error})
+
+    async def _keep_running(self) -> None:
         num_idle, num_unready = 0, 0
         while not self._stopped.is_set():
             process = await self._run_process()
@@ -343,7 +353,7 @@ class AsyncEngine:
             if num_unready == self._config.max_failures:
                 self._give_up(ResourceError(self._failure, hint="see its output; start it again"))
                 return
-            delay_s = min(self._config.backoff_s * 2**num_idle, self._config.max_backoff_s)
+            delay_s = min(self._config.backoff_s * 2.0 ** min(num_idle, 64), self._config.max_backoff_s)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopped.wait(), delay_s)
             self._num_restarts += not self._stopped.is_set()
