@@ -14,7 +14,7 @@ from tokenmill.engine.messages import EngineSpec
 from tokenmill.engine.mock import FaultKind, MockFault, MockScript, reference_tokens
 from tokenmill.engine.supervisor import SupervisorConfig
 
-BOUNDS = SupervisorConfig(beat_s=0.05, silence_s=0.5, stall_s=0.7, backoff_s=0.02, grace_s=0.5)
+BOUNDS = SupervisorConfig(beat_s=0.05, silence_s=1.5, stall_s=1.5, backoff_s=0.02, grace_s=0.5)
 CONFIG = LLMConfig(max_batch=16, kv_tokens=4096)
 MARKS: dict[FaultKind, int] = {"nan": 257, "raise": 258, "hang": 259, "exit": 255}
 

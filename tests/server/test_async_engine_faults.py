@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 
 from tests.server.async_tools import BOUNDS, CONFIG, MARKS, answer, is_running, request, spec, started, until
-from tokenmill.core import Completion, ResourceError, Usage
+from tokenmill.core import Completion, Request, ResourceError, Usage
 from tokenmill.engine import supervisor
 from tokenmill.engine.async_engine import AsyncEngine
 from tokenmill.engine.core import StepResult
@@ -33,6 +33,7 @@ from tokenmill.engine.messages import (
 )
 from tokenmill.engine.mock import MockFault, MockModel, MockScript
 from tokenmill.engine.process import EngineServer, Link
+from tokenmill.engine.sequence import GenerationState
 from tokenmill.engine.supervisor import EngineProcess
 
 LONG = 3000
@@ -49,7 +50,7 @@ def test_a_process_that_is_gone_or_stopped_is_replaced(number: int) -> None:
             os.kill(pid, number)
             fresh = engine.submit(request("fresh"))
             noticed_s = await until(lambda: engine.state == "live")
-            assert noticed_s < 2.0
+            assert noticed_s < 4.0
             (completion,) = await begun.result()
             assert completion.finish_reason == "failed" and "engine process" in completion.error
             assert completion.token_ids == answer(b"go", len(completion.token_ids))
@@ -61,7 +62,7 @@ def test_a_process_that_is_gone_or_stopped_is_replaced(number: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "why"), [("hang", "made no step for 0.7 s"), ("exit", "ended with exit code 70")]
+    ("kind", "why"), [("hang", "made no step for 1.5 s"), ("exit", "ended with exit code 70")]
 )
 def test_a_request_that_takes_the_process_down_is_tried_twice_and_fails(kind: str, why: str) -> None:
     async def body() -> None:
@@ -91,7 +92,7 @@ def test_while_the_engine_restarts_requests_wait_within_bounds() -> None:
             assert (await gone.result())[0].finish_reason == "cancelled"
             began = time.monotonic()
             assert (await late.result())[0].finish_reason == "expired"
-            assert time.monotonic() - began < 0.5 and engine.state == "live"
+            assert time.monotonic() - began < 1.0 and engine.state == "live"
             assert (await kept.result())[0].finish_reason == "length"
             assert len(ends.of) == 3
 
@@ -105,7 +106,7 @@ def test_a_deadline_holds_while_the_engine_hangs() -> None:
             begun = engine.submit(request("hangs", prompt=(MARKS["hang"], 0), timeout_s=0.2))
             began = time.monotonic()
             assert (await begun.result())[0].finish_reason == "expired"
-            assert time.monotonic() - began < 1.0
+            assert time.monotonic() - began < 5.0
 
     asyncio.run(body())
 
@@ -201,7 +202,7 @@ def test_news_that_make_no_sense_condemn_the_process(message: FromEngine) -> Non
             link = engine._process
             assert link is not None
             link.data_received(encode(message))
-            await until(lambda: engine.state == "live", 1.0)
+            await until(lambda: engine.state == "live")
             await until(lambda: "what is no message" in engine.stats.failure)
             handle.cancel()
             assert (await handle.result())[0].finish_reason == "cancelled"
@@ -246,7 +247,7 @@ def test_the_process_ends_with_its_parent(stopped: bool) -> None:
         if stopped:
             os.kill(pid, signal.SIGSTOP)
         parent.kill()
-    deadline = time.monotonic() + 3.0
+    deadline = time.monotonic() + 10.0
     while is_running(pid) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not is_running(pid)
@@ -302,17 +303,27 @@ def test_the_last_beat_of_an_idle_engine_has_no_block_in_use(served: tuple[Local
     assert link.sent[-1].num_steps == 2 and isinstance(link.sent[-2], End)
 
 
-def test_a_step_that_keeps_raising_ends_the_process(served: tuple[LocalEngine, MockModel]) -> None:
-    class Broken(LocalEngine):
-        def step(self) -> StepResult:
-            raise RuntimeError("always")
+class Broken(LocalEngine):
+    """Raises where it should not: beyond the step that a request spoils."""
 
+    def step(self) -> StepResult:
+        raise RuntimeError("step")
+
+    def submit(self, request: Request) -> tuple[GenerationState, ...]:
+        if request.request_id == "bad":
+            raise RuntimeError("submit")
+        return super().submit(request)
+
+
+def test_an_engine_that_raises_ends_the_process_but_for_a_submission() -> None:
     model = MockModel()
     broken = Broken(model, CONFIG, create=model.create)
-    link = ScriptedLink([[Submit(key=1, request=request("a"))], *[[]] * 9])
-    with pytest.raises(RuntimeError, match="always"):
+    link = ScriptedLink([[Submit(key=1, request=request("bad"))], [Submit(key=2, request=request("good"))]])
+    with pytest.raises(RuntimeError, match="step"):
         EngineServer(broken, link, beat_s=60.0, drain_s=1.0).run()
-    assert len(link.says) == 7
+    assert [(each.key, each.kind) for each in link.sent if isinstance(each, Refused)] == [
+        (1, "TokenmillError")
+    ]
 
 
 def test_a_draining_server_sends_requests_back(served: tuple[LocalEngine, MockModel]) -> None:

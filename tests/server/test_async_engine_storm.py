@@ -8,7 +8,7 @@ from scripts.storm import StormConfig, run_storm
 def test_every_request_ends_once_though_the_engine_is_killed() -> None:
     report = asyncio.run(run_storm(StormConfig(num_requests=500, num_kills=3, concurrency=64, seed=2)))
     assert report.faults == ()
-    assert report.num_restarts == report.num_kills == 3 and report.num_resubmitted > 0
+    assert report.num_restarts >= report.num_kills == 3 and report.num_resubmitted > 0
     assert set(report.ended) >= {"cancelled", "failed", "expired", "length"}
     assert len(report.callers) == 7
 

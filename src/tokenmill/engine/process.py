@@ -3,8 +3,9 @@
     python -m tokenmill.engine.process FD PARENT_PID        started by `supervisor.py`, not by hand
 
 It owns the model, the cache and nothing else: whatever must survive its death is kept by the front end. So
-it never repairs itself. A step that raises again and again, an account of blocks that does not add up, a
-message that is none: it prints why and ends, and the supervisor starts another.
+it never repairs itself. The engine fails a request that makes a step raise; any other exception, an account
+of blocks that does not add up, a message that is none: it prints why and ends, and the supervisor starts
+another.
 
 A second thread sends beats. They say that the process is alive, and carry the step counter and the counts
 of the last step; whether the engine makes progress is for the front end to judge.
@@ -53,9 +54,6 @@ from tokenmill.models.directory import ModelDirectory
 __all__ = ["EngineServer", "Link", "main", "open_engine"]
 
 _READ_BYTES = 1 << 18
-_MAX_RAISED = 3
-"""Steps in a row that may raise."""
-
 _PR_SET_PDEATHSIG = 1
 
 
@@ -88,12 +86,34 @@ class Link:
         return [decode_to_engine(frame) for frame in self._reader.feed(data)]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Open:
-    """A completion that is not finished: whose it is, and where it comes from."""
+    """A completion whose end was not sent yet: whose it is, where it comes from, how much was sent."""
 
     key: int
     state: GenerationState
+    num_sent: int = 0
+
+    @property
+    def has_news(self) -> bool:
+        """True if there is something to send."""
+        return self.state.finished or self.state.num_output > self.num_sent
+
+    def news(self) -> Iterator[FromEngine]:
+        """What it gained since the last time, then its end."""
+        state = self.state
+        self.num_sent = state.num_output
+        delta = state.take()
+        if delta.token_ids or delta.text:
+            yield Advance(
+                key=self.key,
+                index=state.index,
+                text=delta.text,
+                token_ids=delta.token_ids,
+                logprobs=delta.logprobs,
+            )
+        if state.finished:
+            yield End(key=self.key, completion=state.completion())
 
 
 class EngineServer:
@@ -107,7 +127,6 @@ class EngineServer:
         self._open: dict[int, list[_Open]] = {}
         self._beat = Beat()
         self._num_steps = 0
-        self._num_raised = 0
         self._told_to_end = False
         self._ends_at: float | None = None
 
@@ -127,7 +146,8 @@ class EngineServer:
                 for message in self._link.receive(0.0 if busy else self._beat_s):
                     self._take(message)
                 if self._engine.has_work:
-                    self._step()
+                    self._engine.step()
+                    self._num_steps += 1
                 self._report()
         finally:
             stop.set()
@@ -150,32 +170,23 @@ class EngineServer:
             states = self._engine.submit(request)
         except TokenmillError as error:
             self._link.send([_refusal(key, error)])
+        except Exception as error:
+            traceback.print_exc()
+            self._link.send([_refusal(key, TokenmillError(f"the engine failed to take it ({error!r})"))])
         else:
             self._open[key] = [_Open(key, state) for state in states]
-
-    def _step(self) -> None:
-        try:
-            self._engine.step()
-        except Exception:
-            self._num_raised += 1
-            if self._num_raised == _MAX_RAISED:
-                raise
-            traceback.print_exc()
-        else:
-            self._num_raised = 0
-            self._num_steps += 1
 
     def _report(self) -> None:
         """Send what every request has gained, and what has ended."""
         messages: list[FromEngine] = []
-        for key in list(self._open):
-            for each in self._open[key]:
-                messages += _news(each)
-            remaining = [each for each in self._open[key] if not each.state.finished]
-            if remaining:
-                self._open[key] = remaining
-            else:
-                del self._open[key]
+        for key, completions in list(self._open.items()):
+            fresh = [each for each in completions if each.has_news]
+            for each in fresh:
+                messages += each.news()
+            if any(each.state.finished for each in fresh):
+                self._open[key] = [each for each in completions if not each.state.finished]
+                if not self._open[key]:
+                    del self._open[key]
         self._count()
         if messages and not self._engine.has_work:
             self._engine.check_integrity()
@@ -247,21 +258,6 @@ def _first(link: Link) -> Start:
             if not isinstance(message, Start):
                 raise ValueError("the first message is no Start")
             return message
-
-
-def _news(each: _Open) -> Iterator[FromEngine]:
-    """What a completion gained since the last report, then its end."""
-    delta = each.state.take()
-    if delta.token_ids or delta.text:
-        yield Advance(
-            key=each.key,
-            index=each.state.index,
-            text=delta.text,
-            token_ids=delta.token_ids,
-            logprobs=delta.logprobs,
-        )
-    if each.state.finished:
-        yield End(key=each.key, completion=each.state.completion())
 
 
 def _frame(message: FromEngine) -> bytes:
