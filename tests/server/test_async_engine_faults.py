@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -139,6 +140,34 @@ def test_a_drain_of_the_process_ends_at_its_deadline() -> None:
             (completion,) = await begun.result()
             assert completion.finish_reason == "failed" and "exit code 0" in completion.error
             await until(lambda: engine.state == "ready")
+
+    asyncio.run(body())
+
+
+def test_a_request_cancelled_in_a_process_that_hangs_ends_as_cancelled() -> None:
+    async def body() -> None:
+        async with started() as (engine, _):
+            handle = engine.submit(request("a", prompt=(MARKS["hang"], 0)))
+            await asyncio.sleep(0.1)
+            handle.cancel()
+            (completion,) = await handle.result()
+            assert (completion.finish_reason, completion.error) == ("cancelled", "")
+            assert "made no step" in engine.stats.failure and engine.stats.num_resubmitted == 0
+
+    asyncio.run(body())
+
+
+def test_a_start_that_is_cancelled_leaves_nothing() -> None:
+    async def body() -> None:
+        for delay_s in (0.0, 0.001, 0.1):
+            task = asyncio.create_task(AsyncEngine.start(spec(), BOUNDS))
+            await asyncio.sleep(delay_s)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert asyncio.all_tasks() == {asyncio.current_task()}
+        for children in Path("/proc/self/task").glob("*/children"):
+            assert not children.read_text("ascii").split()
 
     asyncio.run(body())
 

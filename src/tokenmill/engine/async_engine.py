@@ -274,8 +274,10 @@ class AsyncEngine:
             self._idle.set()
 
     def _end_rest(self, record: RequestRecord, reason: FinishReason, error: str = "") -> None:
-        """End what has not ended, with what has come so far."""
+        """End what has not ended, with what has come so far. Who has cancelled is not told of failures."""
         now_s = self._loop.time()
+        if record.cancelled and reason == "failed":
+            reason, error = "cancelled", ""
         for choice in record.choices:
             if choice.completion is None:
                 self._end(record, choice.so_far(record, reason, error, now_s))
@@ -377,9 +379,8 @@ class AsyncEngine:
         """A process is gone: each request that it had ends, or waits for the next one."""
         for record in [each for each in self._records.values() if each.sent]:
             record.sent = False
-            if record.cancelled:
-                self._end_rest(record, "cancelled")
-            elif record.has_output or (record.num_tries >= _MAX_TRIES and not was_drained):
+            is_lost = record.has_output or (record.num_tries >= _MAX_TRIES and not was_drained)
+            if is_lost or record.cancelled:
                 self._end_rest(record, "failed", why)
 
     def _give_up(self, error: TokenmillError) -> None:

@@ -86,23 +86,18 @@ class Link:
         return [decode_to_engine(frame) for frame in self._reader.feed(data)]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Open:
-    """A completion whose end was not sent yet: whose it is, where it comes from, how much was sent."""
+    """A completion whose end was not sent yet: whose it is, where it comes from, tokens that are told."""
 
     key: int
     state: GenerationState
-    num_sent: int = 0
-
-    @property
-    def has_news(self) -> bool:
-        """True if there is something to send."""
-        return self.state.finished or self.state.num_output > self.num_sent
+    num_told: int
 
     def news(self) -> Iterator[FromEngine]:
         """What it gained since the last time, then its end."""
         state = self.state
-        self.num_sent = state.num_output
+        self.num_told = len(state.tokens)
         delta = state.take()
         if delta.token_ids or delta.text:
             yield Advance(
@@ -174,19 +169,18 @@ class EngineServer:
             traceback.print_exc()
             self._link.send([_refusal(key, TokenmillError(f"the engine failed to take it ({error!r})"))])
         else:
-            self._open[key] = [_Open(key, state) for state in states]
+            self._open[key] = [_Open(key, state, len(state.tokens)) for state in states]
 
     def _report(self) -> None:
         """Send what every request has gained, and what has ended."""
         messages: list[FromEngine] = []
-        for key, completions in list(self._open.items()):
-            fresh = [each for each in completions if each.has_news]
-            for each in fresh:
-                messages += each.news()
-            if any(each.state.finished for each in fresh):
-                self._open[key] = [each for each in completions if not each.state.finished]
-                if not self._open[key]:
-                    del self._open[key]
+        everyone = (each for completions in self._open.values() for each in completions)
+        for each in [e for e in everyone if len(e.state.tokens) > e.num_told or e.state.finished]:
+            messages += each.news()
+            if each.state.finished:
+                self._open[each.key].remove(each)
+                if not self._open[each.key]:
+                    del self._open[each.key]
         self._count()
         if messages and not self._engine.has_work:
             self._engine.check_integrity()
