@@ -6,7 +6,10 @@
 // Layout of one block of one head, in bf16 (head_pad is head_dim rounded up to 32):
 //   K  [head_pad / 32][2 halves of 16 keys][16 pairs of dims][16 keys][2]
 //   V  [head_pad / 16][16 pairs of keys][16 dims][2]
-// Both are the operand B of TDPBF16PS. Policy is a type with two static functions, so that the AMX form
+// Both are the operand B of TDPBF16PS. In int8 the order is the same, one byte a value, and behind the
+// values lie 32 float scales, one a key. The bytes are widened to bf16, which holds them exactly; a key's
+// scale multiplies its scores, a value's scale its probability. The sum of the softmax takes the
+// probability as it was before. The scale of a key that a row may not see is never used. Policy is a type with two static functions, so that the AMX form
 // and the plain form share the softmax:
 //   scores(task, k_block, rows, dst)          dst[r * kSpan + key], 32 keys
 //   values(task, v, probs, blocks..., dst)    dst[r * head_pad + dim] over the blocks of a span
@@ -17,8 +20,46 @@ namespace mill::MILL_ISA {
 
 struct SpanBlocks {
   const uint16_t* v[kSpanBlocks];
+  const float* v_scale[kSpanBlocks];  // int8 only
   int count;
 };
+
+MILL_INLINE vf from_int8(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(p)));
+#else
+  // By way of 16 bits: GCC makes one step from 8 to 32 value by value.
+  typedef int16_t vs __attribute__((vector_size(32)));
+  return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(load<vb>(p), vs), vi), vf);
+#endif
+}
+
+// One head of an int8 block as bf16, exactly: |value| <= 127. A bf16 is the upper word of its float.
+static const uint16_t* widen_block(const uint8_t* block, int head_pad, uint16_t* dst) {
+  for (int i = 0; i < kKvBlock * head_pad; i += 32) {
+    const vf low = from_int8(block + i), high = from_int8(block + i + 16);
+#if defined(__AVX512BW__)
+    const vu upper_words = vu{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} * 0x00040004u + 0x00030001u;
+    store(dst + i, _mm512_permutex2var_epi16((__m512i)low, (__m512i)upper_words, (__m512i)high));
+#else
+    store(dst + i, __builtin_convertvector((vu)low >> 16, vh));
+    store(dst + i + 16, __builtin_convertvector((vu)high >> 16, vh));
+#endif
+  }
+  return dst;
+}
+
+static const float* block_scales(const uint8_t* block, int head_pad) {
+  return (const float*)(block + kKvBlock * head_pad);
+}
+
+static void scale_scores(const AttendTask& t, const float* scales, float* s) {
+  const vf low = load<vf>(scales), high = load<vf>(scales + 16);
+  for (int r = 0; r < t.rows; r++) {
+    store(s + r * kSpan, load<vf>(s + r * kSpan) * low);
+    store(s + r * kSpan + 16, load<vf>(s + r * kSpan + 16) * high);
+  }
+}
 
 struct PlainAttend {
   template <int R> static void scores_rows(const AttendTask& t, const uint16_t* k, int row, float* dst) {
@@ -75,31 +116,46 @@ struct PlainAttend {
   }
 };
 
+// Zero for a score that is finite or masked, else not a number.
+MILL_INLINE vf not_a_number(vf score) {
+  return score == splat(-std::numeric_limits<float>::infinity()) ? vf{} : score * splat(0.0f);
+}
+
 struct SoftmaxState {
   float top[16], sum[16];
 };
 
 // Turns the scores of one row into probabilities; a score that is not finite makes the sum not a number. Returns the factor for what was summed before.
-static float softmax_row(float* s, uint16_t* p, int keys, float scale, float& top, float& sum) {
+template <bool Int8>
+static float softmax_row(float* s, uint16_t* p, const SpanBlocks& span, float scale, float& top, float& sum) {
+  const int keys = span.count * kKvBlock;
   const float inf = std::numeric_limits<float>::infinity();
-  vf peak = splat(-inf);
+  vf peak = splat(-inf), poison{};
   for (int i = 0; i < keys; i += 16) peak = fmax16(peak, load<vf>(s + i));
   const float span_top = max16(peak);
   if (span_top == -inf) {
     memset(p, 0, keys * sizeof(uint16_t));
+    for (int i = 0; i < keys; i += 16) poison = poison + not_a_number(load<vf>(s + i));
+    sum = sum + sum16(poison);
     return 1.0f;
   }
   const float new_top = span_top > top ? span_top : top;
   const vf low = splat(-125.0f), vtop = splat(new_top), vscale = splat(scale);
-  vf lanes{}, poison{};
+  vf lanes{};
   for (int i = 0; i < keys; i += 16) {
     const vf x = load<vf>(s + i);
     const vf e = exp2_16(fmax16((x - vtop) * vscale, low));
     const auto masked = x == splat(-inf);
-    poison = poison + (masked ? vf{} : x * splat(0.0f));
-    const vh h = to_bf16(masked ? vf{} : e);
-    store(p + i, h);
-    lanes = lanes + from_bf16(h);
+    poison = poison + not_a_number(x);
+    if constexpr (Int8) {
+      const vf scaled = e * load<vf>(span.v_scale[i / kKvBlock] + i % kKvBlock);
+      store(p + i, to_bf16(masked ? vf{} : scaled));
+      lanes = lanes + (masked ? vf{} : e);
+    } else {
+      const vh h = to_bf16(masked ? vf{} : e);
+      store(p + i, h);
+      lanes = lanes + from_bf16(h);
+    }
   }
   const vf alpha = exp2_16(fmax16(splat((top - new_top) * scale), low));
   sum = (sum * alpha[0] + sum16(lanes)) + sum16(poison);
@@ -124,7 +180,24 @@ static bool any_row_sees(const AttendTask& t, const int32_t* block) {
   return false;
 }
 
-template <class Policy> static void attend(const AttendTask& t, const AttendScratch& scratch) {
+// Scores of one block into `s`, and its values into the span.
+template <class Policy, bool Int8>
+static void add_block(const AttendTask& t, const AttendScratch& scratch, int block, float* s, SpanBlocks& span) {
+  const uint8_t *k = t.k + block * t.block_stride, *v = t.v + block * t.block_stride;
+  const int size = kKvBlock * t.head_pad;
+  if constexpr (Int8) {
+    Policy::scores(t, widen_block(k, t.head_pad, scratch.wide + kSpanBlocks * size), s);
+    scale_scores(t, block_scales(k, t.head_pad), s);
+    span.v_scale[span.count] = block_scales(v, t.head_pad);
+    span.v[span.count] = widen_block(v, t.head_pad, scratch.wide + span.count * size);
+  } else {
+    Policy::scores(t, (const uint16_t*)k, s);
+    span.v[span.count] = (const uint16_t*)v;
+  }
+  span.count++;
+}
+
+template <class Policy, bool Int8> static void attend_blocks(const AttendTask& t, const AttendScratch& scratch) {
   SoftmaxState state;
   for (int r = 0; r < 16; r++) state.top[r] = -std::numeric_limits<float>::infinity(), state.sum[r] = 0;
   memset(scratch.acc, 0, size_t(t.rows) * t.head_pad * sizeof(float));
@@ -135,15 +208,14 @@ template <class Policy> static void attend(const AttendTask& t, const AttendScra
       const int32_t* block = t.blocks + b * 3;
       if (!any_row_sees(t, block)) continue;
       float* s = scratch.scores + span.count * kKvBlock;
-      Policy::scores(t, t.k + block[0] * t.block_stride, s);
+      add_block<Policy, Int8>(t, scratch, block[0], s, span);
       mask_block(t, block, s);
-      span.v[span.count++] = t.v + block[0] * t.block_stride;
     }
     if (!span.count) continue;
     float alpha[16];
     for (int r = 0; r < t.rows; r++)
-      alpha[r] = softmax_row(scratch.scores + r * kSpan, scratch.probs + r * kSpan, span.count * kKvBlock, t.scale,
-                             state.top[r], state.sum[r]);
+      alpha[r] = softmax_row<Int8>(scratch.scores + r * kSpan, scratch.probs + r * kSpan, span, t.scale,
+                                   state.top[r], state.sum[r]);
     Policy::values(t, span, scratch.probs, scratch.span);
     for (int r = 0; r < t.rows; r++)
       for (int d = 0; d < t.head_pad; d += 16) {
@@ -156,6 +228,10 @@ template <class Policy> static void attend(const AttendTask& t, const AttendScra
     float* out = t.out + t.out_offset[r];
     for (int d = 0; d < t.head_dim; d++) out[d] = scratch.acc[r * t.head_pad + d] * inv;
   }
+}
+
+template <class Policy> static void attend(const AttendTask& t, const AttendScratch& scratch) {
+  t.kv_int8 ? attend_blocks<Policy, true>(t, scratch) : attend_blocks<Policy, false>(t, scratch);
 }
 
 }  // namespace mill::MILL_ISA

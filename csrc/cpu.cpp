@@ -48,10 +48,11 @@ int detect_isas(const char** names) {
   int n = 0;
 #ifdef MILL_X86
   __builtin_cpu_init();
-  const bool wide = has_avx512() && has_avx2();
-  if (wide && has_amx()) names[n++] = "amx";
+  // Asked once: in a virtual machine each question costs many microseconds.
+  static const bool avx2 = has_avx2(), wide = has_avx512() && avx2, amx = wide && has_amx();
+  if (amx) names[n++] = "amx";
   if (wide) names[n++] = "avx512";
-  if (has_avx2()) names[n++] = "avx2";
+  if (avx2) names[n++] = "avx2";
 #endif
   names[n++] = "portable";
   return n;

@@ -70,9 +70,10 @@ struct AttendTask {
   const int32_t* positions;  // [rows]
   int num_blocks;
   const int32_t* blocks;     // [num_blocks][3] block id, first position, rows in use
-  const uint16_t* k;         // K of this layer and head: block b at k + b * block_stride
-  const uint16_t* v;
-  size_t block_stride;
+  const uint8_t* k;          // K of this layer and head: block b at k + b * block_stride
+  const uint8_t* v;
+  size_t block_stride;       // bytes
+  bool kv_int8;              // attend.h has both layouts
   int head_dim, head_pad;
   float scale;               // softmax scale times log2(e)
   float* out;                // row r at out + out_offset[r], head_dim values
@@ -84,6 +85,41 @@ struct AttendScratch {
   uint16_t* probs;  // [16][kSpan]
   float* acc;       // [16][head_pad]
   float* span;      // [16][head_pad]
+  uint16_t* wide;   // int8 only: [kSpanBlocks + 1][kKvBlock * head_pad], V of a span and one block of K
+};
+
+constexpr int kRaceGroup = 64;  // tokens whose noise is made together
+constexpr size_t kMaxVocab = size_t(1) << 20;  // so that sums of weights are exact
+
+// One row of logits to choose a token from; src/tokenmill/kernels/sampling_twin.py describes the fields.
+struct SampleTask {
+  const float* logits;
+  int vocab;
+  uint64_t seed;
+  uint32_t position;
+  float inverse_temperature;  // 0: greedy
+  int top_k;                  // 0: no limit
+  double top_p;
+  float farthest;             // largest distance from the most likely token, after temperature
+  bool edited;                // any of the following
+  float repetition, presence, frequency;
+  const int32_t* tokens;      // [num_tokens], those of the prompt first
+  int num_tokens, num_prompt;
+  const int32_t* bias_ids;
+  const float* bias_values;
+  int num_biases;
+  const int32_t* banned;
+  int num_banned;
+  const uint32_t* mask;       // [ceil(vocab / 32)] bits of allowed tokens, or null
+};
+
+// In whole groups of tokens, and the groups in sixteens.
+struct SampleScratch {
+  float *peaks, *dist, *least, *bound;  // [groups]
+  uint32_t* owner;                      // [groups]
+  float *logits, *weights, *near_distance, *near_weight;  // [vocab]
+  int32_t* near_index;                  // [vocab]
+  int32_t* counts;                      // [vocab], zero before and after
 };
 
 struct Kernels {
@@ -97,6 +133,8 @@ struct Kernels {
   void (*rope)(const float* src, int head_dim, const float* cos, const float* sin, uint16_t* dst);
   void (*attend)(const AttendTask&, const AttendScratch&);
   double (*log_sum_exp)(const float* row, int n);
+  int (*sample)(const SampleTask&, const SampleScratch&);
+  void (*top_ids)(const float* row, int n, int num, int32_t* ids);
   // One pass over `bytes` of memory; returns something that depends on all of it.
   uint64_t (*read_pass)(const uint8_t* p, size_t bytes);
   // `iters` rounds of the fastest multiply-add; returns operations done (a multiply-add is two).

@@ -75,11 +75,11 @@ class NativePlan {
  public:
   NativePlan(const std::string& isa, int threads, int max_rows, int max_outs, int num_blocks, int max_inputs,
              int hidden, int heads, int kv_heads, int head_dim, int inner, int vocab, int layers,
-             float softmax_scale, Bytes cos, Bytes sin)
+             float softmax_scale, Bytes cos, Bytes sin, bool kv_int8)
       : hidden_(hidden), vocab_(vocab),
         plan_({hidden, heads, kv_heads, head_dim, inner, vocab, layers, int(cos.shape(0)), softmax_scale,
                (const float*)cos.data(), (const float*)sin.data()},
-              kernels_of(isa), threads, max_rows, max_outs, num_blocks, max_inputs) {
+              kernels_of(isa), threads, max_rows, max_outs, num_blocks, max_inputs, kv_int8) {
     require(cos.ndim() == 2 && cos.nbytes() == cos.shape(0) * (head_dim / 2) * 4 && sin.nbytes() == cos.nbytes(),
             "size of the rotation tables");
     owned_.insert(owned_.end(), {cos, sin});
@@ -143,6 +143,9 @@ class NativePlan {
     float* data = plan_.buffer(buffer_id(name), rows, width);
     return nb::ndarray<nb::numpy, float, nb::ndim<2>>(data, {size_t(rows), size_t(width)}, nb::find(this));
   }
+  nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>> block(int index) {
+    return nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>(plan_.block(index), {plan_.block_bytes()}, nb::find(this));
+  }
   void copy_block(int from, int to) { plan_.copy_block(from, to); }
 
  private:
@@ -180,6 +183,111 @@ nb::ndarray<nb::numpy, double, nb::ndim<1>> log_sum_exp_rows(Floats logits, cons
   return {out, {rows}, owner};
 }
 
+using Words = nb::ndarray<const uint32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Integers = nb::ndarray<const int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Reals = nb::ndarray<const double, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Values = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+// Columns of the two tables that `sample` takes, in the order of kernels/sampling.py.
+enum Integer { kLogitsRow, kSeed, kPosition, kTopK, kNumPrompt, kNumBiases, kNumBanned, kEdited, kNumIntegers };
+enum Real { kInverse, kTopP, kFarthest, kRepetition, kPresence, kFrequency, kNumReals };
+
+mill::SampleTask sample_task(const Floats& logits, const int64_t* i, const double* f, const Ints& tokens,
+                             const Words& mask) {
+  mill::SampleTask t{};
+  const int64_t rows = int64_t(logits.shape(0)), vocab = int64_t(logits.shape(1)), words = (vocab + 31) / 32;
+  require(0 <= i[kLogitsRow] && i[kLogitsRow] < rows, "row of logits");
+  require(i[kNumBiases] >= 0 && i[kNumBanned] >= 0, "negative count");
+  require(mask.size() == 0 || int64_t(mask.size()) >= words, "size of a mask");
+  require(tokens.size() < (size_t(1) << 30), "number of tokens");
+  t.logits = logits.data() + i[kLogitsRow] * vocab;
+  t.vocab = int(vocab);
+  t.seed = uint64_t(i[kSeed]), t.position = uint32_t(i[kPosition]);
+  t.top_k = int(std::clamp<int64_t>(i[kTopK], 0, vocab));
+  t.num_prompt = int(std::clamp<int64_t>(i[kNumPrompt], 0, int64_t(tokens.size())));
+  t.num_biases = int(i[kNumBiases]), t.num_banned = int(i[kNumBanned]), t.edited = i[kEdited] != 0;
+  t.inverse_temperature = float(f[kInverse]), t.top_p = f[kTopP], t.farthest = float(f[kFarthest]);
+  t.repetition = float(f[kRepetition]), t.presence = float(f[kPresence]), t.frequency = float(f[kFrequency]);
+  require(t.inverse_temperature >= 0 && t.top_p > 0 && t.farthest >= 0, "temperature, top_p or min_p");
+  t.tokens = tokens.data(), t.num_tokens = int(tokens.size());
+  t.mask = mask.size() ? mask.data() : nullptr;
+  return t;
+}
+
+// The shares of the flat lists that each row takes in turn.
+void share_lists(std::vector<mill::SampleTask>& tasks, const Ints& bias_ids, const Values& bias_values,
+                 const Ints& banned) {
+  size_t bias = 0, ban = 0;
+  for (mill::SampleTask& t : tasks) {
+    t.bias_ids = bias_ids.data() + bias, t.bias_values = bias_values.data() + bias, t.banned = banned.data() + ban;
+    bias += size_t(t.num_biases), ban += size_t(t.num_banned);
+    require(bias <= bias_ids.size() && bias <= bias_values.size() && ban <= banned.size(), "size of a flat list");
+  }
+}
+
+// Scratch for the rows of a batch; what none of them needs is not allocated.
+class SampleMemory {
+ public:
+  SampleMemory(const std::vector<mill::SampleTask>& tasks, size_t vocab) {
+    bool edited = false, filtered = false, penalised = false;
+    for (const mill::SampleTask& t : tasks)
+      edited |= t.edited, filtered |= t.top_p < 1 || t.top_k > 0, penalised |= t.edited && t.num_tokens > 0;
+    const size_t groups = round_up(vocab, mill::kRaceGroup * 16) / mill::kRaceGroup;
+    // One more group: what is collected is written before it is known to count.
+    const size_t tokens = (groups + 1) * mill::kRaceGroup;
+    small_.reset(new float[groups * 4]);
+    owner_.reset(new uint32_t[groups]);
+    if (edited) logits_.reset(new float[tokens]);
+    if (filtered) weights_.reset(new float[tokens * 3]), index_.reset(new int32_t[tokens]);
+    if (penalised) counts_.reset(new int32_t[tokens]());
+    float *at = small_.get(), *weights = weights_.get();
+    scratch = {at, at + groups, at + groups * 2, at + groups * 3, owner_.get(), logits_.get(), weights,
+               filtered ? weights + tokens : nullptr, filtered ? weights + tokens * 2 : nullptr, index_.get(), counts_.get()};
+  }
+  mill::SampleScratch scratch;
+
+ private:
+  std::unique_ptr<float[]> small_, logits_, weights_;
+  std::unique_ptr<uint32_t[]> owner_;
+  std::unique_ptr<int32_t[]> index_, counts_;
+};
+
+nb::ndarray<nb::numpy, int32_t, nb::ndim<1>> sample(Floats logits, Integers integers, Reals reals, Ints bias_ids,
+                                                    Values bias_values, Ints banned, std::vector<Ints> tokens,
+                                                    std::vector<Words> masks, const std::string& isa) {
+  const size_t rows = integers.shape(0), vocab = logits.shape(1);
+  const mill::Kernels& k = kernels_of(isa);
+  require(0 < vocab && vocab <= mill::kMaxVocab, "size of the vocabulary");
+  require(integers.shape(1) == kNumIntegers && reals.shape(1) == kNumReals && reals.shape(0) == rows &&
+          (tokens.empty() || tokens.size() == rows) && (masks.empty() || masks.size() == rows), "shape of the tables");
+  std::vector<mill::SampleTask> tasks;
+  for (size_t r = 0; r < rows; r++)
+    tasks.push_back(sample_task(logits, integers.data() + r * kNumIntegers, reals.data() + r * kNumReals,
+                                tokens.empty() ? Ints() : tokens[r], masks.empty() ? Words() : masks[r]));
+  share_lists(tasks, bias_ids, bias_values, banned);
+  const SampleMemory memory(tasks, vocab);
+  auto* out = new int32_t[rows];
+  nb::capsule owner(out, [](void* p) noexcept { delete[] static_cast<int32_t*>(p); });
+  {
+    nb::gil_scoped_release release;
+    for (size_t r = 0; r < rows; r++) out[r] = k.sample(tasks[r], memory.scratch);
+  }
+  return {out, {rows}, owner};
+}
+
+nb::ndarray<nb::numpy, int32_t, nb::ndim<2>> top_ids(Floats logits, int num, const std::string& isa) {
+  const size_t rows = logits.shape(0), vocab = logits.shape(1);
+  const mill::Kernels& k = kernels_of(isa);
+  require(0 < vocab && vocab <= mill::kMaxVocab && 0 <= num && size_t(num) <= vocab, "number of top ids");
+  auto* out = new int32_t[rows * size_t(num)];
+  nb::capsule owner(out, [](void* p) noexcept { delete[] static_cast<int32_t*>(p); });
+  {
+    nb::gil_scoped_release release;
+    for (size_t r = 0; r < rows && num; r++) k.top_ids(logits.data() + r * vocab, int(vocab), num, out + r * size_t(num));
+  }
+  return {out, {rows, size_t(num)}, owner};
+}
+
 double read_bandwidth(const std::string& isa, int threads, size_t bytes, double seconds) {
   nb::gil_scoped_release release;
   mill::Pool pool(threads);
@@ -198,13 +306,17 @@ double op_rate(const std::string& isa, int threads, bool int8, double seconds) {
 NB_MODULE(_native, m) {
   m.def("available_isas", &available_isas);
   m.def("log_sum_exp_rows", &log_sum_exp_rows, "logits"_a, "isa"_a);
+  m.def("sample", &sample, "logits"_a, "integers"_a, "reals"_a, "bias_ids"_a, "bias_values"_a, "banned"_a, "tokens"_a,
+        "masks"_a, "isa"_a);
+  m.def("top_ids", &top_ids, "logits"_a, "num"_a, "isa"_a);
   m.def("read_bandwidth", &read_bandwidth, "isa"_a, "threads"_a, "bytes"_a, "seconds"_a);
   m.def("op_rate", &op_rate, "isa"_a, "threads"_a, "int8"_a, "seconds"_a);
   nb::class_<NativePlan>(m, "Plan")
       .def(nb::init<const std::string&, int, int, int, int, int, int, int, int, int, int, int, int, float, Bytes,
-                    Bytes>(),
+                    Bytes, bool>(),
            "isa"_a, "threads"_a, "max_rows"_a, "max_outs"_a, "num_blocks"_a, "max_inputs"_a, "hidden"_a, "heads"_a,
-           "kv_heads"_a, "head_dim"_a, "inner"_a, "vocab"_a, "layers"_a, "softmax_scale"_a, "cos"_a, "sin"_a)
+           "kv_heads"_a, "head_dim"_a, "inner"_a, "vocab"_a, "layers"_a, "softmax_scale"_a, "cos"_a, "sin"_a,
+           "kv_int8"_a)
       .def("add_embed", &NativePlan::add_embed, "table"_a, "scales"_a)
       .def("add_norm", &NativePlan::add_norm, "src"_a, "weight"_a, "eps"_a, "act"_a, "out_rows"_a)
       .def("add_linear", &NativePlan::add_linear, "dst"_a, "kind"_a, "n"_a, "k"_a, "group"_a, "symmetric"_a, "data"_a,
@@ -216,5 +328,6 @@ NB_MODULE(_native, m) {
       .def("run", &NativePlan::run, nb::arg("tokens").noconvert(), nb::arg("positions").noconvert(), nb::arg("kv_slots").noconvert(), nb::arg("row_starts").noconvert(), nb::arg("block_starts").noconvert(),
            nb::arg("blocks").noconvert(), nb::arg("out_rows").noconvert(), "first"_a, "last"_a)
       .def("buffer", &NativePlan::buffer, "name"_a)
+      .def("block", &NativePlan::block, "index"_a)
       .def("copy_block", &NativePlan::copy_block, "source"_a, "target"_a);
 }

@@ -50,6 +50,12 @@ void require(bool ok, const char* what) {
   if (!ok) throw std::invalid_argument(what);
 }
 
+// Where a token's first dim, and from there each other dim, lies in a page: the orders of attend.h.
+int k_first(int slot) { return slot / 16 * 512 + slot % 16 * 2; }
+int k_step(int dim) { return dim / 32 * 1024 + dim % 32 / 2 * 32 + dim % 2; }
+int v_first(int slot) { return slot / 2 * 32 + slot % 2; }
+int v_step(int dim) { return dim / 16 * 512 + dim % 16 * 2; }
+
 bool all_within(const int32_t* at, int count, int32_t limit) {
   for (int i = 0; i < count; i++)
     if (at[i] < 0 || at[i] >= limit) return false;
@@ -66,10 +72,11 @@ bool rises(const int32_t* starts, int sequences, int total) {
 }  // namespace
 
 Plan::Plan(const Shape& shape, const Kernels& kernels, int threads, int max_rows, int max_outs, int num_blocks,
-           int max_inputs)
+           int max_inputs, bool kv_int8)
     : shape_(shape), kernels_(kernels), pool_(threads), max_rows_(max_rows), max_outs_(max_outs),
       num_blocks_(num_blocks), max_inputs_(max_inputs), head_pad_(round_up(shape.head_dim, 32)),
-      block_size_(size_t(shape.layers) * 2 * shape.kv_heads * kKvBlock * head_pad_) {
+      kv_int8_(kv_int8), page_bytes_(kKvBlock * (kv_int8 ? head_pad_ + sizeof(float) : head_pad_ * sizeof(uint16_t))),
+      block_bytes_(size_t(shape.layers) * 2 * shape.kv_heads * page_bytes_) {
   require(max_rows > 0 && max_outs > 0 && num_blocks > 0 && max_inputs > 0, "an executor without room");
   require(shape.head_dim > 0 && shape.head_dim <= 512 && shape.head_dim % 2 == 0, "width of a head");
   require(shape.kv_heads > 0 && shape.heads % shape.kv_heads == 0, "heads that share keys");
@@ -83,7 +90,7 @@ Plan::Plan(const Shape& shape, const Kernels& kernels, int threads, int max_rows
   }
   const size_t rows = round_up(std::max(max_rows, max_outs), 16) + kSlackRows, inputs = round_up(max_inputs, 64);
   q_ = Array<uint16_t>((size_t(max_rows) * shape.heads + kSlackRows) * head_pad_);
-  kv_ = Array<uint16_t>(size_t(num_blocks) * block_size_);
+  kv_ = Array<uint8_t>(size_t(num_blocks) * block_bytes_);
   act_data_ = Array<uint8_t>(rows * inputs * 2);
   act_scale_ = Array<float>(rows * inputs / kGroup);
   act_sums_ = Array<int32_t>(rows);
@@ -91,7 +98,8 @@ Plan::Plan(const Shape& shape, const Kernels& kernels, int threads, int max_rows
   act_ = {act_data_.get(), 0, act_scale_.get(), act_sums_.get(), act_groups_.get()};
   for (int t = 0; t < threads; t++)
     threads_.push_back({Array<float>(std::max(max_inputs, shape.hidden)), Array<float>(16 * kSpan),
-                        Array<float>(16 * head_pad_), Array<float>(16 * head_pad_), Array<uint16_t>(16 * kSpan)});
+                        Array<float>(16 * head_pad_), Array<float>(16 * head_pad_), Array<uint16_t>(16 * kSpan),
+                        Array<uint16_t>(kv_int8 ? size_t(kSpanBlocks + 1) * kKvBlock * head_pad_ : 0)});
 }
 
 void Plan::add(const Op& op) {
@@ -145,7 +153,7 @@ void Plan::run(const Batch& batch, int first, int last) {
 void Plan::wipe_new_blocks(const Batch& b) {
   for (int r = 0; r < b.rows; r++)
     if (b.kv_slots[r] % kKvBlock == 0)
-      std::memset(kv_.get() + b.kv_slots[r] / kKvBlock * block_size_, 0, block_size_ * sizeof(uint16_t));
+      std::memset(block(b.kv_slots[r] / kKvBlock), 0, block_bytes_);
 }
 
 // Tiles of up to 16 rows of one sequence; the longest work first, so that threads end together.
@@ -214,7 +222,7 @@ void Plan::linear(const Batch& b, const Op& op, int thread) {
 }
 
 size_t Plan::kv_offset(int layer, int kind, int head) const {
-  return ((size_t(layer) * 2 + kind) * shape_.kv_heads + head) * kKvBlock * head_pad_;
+  return ((size_t(layer) * 2 + kind) * shape_.kv_heads + head) * page_bytes_;
 }
 
 void Plan::rope_kv(const Batch& b, const Op& op, int row) {
@@ -227,27 +235,49 @@ void Plan::rope_kv(const Batch& b, const Op& op, int row) {
     kernels_.rope(qkv + h * e, e, cos, sin, q_.get() + at * head_pad_);
   }
   const int slot = b.kv_slots[row] % kKvBlock;
-  uint16_t* block = kv_.get() + size_t(b.kv_slots[row] / kKvBlock) * block_size_;
+  uint8_t* pages = block(b.kv_slots[row] / kKvBlock);
   uint16_t key[512];
-  bool finite = true;
   for (int g = 0; g < shape_.kv_heads; g++) {
     kernels_.rope(qkv + (shape_.heads + g) * e, e, cos, sin, key);
     const float* value = qkv + (shape_.heads + shape_.kv_heads + g) * e;
-    uint16_t* k = block + kv_offset(op.layer, 0, g) + slot / 16 * 512 + slot % 16 * 2;
-    uint16_t* v = block + kv_offset(op.layer, 1, g) + slot / 2 * 32 + slot % 2;
-    for (int i = 0; i < e; i++) {
-      k[i / 32 * 1024 + i % 32 / 2 * 32 + i % 2] = key[i];
-      v[i / 16 * 512 + i % 16 * 2] = to_bf16(value[i]);
-      finite = finite && std::isfinite(value[i]);
-    }
+    uint8_t *k_page = pages + kv_offset(op.layer, 0, g), *v_page = pages + kv_offset(op.layer, 1, g);
+    kv_int8_ ? put_int8(key, value, slot, k_page, v_page) : put_bf16(key, value, slot, k_page, v_page);
+  }
+}
+
+void Plan::put_bf16(const uint16_t* key, const float* value, int slot, uint8_t* k_page, uint8_t* v_page) {
+  uint16_t* k = reinterpret_cast<uint16_t*>(k_page) + k_first(slot);
+  uint16_t* v = reinterpret_cast<uint16_t*>(v_page) + v_first(slot);
+  bool finite = true;
+  for (int i = 0; i < shape_.head_dim; i++) {
+    k[k_step(i)] = key[i];
+    v[v_step(i)] = to_bf16(value[i]);
+    finite = finite && std::isfinite(value[i]);
   }
   if (!finite) poisoned_ = true;
+}
+
+// Rounds as the input of a linear is rounded; a vector that is not finite gets zeros and the scale NaN.
+void Plan::put_int8(const uint16_t* key, const float* value, int slot, uint8_t* k_page, uint8_t* v_page) const {
+  const int e = shape_.head_dim, scales = kKvBlock * head_pad_;
+  float wide[512];
+  uint8_t k[8 * 1024], v[8 * 1024];  // the first of 16 rows in each tile of 64 inputs
+  int32_t k_sum, v_sum;
+  Act k_act{k, lines_of(e, ActKind::int8), reinterpret_cast<float*>(k_page + scales) + slot, &k_sum, nullptr};
+  Act v_act{v, k_act.lines, reinterpret_cast<float*>(v_page + scales) + slot, &v_sum, nullptr};
+  for (int i = 0; i < e; i++) wide[i] = from_bf16(key[i]);
+  kernels_.quantize(wide, e, k_act, 0, ActKind::int8);
+  kernels_.quantize(value, e, v_act, 0, ActKind::int8);
+  for (int i = 0; i < e; i++) {
+    k_page[k_first(slot) + k_step(i)] = k_act.line(0, i / 64)[i % 64];
+    v_page[v_first(slot) + v_step(i)] = v_act.line(0, i / 64)[i % 64];
+  }
 }
 
 void Plan::attend(const Batch& b, const Op& op, int thread) {
   const int group = shape_.heads / shape_.kv_heads, count = int(tasks_.size()) * shape_.kv_heads;
   const Thread& own = threads_[thread];
-  const AttendScratch scratch{own.scores.get(), own.probs.get(), own.acc.get(), own.span.get()};
+  const AttendScratch scratch{own.scores.get(), own.probs.get(), own.acc.get(), own.span.get(), own.wide.get()};
   while (true) {
     const int i = next_task_.fetch_add(1, std::memory_order_relaxed);
     if (i >= count) break;
@@ -264,7 +294,7 @@ void Plan::attend(const Batch& b, const Op& op, int thread) {
     const size_t q_row = (size_t(g) * max_rows_ + row0) * group + task.first_row;
     kernels_.attend({q_.get() + q_row * head_pad_, task.rows, positions, b.block_starts[task.sequence + 1] - block0,
                      b.block_list + size_t(block0) * 3, kv_.get() + kv_offset(op.layer, 0, g),
-                     kv_.get() + kv_offset(op.layer, 1, g), block_size_, shape_.head_dim, head_pad_,
+                     kv_.get() + kv_offset(op.layer, 1, g), block_bytes_, kv_int8_, shape_.head_dim, head_pad_,
                      shape_.softmax_scale * 1.44269504088896341f, buffers_[kZ].get(), out_offset},
                     scratch);
   }
@@ -278,10 +308,12 @@ float* Plan::buffer(int id, int& rows, int& width) {
   return buffers_[id].get();
 }
 
-void Plan::copy_block(int from, int to) {
-  require(from >= 0 && from < num_blocks_ && to >= 0 && to < num_blocks_, "KV block out of range");
-  std::memmove(kv_.get() + to * block_size_, kv_.get() + from * block_size_, block_size_ * sizeof(uint16_t));
+uint8_t* Plan::block(int index) {
+  require(index >= 0 && index < num_blocks_, "KV block out of range");
+  return kv_.get() + index * block_bytes_;
 }
+
+void Plan::copy_block(int from, int to) { std::memmove(block(to), block(from), block_bytes_); }
 
 template class Array<float>;
 template class Array<uint8_t>;

@@ -56,7 +56,8 @@ template <class T> class Array {
 
 class Plan {
  public:
-  Plan(const Shape&, const Kernels&, int threads, int max_rows, int max_outs, int num_blocks, int max_inputs);
+  Plan(const Shape&, const Kernels&, int threads, int max_rows, int max_outs, int num_blocks, int max_inputs,
+       bool kv_int8);
 
   // Throws std::invalid_argument if a linear does not fit the buffers.
   void add(const Op& op);
@@ -64,13 +65,16 @@ class Plan {
   // Throws std::invalid_argument if the batch does not fit; nothing is changed then.
   void run(const Batch&, int first, int last);
   float* buffer(int id, int& rows, int& width);
+  // The bytes of one KV block: all layers and heads. Throws std::invalid_argument if there is no such block.
+  uint8_t* block(int index);
+  size_t block_bytes() const { return block_bytes_; }
   void copy_block(int from, int to);
   Pool& pool() { return pool_; }
   const Kernels& kernels() const { return kernels_; }
 
  private:
   struct Task { int sequence, first_row, rows; };
-  struct Thread { Array<float> row, scores, acc, span; Array<uint16_t> probs; };
+  struct Thread { Array<float> row, scores, acc, span; Array<uint16_t> probs, wide; };
 
   void check(const Batch&, int first, int last) const;
   void plan_attention(const Batch&);
@@ -79,8 +83,10 @@ class Plan {
   void embed(const Batch&, const Op&, int row) const;
   void linear(const Batch&, const Op&, int thread);
   void rope_kv(const Batch&, const Op&, int row);
+  void put_bf16(const uint16_t* key, const float* value, int slot, uint8_t* k_page, uint8_t* v_page);
+  void put_int8(const uint16_t* key, const float* value, int slot, uint8_t* k_page, uint8_t* v_page) const;
   void attend(const Batch&, const Op&, int thread);
-  // Where K (kind 0) or V (kind 1) of a layer and head lies inside a block.
+  // Where the page of K (kind 0) or V (kind 1) of a layer and head lies inside a block, in bytes.
   size_t kv_offset(int layer, int kind, int head) const;
   int rows_of(const Batch&, const Op&) const;
 
@@ -88,12 +94,13 @@ class Plan {
   const Kernels& kernels_;
   Pool pool_;
   const int max_rows_, max_outs_, num_blocks_, max_inputs_, head_pad_;
-  const size_t block_size_;  // bf16 values in one block: all layers and heads
+  const bool kv_int8_;
+  const size_t page_bytes_, block_bytes_;  // of one head in one block, and of all layers and heads
   std::vector<Op> ops_;
   Array<float> buffers_[kNumBuffers];
   int widths_[kNumBuffers], capacity_[kNumBuffers];
   Array<uint16_t> q_;   // [kv_heads][max_rows * heads / kv_heads + slack][head_pad]
-  Array<uint16_t> kv_;  // [num_blocks][layers][K, V][kv_heads][32 * head_pad]
+  Array<uint8_t> kv_;   // [num_blocks][layers][K, V][kv_heads][page_bytes]; attend.h has the pages
   Array<uint8_t> act_data_;
   Array<float> act_scale_;
   Array<int32_t> act_sums_, act_groups_;
@@ -101,8 +108,8 @@ class Plan {
   std::vector<Task> tasks_;  // attention row tiles of the current step
   std::atomic<int> next_task_{0};
   std::atomic<bool> busy_{false};
-  // A value that is not finite was written: blocks are wiped before they serve the next sequence, since a
-  // masked key counts as zero times its value.
+  // A value that is not finite was written in bf16: blocks are wiped before they serve the next sequence,
+  // since a masked key counts as zero times its value. In int8 only the scale is not finite, and masked too.
   std::atomic<bool> poisoned_{false};
   std::vector<Thread> threads_;
 };

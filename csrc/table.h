@@ -3,6 +3,7 @@
 #include "attend.h"
 #include "linear.h"
 #include "rows.h"
+#include "sample.h"
 
 namespace mill::MILL_ISA {
 
@@ -62,6 +63,8 @@ static Kernels make_table(const char* name) {
   k.rope = rope;
   k.attend = attend<PlainAttend>;
   k.log_sum_exp = log_sum_exp;
+  k.sample = sample;
+  k.top_ids = top_ids;
   k.read_pass = read_pass;
   k.int8_ops = int8_ops_dot4;
   k.bf16_ops = bf16_ops_madd;

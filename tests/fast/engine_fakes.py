@@ -16,6 +16,7 @@ from tokenmill.kernels import (
     Attend,
     BufferName,
     F32Array,
+    KvDtype,
     PlanShape,
     Select,
     StepBatch,
@@ -51,6 +52,7 @@ class FakeExecutor:
         self.plan = fake_plan()
         self.max_rows = max_rows
         self.max_out_rows = max_out_rows
+        self.kv_dtype: KvDtype = "bf16"
         self.num_threads: int | None = None
         self.num_blocks = num_blocks
         self.steps: list[StepBatch] = []
@@ -81,7 +83,13 @@ class FakeExecutor:
         return self._logits
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
-        raise AssertionError("nothing shares a block yet")
+        for source, target in pairs:
+            self.block(target)[:] = self.block(source)
+
+    def block(self, index: int) -> npt.NDArray[np.uint8]:
+        if not 0 <= index < self.num_blocks:
+            raise ValueError("KV block out of range")
+        return self._kv[index * KV_BLOCK : (index + 1) * KV_BLOCK].view(np.uint8)
 
     def _body(self, batch: StepBatch) -> None:
         assert 0 < batch.num_rows <= self.max_rows
@@ -160,10 +168,12 @@ class FakeModel:
         max_out_rows: int,
         num_blocks: int,
         num_threads: int | None,
+        kv_dtype: KvDtype,
     ) -> FakeExecutor:
         """The executor factory to give to `LLM`."""
         self.executor = FakeExecutor(num_blocks=num_blocks, max_rows=max_rows, max_out_rows=max_out_rows)
         self.executor.num_threads = num_threads
+        self.executor.kv_dtype = kv_dtype
         return self.executor
 
 

@@ -18,7 +18,7 @@ from tokenmill.engine.bench import (
     machine_rates,
     peak_rss_bytes,
 )
-from tokenmill.kernels import Linear, PackedLinear, Select, StepPlan
+from tokenmill.kernels import KvDtype, Linear, PackedLinear, Select, StepPlan
 from tokenmill.kernels.plan import LinearKind
 from tokenmill.kernels.probe import MachineLimits
 from tokenmill.models.directory import ModelDirectory
@@ -61,6 +61,7 @@ class Bench:
         max_out_rows: int,
         num_blocks: int,
         num_threads: int | None,
+        kv_dtype: KvDtype,
     ) -> FakeExecutor:
         executor = self.model.create(
             directory,
@@ -69,6 +70,7 @@ class Bench:
             max_out_rows=max_out_rows,
             num_blocks=num_blocks,
             num_threads=num_threads,
+            kv_dtype=kv_dtype,
         )
         body = Linear(weight=matrix(self.kind, 8, 8), dst="x")
         head = Linear(weight=matrix(self.kind, VOCAB, 8), dst="logits", rows="L")

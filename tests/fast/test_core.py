@@ -1,14 +1,15 @@
-"""The step loop on the mock model: forks, deadlines, prefixes, guesses and failures, against known answers."""
+"""The step loop on the mock model: forks, deadlines, prefixes, guesses, failures; answers are known."""
 
 from array import array
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
 from tokenmill.core import Request, SamplingParams, Tier
 from tokenmill.engine.config import LLMConfig
 from tokenmill.engine.local import LocalEngine
-from tokenmill.engine.mock import MockFault, MockModel, MockScript, reference_tokens
+from tokenmill.engine.mock import FaultKind, MockFault, MockModel, MockScript, reference_tokens
 from tokenmill.engine.sequence import GenerationState
 from tokenmill.models.byte_tokenizer import END_TOKEN
 
@@ -32,13 +33,13 @@ class Clock:
 class Bench:
     """An engine on the mock model, and its clock."""
 
-    def __init__(self, script: MockScript | None = None, **config: int | bool | str | None) -> None:
+    def __init__(self, script: MockScript | None = None, **config: Any) -> None:
         self.clock = Clock()
         self.script = script or MockScript()
         self.model = MockModel(self.script, sleep=self.clock.sleep)
         self.engine = LocalEngine(
             self.model,
-            LLMConfig(**config),  # type: ignore[arg-type]
+            LLMConfig(**config),
             create=self.model.create,
             clock=self.clock,
         )
@@ -81,8 +82,8 @@ class Bench:
 PROMPTS = [[7, i, 5 * i % 200] * (1 + 9 * i % 40) for i in range(12)]
 
 
-def sampled(seed: int, **more: int) -> SamplingParams:
-    return SamplingParams(max_tokens=20, temperature=1.0, seed=seed, ignore_eos=True, **more)
+def sampled(seed: int, n: int = 1) -> SamplingParams:
+    return SamplingParams(max_tokens=20, temperature=1.0, seed=seed, ignore_eos=True, n=n)
 
 
 def test_several_completions_of_a_prompt_are_those_of_their_seeds() -> None:
@@ -157,8 +158,8 @@ def test_a_prefix_hit_gives_the_same_tokens_and_is_counted() -> None:
 
 def test_preempted_both_ways_equals_undisturbed() -> None:
     undisturbed = [Bench().reference(prompt) for prompt in PROMPTS]
-    for config in ({"prefix_cache": False}, {}):
-        bench = Bench(kv_tokens=320, max_batch=6, max_rows=48, **config)
+    for prefix_cache in (False, True):
+        bench = Bench(kv_tokens=320, max_batch=6, max_rows=48, prefix_cache=prefix_cache)
         states = [bench.submit(prompt)[0] for prompt in PROMPTS]
         bench.run()
         assert [state.completion().token_ids for state in states] == undisturbed
@@ -210,8 +211,8 @@ def test_an_exception_that_does_not_come_again_fails_nobody() -> None:
 
 
 @pytest.mark.parametrize("kind", ["nan", "inf", "minus_inf"])
-def test_logits_that_are_no_numbers_fail_their_row_only(kind: str) -> None:
-    bench = Bench(MockScript(faults=(MockFault(kind=kind, marker=(MARKER,)),)))  # type: ignore[arg-type]
+def test_logits_that_are_no_numbers_fail_their_row_only(kind: FaultKind) -> None:
+    bench = Bench(MockScript(faults=(MockFault(kind=kind, marker=(MARKER,)),)))
     states = [bench.submit(prompt)[0] for prompt in PROMPTS]
     family = bench.submit([*range(64), MARKER], sampled(1, n=3))
     bench.run()
@@ -238,7 +239,7 @@ def test_end_tokens_stop_tokens_and_the_least_length() -> None:
 def test_deltas_add_up_to_the_completion() -> None:
     bench = Bench()
     (state,) = bench.submit(PROMPTS[4], sampled(2))
-    texts, tokens = "", ()
+    texts, tokens = "", tuple[int, ...]()
     while bench.engine.has_work:
         bench.engine.step()
         delta = state.take()

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scripts.scorecard import s13
 from tokenmill.engine.detokenizer import Detokenizer, StopMatcher
 
 
@@ -131,3 +132,28 @@ def test_text_after_a_stop_is_an_assertion() -> None:
     matcher.push("x")
     with pytest.raises(AssertionError, match="after a stop"):
         matcher.push("y")
+
+
+@pytest.mark.parametrize("data", [b"\xed\xa0", b"\xed\xbf", b"\xed\xa0\x80"])
+def test_half_a_surrogate_is_shown_at_once_and_not_dropped_at_the_end(data: bytes) -> None:
+    shown = "\ufffd" * len(data)
+    assert "".join(stream([b"a", data])[0]) == "a" + shown
+    assert stream([data[:1], data[1:], b"b"])[0] == ["", shown, "b", ""]
+    assert "".join(stream([bytes([byte]) for byte in data])[0]) == shown
+
+
+def test_a_character_next_to_the_surrogates_waits_for_its_end() -> None:
+    assert stream([b"\xed", b"\x9f", b"\xbf"])[0] == ["", "", "\ud7ff", ""]
+
+
+def test_the_scorecard_finds_no_violation_with_the_guard_and_many_without() -> None:
+    guarded = s13.run(cases=1200, seed=1, guard=True)
+    assert (guarded.cases, guarded.violations) == (2400, 0)
+    figures = s13.run(cases=1200, seed=1, guard=False).figures
+    assert int(figures["utf8_violations"]) > 300 and int(figures["stop_violations"]) > 300
+
+
+def test_the_reference_of_the_scorecard_decodes_as_python_does() -> None:
+    for data in ("aé€😀\U0010ffff\ud7ff".encode(), b"\xff\xe0\x80\xf4\x90a", b"\xe2\x82a", b"\xed\xa0\x80"):
+        assert "".join(text for text, _ in s13.characters(data)) == data.decode(errors="replace")
+    assert list(s13.characters(b"a\xe2\x82")) == [("a", 1)]

@@ -13,6 +13,7 @@ from tests.fast.random_plan import FORMATS, make_batch, make_plan
 from tokenmill.kernels import (
     Executor,
     F32Array,
+    KvDtype,
     Linear,
     NumpyExecutor,
     StepBatch,
@@ -23,11 +24,17 @@ from tokenmill.kernels import (
 NATIVE_ISAS = [isa for isa in available_isas() if isa != "numpy"]
 
 
-def executor(plan_seed: int, kind: str, isa: str, threads: int = 2, **sizes: int) -> Executor:
+def executor(
+    plan_seed: int, kind: str, isa: str, threads: int = 2, kv_dtype: KvDtype = "bf16", **sizes: int
+) -> Executor:
     plan = make_plan(kind, seed=plan_seed, **sizes)
     if isa == "numpy":
-        return NumpyExecutor(plan, max_rows=64, max_out_rows=64, num_blocks=24, ordered=True)
-    return create_executor(plan, max_rows=64, max_out_rows=64, num_blocks=24, num_threads=threads, isa=isa)
+        return NumpyExecutor(
+            plan, max_rows=64, max_out_rows=64, num_blocks=24, ordered=True, kv_dtype=kv_dtype
+        )
+    return create_executor(
+        plan, max_rows=64, max_out_rows=64, num_blocks=24, num_threads=threads, isa=isa, kv_dtype=kv_dtype
+    )
 
 
 def logits(ex: Executor, batch: StepBatch) -> F32Array:
@@ -50,7 +57,7 @@ SIZES = [
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("sizes", SIZES, ids=["gqa", "mha", "mqa"])
 def test_native_equals_numpy(kind: str, isa: str, sizes: dict[str, int]) -> None:
-    native, twin = executor(1, kind, isa, **sizes), executor(1, kind, "numpy", **sizes)
+    native, twin = (executor(1, kind, each, kv_dtype="bf16", **sizes) for each in (isa, "numpy"))
     vocab = sizes.get("vocab", 203)
     first = make_batch([([t % vocab for t in tokens(2, 45)], 0, [3, 5]), ([7, 8, 9], 0, [1])])
     second = make_batch([([4], 45, [3, 5]), ([t % vocab for t in tokens(3, 20)], 3, [1])], out_rows=[0, 20])

@@ -205,7 +205,15 @@ def test_what_cannot_be_used_is_refused_before_anything_runs() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"max_rows": 0}, {"max_batch": 0}, {"num_threads": 0}, {"kv_tokens": 1}, {"weights": "w2"}]
+    "wrong",
+    [
+        {"max_rows": 0},
+        {"max_batch": 0},
+        {"num_threads": 0},
+        {"kv_tokens": 1},
+        {"weights": "w2"},
+        {"kv_dtype": "fp8"},
+    ],
 )
 def test_a_wrong_configuration_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong))):
@@ -217,7 +225,9 @@ def test_the_cache_is_no_larger_than_useful_or_asked_for() -> None:
     assert LLMConfig(max_batch=4).num_blocks(architecture) == 4 * 8
     assert LLMConfig(kv_tokens=100).num_blocks(architecture) == 4
     wide = FakeModel(1 << 20).architecture
-    assert LLMConfig().num_blocks(wide) == (2 << 30) // (KV_BLOCK * wide.kv_bytes_per_token())
+    assert LLMConfig().num_blocks(wide) == (2 << 30) // wide.kv_block_bytes()
+    int8 = LLMConfig(kv_dtype="int8").num_blocks(wide)
+    assert int8 == (2 << 30) // wide.kv_block_bytes("int8") > LLMConfig().num_blocks(wide)
 
 
 def test_stream_gives_the_same_text_in_pieces_and_then_the_completion() -> None:

@@ -1,13 +1,19 @@
 """How a model is run: the sizes and switches of an engine, checked where they are written down."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias, get_args
 
 from tokenmill.core import UsageError
-from tokenmill.kernels import KV_BLOCK
+from tokenmill.kernels import KV_BLOCK, KV_DTYPES, KvDtype
 from tokenmill.models.architecture import Architecture
 from tokenmill.models.pack import WEIGHT_FORMATS, WeightFormat
 
-__all__ = ["LLMConfig"]
+__all__ = ["SPECULATIONS", "LLMConfig", "Speculation"]
+
+Speculation: TypeAlias = Literal["off", "lookup"]
+
+SPECULATIONS: tuple[Speculation, ...] = get_args(Speculation)
 
 _DEFAULT_KV_BYTES = 2 << 30
 _MAX_ROWS = 1 << 16
@@ -20,8 +26,13 @@ class LLMConfig:
 
     One step computes at most `max_rows` tokens, of at most `max_batch` sequences. `kv_tokens` is the size
     of the KV cache; by default 2 GiB of it, or less if `max_batch` full contexts need less (memory is
-    touched only as it fills). `max_waiting` bounds the queue. `prefix_cache` keeps what was computed for the
-    requests that begin with the same tokens. `num_threads` None leaves the choice to the executor.
+    touched only as it fills); `kv_dtype` int8 about halves its bytes. `prefix_cache` keeps what was computed
+    for requests that begin with the same tokens. `max_waiting` bounds the queue. `num_threads` None leaves
+    the choice to the executor.
+
+    `swap_tokens` is the size of a file, in `swap_folder` (default: the system's for temporary files), that
+    keeps what preempted requests had computed. `speculation` "lookup" guesses from what was seen before,
+    where that pays. While requests of the fast tier run, a step takes about `fast_step_s` seconds at most.
     """
 
     weights: WeightFormat = "w8a8"
@@ -30,11 +41,21 @@ class LLMConfig:
     max_waiting: int = 1 << 16
     num_threads: int | None = None
     kv_tokens: int | None = None
+    kv_dtype: KvDtype = "bf16"
     prefix_cache: bool = True
+    swap_tokens: int = 0
+    swap_folder: Path | None = None
+    speculation: Speculation = "off"
+    fast_step_s: float = 0.1
 
     def __post_init__(self) -> None:
         if self.weights not in WEIGHT_FORMATS:
             raise UsageError(f"weights is {self.weights!r}", hint=f"use one of {', '.join(WEIGHT_FORMATS)}")
+        if self.kv_dtype not in KV_DTYPES:
+            raise UsageError(f"kv_dtype is {self.kv_dtype!r}", hint=f"use one of {', '.join(KV_DTYPES)}")
+        if self.speculation not in SPECULATIONS:
+            hint = f"use one of {', '.join(SPECULATIONS)}"
+            raise UsageError(f"speculation is {self.speculation!r}", hint=hint)
         _check("max_rows", self.max_rows, 1, _MAX_ROWS)
         _check("max_batch", self.max_batch, 1, _MAX_BATCH)
         _check("max_waiting", self.max_waiting, 1, 1 << 24)
@@ -42,16 +63,18 @@ class LLMConfig:
             _check("num_threads", self.num_threads, 1, 1024)
         if self.kv_tokens is not None:
             _check("kv_tokens", self.kv_tokens, KV_BLOCK, 1 << 31)
+        _check("swap_tokens", self.swap_tokens, 0, 1 << 34)
+        _check("fast_step_s", self.fast_step_s, 1e-3, 60.0)
 
     def num_blocks(self, architecture: Architecture) -> int:
         """KV blocks for a model of this architecture."""
         if self.kv_tokens is not None:
             return -(-self.kv_tokens // KV_BLOCK)
-        affordable = _DEFAULT_KV_BYTES // (KV_BLOCK * architecture.kv_bytes_per_token())
+        affordable = _DEFAULT_KV_BYTES // architecture.kv_block_bytes(self.kv_dtype)
         useful = self.max_batch * -(-architecture.max_positions // KV_BLOCK)
         return max(1, min(affordable, useful))
 
 
-def _check(name: str, value: int, low: int, high: int) -> None:
+def _check(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
         raise UsageError(f"{name} is {value}", hint=f"use a value from {low} to {high}")

@@ -17,10 +17,14 @@ from heapq import heappop, heappush
 from typing import NamedTuple
 
 from tokenmill.core import FinishReason
+from tokenmill.engine.proposers import Proposer
 from tokenmill.engine.runner import OutRows, Runner
 from tokenmill.engine.sampler import SamplingRow, logprobs_of, sample, top_logprobs
-from tokenmill.engine.scheduler import Schedule, Scheduler, StepLimits
+from tokenmill.engine.scheduler import BlockMoves, Schedule, Scheduler, StepLimits
 from tokenmill.engine.sequence import GenerationState, ScoringState, SequenceState
+from tokenmill.engine.speculator import Speculator
+from tokenmill.engine.step_time import StepTimeModel
+from tokenmill.engine.swap import SwapFile, measure_swap
 from tokenmill.kernels import KV_BLOCK, Executor, F32Array
 from tokenmill.kvcache import BlockPool, PrefixChain, prefix_root
 
@@ -31,12 +35,16 @@ _NOT_FINITE = "the model's logits are not finite numbers"
 
 @dataclass(frozen=True, kw_only=True)
 class CoreConfig:
-    """Sizes of an engine. `model` names the model's content in prefix keys; None switches the cache off."""
+    """Sizes of an engine. `model` names the model's content in prefix keys; None switches the cache off.
+
+    A step lasts about `fast_step_s` seconds at most while requests of the fast tier run.
+    """
 
     num_blocks: int
     max_sequences: int
     max_waiting: int = 1 << 20
     model: str | None = ""
+    fast_step_s: float = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +68,19 @@ class StepResult:
 
 
 class EngineCore:
-    """Runs sequences on one executor that has `num_blocks` KV blocks. `clock` returns seconds."""
+    """Runs sequences on one executor that has `num_blocks` KV blocks. `clock` returns seconds.
+
+    With a `swap` file preempted sequences keep what was computed; with a `proposer` tokens are guessed.
+    """
 
     def __init__(
-        self, executor: Executor, config: CoreConfig, *, clock: Callable[[], float] = time.perf_counter
+        self,
+        executor: Executor,
+        config: CoreConfig,
+        *,
+        swap: SwapFile | None = None,
+        proposer: Proposer | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         limits = StepLimits(
             max_rows=executor.max_rows,
@@ -72,7 +89,16 @@ class EngineCore:
             max_waiting=config.max_waiting,
         )
         self.clock = clock
-        self.scheduler = Scheduler(BlockPool(config.num_blocks), limits)
+        self.scheduler = Scheduler(
+            BlockPool(config.num_blocks),
+            limits,
+            swap=None if swap is None else BlockPool(swap.num_slots),
+            prefer_swap=self._swap_is_cheaper,
+        )
+        self.step_time = StepTimeModel()
+        self._swap = swap
+        self._swap_s = 0.0 if swap is None else measure_swap(swap)
+        self._speculator = None if proposer is None else Speculator(proposer, self.step_time, clock=clock)
         self._config = config
         self._executor = executor
         self._runner = Runner(executor)
@@ -135,7 +161,11 @@ class EngineCore:
         if self._config.model is None:
             return None
         root = prefix_root(
-            tenant=sequence.tenant, model=self._config.model, layout="bf16", adapter="", intervention=""
+            tenant=sequence.tenant,
+            model=self._config.model,
+            layout=self._executor.kv_dtype,
+            adapter="",
+            intervention="",
         )
         return PrefixChain(root, KV_BLOCK)
 
@@ -155,7 +185,7 @@ class EngineCore:
 
     def _end(self, sequence: SequenceState, reason: FinishReason) -> None:
         """End a sequence from outside; with it those that would begin where it was going to."""
-        self.scheduler.remove(sequence)
+        self._remove(sequence)
         for each in (sequence, *sequence.siblings):
             if isinstance(each, GenerationState):
                 each.finish(reason, now_s=self.clock())
@@ -166,18 +196,44 @@ class EngineCore:
             suspect = self._suspects.popleft()
             if suspect in self.scheduler.running:
                 return self.scheduler.schedule(only=suspect)
-        return self.scheduler.schedule()
+        if self._speculator is not None:
+            self._speculator.guess(self.scheduler)
+        return self.scheduler.schedule(max_rows=self._max_rows())
+
+    def _max_rows(self) -> int | None:
+        """Rows that a step may have so that urgent requests do not wait long for the next."""
+        running = self.scheduler.running
+        if not any(sequence.tier == "fast" for sequence in running):
+            return None
+        num_kv_tokens = sum(sequence.num_total for sequence in running)
+        return self.step_time.rows_within(self._config.fast_step_s, num_kv_tokens, len(running))
+
+    def _swap_is_cheaper(self, num_tokens: int, num_blocks: int) -> bool:
+        return num_blocks * self._swap_s < self.step_time.predict(num_tokens, num_tokens, 1)
 
     def _run(self, schedule: Schedule) -> None:
-        if schedule.moves.copies:
-            self._executor.copy_blocks(schedule.moves.copies)
+        began = self.clock()
+        self._move(schedule.moves)
         if schedule.chunks:
             for out in self._runner.run(schedule):
                 self._take(out)
         self.scheduler.commit(schedule)
+        seconds = self.clock() - began
+        self.step_time.observe(schedule.num_rows, schedule.num_kv_tokens, schedule.num_out_rows, seconds)
+        if self._speculator is not None:
+            self._speculator.settle(schedule, seconds)
         for chunk in schedule.chunks:
             if chunk.sequence.siblings:
                 self._branch(chunk.sequence)
+
+    def _move(self, moves: BlockMoves) -> None:
+        if moves.copies:
+            self._executor.copy_blocks(moves.copies)
+        if self._swap is not None:
+            for block, slot in moves.outs:
+                self._swap.put(slot, self._executor.block(block))
+            for slot, block in moves.ins:
+                self._swap.get(slot, self._executor.block(block))
 
     def _branch(self, parent: SequenceState) -> None:
         """Start the other completions of a request once their first token is chosen."""
@@ -209,8 +265,13 @@ class EngineCore:
                 sequence.siblings = ()
         finished = [sequence for sequence in touched if sequence.finished]
         for sequence in finished:
-            self.scheduler.remove(sequence, damaged=bool(sequence.error))
+            self._remove(sequence)
         return finished
+
+    def _remove(self, sequence: SequenceState) -> None:
+        self.scheduler.remove(sequence, damaged=bool(sequence.error))
+        if self._speculator is not None and isinstance(sequence, GenerationState):
+            self._speculator.forget(sequence)
 
     def _take(self, out: OutRows) -> None:
         """Hand each row of logits to its sequence."""
@@ -239,6 +300,8 @@ class EngineCore:
         """
         result = sample(logits_LV, [each.row for each in samples])
         now_s = self.clock()
+        for each in samples:
+            each.state.num_drafted += each.is_draft
         for each, token_id, valid, logprobs in zip(
             samples, result.token_ids.tolist(), result.valid.tolist(), result.logprobs, strict=True
         ):

@@ -62,6 +62,10 @@ class Detokenizer:
     def push(self, token_id: int) -> Piece:
         """Add a token; get back the text that can be shown now."""
         text = self._decoder.decode(self._token_bytes(token_id))
+        held = self._decoder.getstate()[0]
+        if held[:1] == b"\xed" and held[1:] >= b"\xa0":
+            # The first half of an encoded surrogate: no character, but Python's decoder waits for the rest.
+            text += self._decoder.decode(b"", True)
         return self._matcher.push(text) if self._matcher else Piece(text, False)
 
     def finish(self) -> str:

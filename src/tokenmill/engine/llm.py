@@ -43,7 +43,10 @@ ProgressCallback = Callable[[Progress], None]
 
 
 class LLM:
-    """A model that generates and scores. A call that is interrupted leaves no request and no block behind."""
+    """A model that generates and scores. A call that is interrupted leaves no request and no block behind.
+
+    `draft` is a small model with the same vocabulary that guesses for this one.
+    """
 
     def __init__(
         self,
@@ -51,8 +54,9 @@ class LLM:
         config: LLMConfig | None = None,
         *,
         create: ExecutorFactory = create_executor,
+        draft: ModelDirectory | None = None,
     ) -> None:
-        self._engine = LocalEngine(model, config, create=create)
+        self._engine = LocalEngine(model, config, create=create, draft=draft)
         self._num_requests = 0
 
     @property

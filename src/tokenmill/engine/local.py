@@ -14,8 +14,13 @@ from tokenmill.core import Message, Request, SamplingParams, UsageError
 from tokenmill.engine.config import LLMConfig
 from tokenmill.engine.core import CoreConfig, EngineCore, StepResult
 from tokenmill.engine.detokenizer import Detokenizer
+from tokenmill.engine.draft_model import DraftModel
+from tokenmill.engine.history import SuffixProposer
+from tokenmill.engine.ngram import NgramProposer
+from tokenmill.engine.proposers import CombinedProposer, Proposer
 from tokenmill.engine.sequence import GenerationState, ScoringState, SequenceState
-from tokenmill.kernels import Executor, StepPlan
+from tokenmill.engine.swap import SwapFile
+from tokenmill.kernels import KV_BLOCK, Executor, KvDtype, StepPlan
 from tokenmill.models.chat_template import ChatTemplate, encode_chat
 from tokenmill.models.compile import create_executor
 from tokenmill.models.directory import ModelDirectory
@@ -36,13 +41,17 @@ class ExecutorFactory(Protocol):
         max_out_rows: int,
         num_blocks: int,
         num_threads: int | None,
+        kv_dtype: KvDtype,
     ) -> Executor:
         """Compile; the executor has `num_blocks` KV blocks."""
         ...
 
 
 class LocalEngine:
-    """A compiled model and its step loop. `clock` returns seconds and never goes back."""
+    """A compiled model and its step loop. `clock` returns seconds and never goes back.
+
+    `draft` is a small model with the same vocabulary that guesses for this one.
+    """
 
     def __init__(
         self,
@@ -50,18 +59,12 @@ class LocalEngine:
         config: LLMConfig | None = None,
         *,
         create: ExecutorFactory = create_executor,
+        draft: ModelDirectory | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.config = config or LLMConfig()
         self.num_blocks = self.config.num_blocks(model.architecture)
-        executor = create(
-            model,
-            weights=self.config.weights,
-            max_rows=self.config.max_rows,
-            max_out_rows=self.config.max_batch,
-            num_blocks=self.num_blocks,
-            num_threads=self.config.num_threads,
-        )
+        executor = self._compile(model, create, self.num_blocks)
         self.plan: StepPlan = executor.plan
         self.tokenizer = model.tokenizer()
         self._model = model
@@ -72,7 +75,10 @@ class LocalEngine:
                 max_sequences=self.config.max_batch,
                 max_waiting=self.config.max_waiting,
                 model="" if self.config.prefix_cache else None,
+                fast_step_s=self.config.fast_step_s,
             ),
+            swap=self._swap_file(executor),
+            proposer=self._proposer(create, draft),
             clock=clock,
         )
 
@@ -181,6 +187,39 @@ class LocalEngine:
         vocab_size = self._model.architecture.vocab_size
         if not 0 <= min(ids) <= max(ids) < vocab_size:
             raise UsageError(f"a {what} has a token id outside the vocabulary of {vocab_size}")
+
+    def _compile(self, model: ModelDirectory, create: ExecutorFactory, num_blocks: int) -> Executor:
+        return create(
+            model,
+            weights=self.config.weights,
+            max_rows=self.config.max_rows,
+            max_out_rows=self.config.max_batch,
+            num_blocks=num_blocks,
+            num_threads=self.config.num_threads,
+            kv_dtype=self.config.kv_dtype,
+        )
+
+    def _swap_file(self, executor: Executor) -> SwapFile | None:
+        num_slots = self.config.swap_tokens // KV_BLOCK
+        if not num_slots:
+            return None
+        return SwapFile(self.config.swap_folder, num_slots, executor.block(0).nbytes)
+
+    def _proposer(self, create: ExecutorFactory, draft: ModelDirectory | None) -> Proposer | None:
+        proposers: list[Proposer] = []
+        if self.config.speculation == "lookup":
+            proposers += [NgramProposer(), SuffixProposer()]
+        if draft is not None:
+            num_blocks = self.config.num_blocks(draft.architecture)
+            proposers.append(
+                DraftModel(
+                    self._compile(draft, create, num_blocks),
+                    num_blocks=num_blocks,
+                    context=draft.architecture.max_positions,
+                    target_vocab_size=self._model.architecture.vocab_size,
+                )
+            )
+        return CombinedProposer(proposers) if proposers else None
 
     @cached_property
     def _chat_template(self) -> ChatTemplate | None:

@@ -36,6 +36,7 @@ from tokenmill.kernels import (
     Attend,
     BufferName,
     F32Array,
+    KvDtype,
     PlanShape,
     Select,
     StepBatch,
@@ -99,7 +100,7 @@ class MockScript:
 
     `answers` are pairs of token ids (or bytes): a prompt, and what follows it whatever the sampling
     parameters, then the end token. Of several prompts that fit, the longest counts. A step takes `step_s`
-    and `row_s` for each row, in seconds. A request has at most `context_length` tokens, answer included.
+    and `row_s` for each row, in seconds. `context_length` bounds prompt and answer together, in tokens.
     """
 
     seed: int = 0
@@ -145,6 +146,7 @@ class MockExecutor:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.plan = _mock_plan()
+        self.kv_dtype: KvDtype = "bf16"
         self.script = script
         self.max_rows = max_rows
         self.max_out_rows = max_out_rows
@@ -180,8 +182,8 @@ class MockExecutor:
 
     def block(self, index: int) -> npt.NDArray[np.uint8]:
         """The bytes of one block, a live view: to move it out of the cache and back."""
-        view: npt.NDArray[np.uint8] = self._kv[index].reshape(-1).view(np.uint8)
-        return view
+        block: npt.NDArray[np.uint8] = self._kv[index].reshape(-1).view(np.uint8)
+        return block
 
     def _store(self, batch: StepBatch, view: "_View") -> None:
         """Write each row's token, and the digest of it and all before it, which the cache must know."""
@@ -274,8 +276,9 @@ class MockModel(ModelDirectory):
         max_out_rows: int,
         num_blocks: int,
         num_threads: int | None,
+        kv_dtype: KvDtype,
     ) -> MockExecutor:
-        """Make the executor: the factory to give to `LLM`. Weight format and threads mean nothing here."""
+        """Make the executor: the factory to give to `LLM`. Formats and threads mean nothing here."""
         self.executor = MockExecutor(
             self.script,
             num_blocks=num_blocks,

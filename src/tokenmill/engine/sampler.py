@@ -1,40 +1,50 @@
-"""Chooses the next token of each row: greedy, or drawn from the row's own distribution.
+"""Chooses the next token of each row: from a request's parameters to the kernels' choices, and back.
 
-A draw uses one uniform number, made by a Philox counter generator (Salmon et al. 2011) from the request's
-seed and the position of the token. So a request with a seed gives the same tokens whatever else is in the
-batch, in whatever steps it is computed, and again after a preemption.
+A draw is a race with noise that is a pure function of (seed, position, token); `kernels.sampling_twin` has
+it. So a request with a seed gives the same tokens whatever else is in the batch, in whatever steps it is
+computed, again after a preemption, and with drafts or without. A row is stateless: what counts for the
+penalties, drafts included, is in its tokens. Grammars come as masks; which tokens end a request, and when
+they may, is the caller's part.
 
-The order is that of transformers: temperature, then top-k, then top-p on what is left, renormalised.
-Penalties, logit bias and grammars are not here.
-
-Shape legend: L rows, V vocabulary, C candidates of one row.
+Shape legend: L rows of logits, R sampled rows, V vocabulary, K most likely tokens.
 """
 
-import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from tokenmill.core import SamplingParams, TokenLogprobs
-from tokenmill.kernels import F32Array, I32Array, log_sum_exp_rows
+from tokenmill.kernels import (
+    Choice,
+    F32Array,
+    I32Array,
+    U32Array,
+    choose_tokens,
+    log_sum_exp_rows,
+    top_token_ids,
+)
 
 __all__ = ["Sampled", "SamplingRow", "logprobs_of", "sample", "top_logprobs"]
 
-_Indices: TypeAlias = npt.NDArray[np.intp]
+_GREEDY_BELOW = 1e-5
+"""A temperature that leaves only differences below the precision of the logits to chance."""
 
-_BLOCK = 256
-_GROUP = 64
-_MIN_TEMPERATURE = 1e-6
-# The most likely candidate has weight 1.
-_THRESHOLDS = (*(math.exp(-2.0 * i) for i in range(1, 10)), 0.0)
+_LOWEST = np.finfo(np.float32).min
+_ROWS_AT_ONCE = 16
 
 
 class SamplingRow(NamedTuple):
-    """How one row is sampled; `position` is that of the new token in its sequence."""
+    """How one token is chosen.
+
+    `position` is that of the new token in its sequence, and `tokens[:position]` what comes before it: the
+    prompt, of length `num_prompt`, output and drafts. `logits_row` is the row of the logits; several may
+    share one. `banned` ids must not be chosen now, nor an id that completes one of the sequences in
+    `bad_words`. `mask` [ceil(V / 32)] has a bit for each token, lowest first, set where it is allowed.
+    """
 
     params: SamplingParams
     seed: int
@@ -44,12 +54,16 @@ class SamplingRow(NamedTuple):
     num_prompt: int
     banned: tuple[int, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
-    mask: npt.NDArray[np.uint32] | None = None
+    mask: U32Array | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampled:
-    """A token for each row. Where `valid` is false the logits had no finite maximum; ignore the token."""
+    """A token for each of R rows.
+
+    Where `valid` is false there is none: the logits had NaN or no finite maximum, or nothing was allowed;
+    ignore the id. `logprobs` is None where it was not asked for or the row is not valid.
+    """
 
     token_ids: I32Array
     valid: npt.NDArray[np.bool_]
@@ -57,22 +71,10 @@ class Sampled:
 
 
 def sample(logits_LV: F32Array, rows: Sequence[SamplingRow]) -> Sampled:
-    """Choose a token for each row. A row with NaN or infinite maximum is marked; the others stand."""
-    logits_LV = logits_LV[[row.logits_row for row in rows]]
-    token_ids = logits_LV.argmax(axis=1).astype(np.int32)
-    valid = np.isfinite(logits_LV[np.arange(len(rows)), token_ids])
-    for index, row in enumerate(rows):
-        if valid[index] and not row.params.greedy:
-            token_ids[index] = _draw(logits_LV[index], row, top=int(token_ids[index]))
-    return Sampled(token_ids=token_ids, valid=valid, logprobs=(None,) * len(rows))
-
-
-def top_logprobs(logits_LV: F32Array, token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:
-    """Log-probabilities."""
-    return [
-        TokenLogprobs(token_id=t, logprob=p)
-        for t, p in zip(token_ids, logprobs_of(logits_LV, token_ids), strict=True)
-    ]
+    """Choose a token for each row. A row that has none is marked, the others stand. Changes no logits."""
+    token_ids = choose_tokens(logits_LV, [_choice(row) for row in rows])
+    valid = token_ids >= 0
+    return Sampled(token_ids=token_ids, valid=valid, logprobs=_logprobs(logits_LV, rows, token_ids))
 
 
 def logprobs_of(logits_LV: F32Array, token_ids: Sequence[int]) -> list[float]:
@@ -82,81 +84,89 @@ def logprobs_of(logits_LV: F32Array, token_ids: Sequence[int]) -> list[float]:
     return logprobs
 
 
-def _draw(logits_V: F32Array, row: SamplingRow, top: int) -> int:
-    """Draw from one row; `top` is its most likely token."""
-    key = np.array([row.seed, row.position], dtype=np.uint64)
-    uniform = float(np.random.Generator(np.random.Philox(key=key)).random())
-    params, highest = row.params, logits_V[top]
-    if 0 < params.top_k < logits_V.shape[0]:
-        candidates_C = _top_k(logits_V, params.top_k)
-        weights_C = _weights(logits_V[candidates_C], highest, params.temperature)
-    else:
-        candidates_C = None
-        weights_C = _weights(logits_V, highest, params.temperature)
-    if params.top_p < 1.0:
-        kept_C = _nucleus(weights_C, params.top_p)
-        candidates_C = kept_C if candidates_C is None else candidates_C[kept_C]
-        weights_C = weights_C[kept_C]
-    index = _pick(weights_C, uniform)
-    return index if candidates_C is None else int(candidates_C[index])
+def top_logprobs(logits_LV: F32Array, token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:
+    """Natural log-probability of a given token and of the `num_top` most likely ones, for each row.
 
-
-def _weights(logits_C: F32Array, highest: np.float32, temperature: float) -> F32Array:
-    """Probabilities but for a common factor; the most likely token has 1."""
-    weights_C: F32Array = logits_C - highest
-    weights_C *= np.float32(1.0 / max(temperature, _MIN_TEMPERATURE))
-    return np.exp(weights_C, out=weights_C)
-
-
-def _top_k(logits_V: F32Array, top_k: int) -> _Indices:
-    """The `top_k` largest values' indices, without sorting the vocabulary.
-
-    The k-th largest of the maxima of small groups is a lower bound of the k-th largest value; few values
-    are above it.
+    Most likely first, of equals the lowest id. Impossible tokens have minus infinity; where a logit is NaN
+    or infinite all are NaN.
     """
-    num_groups = logits_V.shape[0] // _GROUP
-    if top_k > num_groups:
-        return np.argpartition(logits_V, -top_k)[-top_k:]
-    maxima = logits_V[: num_groups * _GROUP].reshape(_GROUP, num_groups).max(axis=0)
-    above_C = np.flatnonzero(logits_V >= np.partition(maxima, -top_k)[-top_k])
-    return above_C[np.argpartition(logits_V[above_C], -top_k)[-top_k:]]
+    sums_L = _log_sums(logits_LV)
+    own_L = logits_LV[np.arange(len(token_ids)), np.asarray(token_ids, dtype=np.int64)] - sums_L
+    ids_LK = top_token_ids(logits_LV, num_top)
+    top_LK = np.take_along_axis(logits_LV, ids_LK, axis=1) - sums_L[:, None]
+    return [
+        TokenLogprobs(token_id=int(token_id), logprob=own, top=tuple(zip(ids, top, strict=True)))
+        for token_id, own, ids, top in zip(
+            token_ids, own_L.tolist(), ids_LK.tolist(), top_LK.tolist(), strict=True
+        )
+    ]
 
 
-def _nucleus(weights_C: F32Array, top_p: float) -> _Indices:
-    """The smallest set of most likely candidates whose weight reaches `top_p` of all, most likely first.
-
-    Only candidates above a threshold are sorted; it is lowered until they weigh enough.
-    """
-    needed = top_p * float(weights_C.sum(dtype=np.float64))
-    for threshold in _THRESHOLDS:
-        above_C = np.flatnonzero(weights_C >= threshold)
-        if threshold == 0.0 or float(weights_C[above_C].sum(dtype=np.float64)) >= needed:
-            break
-    sorted_C = above_C[np.argsort(-weights_C[above_C], kind="stable")]
-    return sorted_C[: _nucleus_size(weights_C[sorted_C], needed)]
+def _log_sums(logits_LV: F32Array) -> npt.NDArray[np.float64]:
+    """log(sum(exp)) of each row, where minus infinity, which the kernel would refuse, adds nothing."""
+    parts = [logits_LV[i : i + _ROWS_AT_ONCE] for i in range(0, len(logits_LV), _ROWS_AT_ONCE)]
+    return np.concatenate([log_sum_exp_rows(np.maximum(part, _LOWEST)) for part in parts])
 
 
-def _nucleus_size(sorted_weights_C: F32Array, needed: float) -> int:
-    """How many of the leading weights it takes to reach `needed`; at least one."""
-    cumulative_C = np.cumsum(sorted_weights_C, dtype=np.float64)
-    return min(int(np.searchsorted(cumulative_C, needed)) + 1, len(sorted_weights_C))
+def _logprobs(
+    logits_LV: F32Array, rows: Sequence[SamplingRow], token_ids: I32Array
+) -> tuple[TokenLogprobs | None, ...]:
+    """Those of the rows that ask for them, of the logits as the model made them."""
+    result: list[TokenLogprobs | None] = [None] * len(rows)
+    asked = [
+        (index, row.logits_row, row.params.logprobs)
+        for index, row in enumerate(rows)
+        if row.params.logprobs is not None and token_ids[index] >= 0
+    ]
+    if asked:
+        indices = [index for index, _, _ in asked]
+        asked_LV = logits_LV[[logits_row for _, logits_row, _ in asked]]
+        most = max(num_top for _, _, num_top in asked)
+        made = top_logprobs(asked_LV, token_ids[indices].tolist(), most)
+        for (index, _, num_top), entry in zip(asked, made, strict=True):
+            result[index] = TokenLogprobs(
+                token_id=entry.token_id, logprob=entry.logprob, top=entry.top[:num_top]
+            )
+    return tuple(result)
 
 
-def _pick(weights_C: F32Array, uniform: float) -> int:
-    """The index at which the running sum of the weights passes `uniform` of the total.
+def _choice(row: SamplingRow) -> Choice:
+    """What the kernels need; a row that changes nothing and draws nothing needs little."""
+    params = row.params
+    greedy = params.temperature < _GREEDY_BELOW
+    if greedy and not (params.logit_bias or row.banned or row.bad_words or params.penalises):
+        return Choice(logits_row=row.logits_row, mask=row.mask)
+    assert 0 <= row.position <= len(row.tokens), "all tokens before the new one are there"
+    choice = Choice(
+        logits_row=row.logits_row,
+        bias=params.logit_bias,
+        banned=_banned(row) if row.bad_words else row.banned,
+        mask=row.mask,
+        inverse_temperature=0.0 if greedy else 1.0 / params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        seed=row.seed,
+        position=row.position,
+    )
+    if not params.penalises:
+        return choice
+    return choice._replace(
+        tokens=np.asarray(row.tokens, dtype=np.int32)[: row.position],
+        num_prompt=row.num_prompt,
+        repetition=params.repetition_penalty,
+        presence=params.presence_penalty,
+        frequency=params.frequency_penalty,
+    )
 
-    Sums of blocks come first, so that only one block is summed item by item.
-    """
-    starts = np.arange(0, len(weights_C), _BLOCK)
-    block_sums = np.cumsum(np.add.reduceat(weights_C, starts), dtype=np.float64)
-    target = uniform * float(block_sums[-1])
-    block = _first_above(block_sums, target)
-    before = float(block_sums[block - 1]) if block else 0.0
-    inside = np.cumsum(weights_C[starts[block] : starts[block] + _BLOCK], dtype=np.float64)
-    return int(starts[block]) + _first_above(inside, target - before)
+
+def _banned(row: SamplingRow) -> list[int]:
+    """Ids that are banned, and those that would complete a bad word. A word may begin in the prompt."""
+    completing = [word[-1] for word in row.bad_words if word and _ends_with(row, word[:-1])]
+    return [*row.banned, *completing]
 
 
-def _first_above(cumulative: npt.NDArray[np.float64], target: float) -> int:
-    """First index whose running sum is above `target`; where rounding leaves none, the last with weight."""
-    last = int(np.searchsorted(cumulative, cumulative[-1]))
-    return min(int(np.searchsorted(cumulative, target, side="right")), last)
+def _ends_with(row: SamplingRow, words: tuple[int, ...]) -> bool:
+    """Whether these are the last tokens before the new one."""
+    start = row.position - len(words)
+    return start >= 0 and tuple(row.tokens[start : row.position]) == words

@@ -47,12 +47,14 @@ class StepLimits:
 
 
 class Chunk(NamedTuple):
-    """Rows [start, stop) of one sequence; the last `num_out_rows` of them need logits."""
+    """Rows [start, stop) of one sequence; the last `num_out_rows` of them need logits, and the last
+    `num_drafts` are guesses."""
 
     sequence: SequenceState
     start: int
     stop: int
     num_out_rows: int
+    num_drafts: int = 0
 
     @property
     def num_rows(self) -> int:
@@ -162,7 +164,9 @@ class Scheduler:
         """
         child.arrival = self._num_arrived
         self._num_arrived += 1
-        shared, rest = divmod(parent.num_computed, parent.table.block_size)
+        # Guesses that were right for the parent are not the child's: of its tokens the last is not computed.
+        num_computed = min(parent.num_computed, child.num_total - 1)
+        shared, rest = divmod(num_computed, parent.table.block_size)
         num_new = child.table.num_missing(child.num_total) - shared
         fits = len(self._running) < self.limits.max_sequences and self.pool.can_allocate(num_new)
         if parent not in self._running or not fits:
@@ -174,7 +178,7 @@ class Scheduler:
         if rest:
             self._copies.append((blocks[shared], new[0]))
         child.table.extend([*blocks[:shared], *new])
-        child.num_computed = parent.num_computed
+        child.num_computed = num_computed
         child.num_published = shared
         self._run(child)
 
@@ -462,7 +466,9 @@ class _Plan:
         """Add rows for drafts to a chunk; each is sampled."""
         chunk = self.chunks[index]
         self.chunks[index] = chunk._replace(
-            stop=chunk.stop + num_drafts, num_out_rows=chunk.num_out_rows + num_drafts
+            stop=chunk.stop + num_drafts,
+            num_out_rows=chunk.num_out_rows + num_drafts,
+            num_drafts=num_drafts,
         )
         self._spend(num_drafts, num_drafts)
 

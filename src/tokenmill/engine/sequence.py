@@ -175,6 +175,11 @@ class GenerationState(SequenceState):
         return len(self.tokens) - 1
 
     @property
+    def can_draft(self) -> bool:
+        """False if nobody may see a row that holds a guess."""
+        return True
+
+    @property
     def finished(self) -> bool:
         """True once there is a finish reason."""
         return self.finish_reason is not None

@@ -5,6 +5,7 @@ from tokenmill.kernels.isa import available_isas, choose_isa, default_threads
 from tokenmill.kernels.numpy_executor import NumpyExecutor
 from tokenmill.kernels.plan import (
     KV_BLOCK,
+    KV_DTYPES,
     ActFormat,
     Attend,
     BufferName,
@@ -13,6 +14,7 @@ from tokenmill.kernels.plan import (
     Executor,
     F32Array,
     I32Array,
+    KvDtype,
     Linear,
     Norm,
     Op,
@@ -23,18 +25,24 @@ from tokenmill.kernels.plan import (
     Select,
     StepBatch,
     StepPlan,
+    kv_block_bytes,
 )
+from tokenmill.kernels.sampling import choose_tokens, top_token_ids
+from tokenmill.kernels.sampling_twin import Choice, U32Array
 
 __all__ = [
     "KV_BLOCK",
+    "KV_DTYPES",
     "ActFormat",
     "Attend",
     "BufferName",
+    "Choice",
     "Embed",
     "EmbedTable",
     "Executor",
     "F32Array",
     "I32Array",
+    "KvDtype",
     "Linear",
     "NativeExecutor",
     "Norm",
@@ -47,9 +55,13 @@ __all__ = [
     "Select",
     "StepBatch",
     "StepPlan",
+    "U32Array",
     "available_isas",
     "choose_isa",
+    "choose_tokens",
     "create_executor",
     "default_threads",
+    "kv_block_bytes",
     "log_sum_exp_rows",
+    "top_token_ids",
 ]

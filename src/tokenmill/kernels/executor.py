@@ -16,6 +16,7 @@ from tokenmill.kernels.plan import (
     Embed,
     Executor,
     F32Array,
+    KvDtype,
     Linear,
     Norm,
     Op,
@@ -45,6 +46,7 @@ class NativeExecutor:
         num_blocks: int,
         num_threads: int,
         isa: str,
+        kv_dtype: KvDtype = "bf16",
     ) -> None:
         shape = plan.shape
         if shape.head_dim > _MAX_HEAD_DIM:
@@ -55,6 +57,7 @@ class NativeExecutor:
         self.plan = plan
         self.max_rows = max_rows
         self.max_out_rows = max_out_rows
+        self.kv_dtype = kv_dtype
         self.isa = isa
         self.num_threads = num_threads
         try:
@@ -75,6 +78,7 @@ class NativeExecutor:
                 softmax_scale=shape.softmax_scale,
                 cos=np.ascontiguousarray(shape.cos),
                 sin=np.ascontiguousarray(shape.sin),
+                kv_int8=kv_dtype == "int8",
             )
         except MemoryError as error:
             raise ResourceError(
@@ -112,6 +116,11 @@ class NativeExecutor:
         """Copy KV blocks (source, destination) in every layer."""
         for source, target in pairs:
             self._native.copy_block(source, target)
+
+    def block(self, index: int) -> npt.NDArray[np.uint8]:
+        """A live, writable view of one KV block, [block_bytes]. Raises ValueError if there is none."""
+        view: npt.NDArray[np.uint8] = self._native.block(index)
+        return view
 
     def _add(self, op: Op) -> None:
         native = self._native
@@ -154,11 +163,14 @@ def create_executor(
     num_blocks: int,
     num_threads: int | None = None,
     isa: str | None = None,
+    kv_dtype: KvDtype = "bf16",
 ) -> Executor:
     """The fastest executor available here for a plan; `isa` and `num_threads` default to the machine's."""
     isa = isa or choose_isa()
     if isa == NUMPY:
-        return NumpyExecutor(plan, max_rows=max_rows, max_out_rows=max_out_rows, num_blocks=num_blocks)
+        return NumpyExecutor(
+            plan, max_rows=max_rows, max_out_rows=max_out_rows, num_blocks=num_blocks, kv_dtype=kv_dtype
+        )
     return NativeExecutor(
         plan,
         max_rows=max_rows,
@@ -166,6 +178,7 @@ def create_executor(
         num_blocks=num_blocks,
         num_threads=num_threads or default_threads(),
         isa=isa,
+        kv_dtype=kv_dtype,
     )
 
 

@@ -33,6 +33,7 @@ def load_native() -> Any | None:
         return None
 
 
+@functools.cache
 def available_isas() -> tuple[str, ...]:
     """Instruction sets that run here, best first; `numpy` is always last."""
     native = load_native()

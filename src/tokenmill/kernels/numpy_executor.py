@@ -6,6 +6,7 @@ It is also what runs where no compiler was available at installation.
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from tokenmill.kernels import twin
 from tokenmill.kernels.plan import (
@@ -14,6 +15,7 @@ from tokenmill.kernels.plan import (
     BufferName,
     Embed,
     F32Array,
+    KvDtype,
     Linear,
     Norm,
     Op,
@@ -34,10 +36,18 @@ class NumpyExecutor:
     """
 
     def __init__(
-        self, plan: StepPlan, *, max_rows: int, max_out_rows: int, num_blocks: int, ordered: bool = False
+        self,
+        plan: StepPlan,
+        *,
+        max_rows: int,
+        max_out_rows: int,
+        num_blocks: int,
+        ordered: bool = False,
+        kv_dtype: KvDtype = "bf16",
     ) -> None:
         shape = plan.shape
         self.plan = plan
+        self.kv_dtype = kv_dtype
         self._ordered = ordered
         self.max_rows = max_rows
         self.max_out_rows = max_out_rows
@@ -56,9 +66,11 @@ class NumpyExecutor:
         # The rows as the next linear reads them, before rounding: each linear rounds to its own format.
         self._act = np.zeros((0, 0), np.float32)
         self._q = np.zeros((max_rows, shape.num_heads, shape.head_dim), np.float32)
-        # [blocks, layers, keys and values, heads, tokens, head width], bf16 values in float32.
+        # [layers, keys and values, heads, tokens, head width] a block; bf16 values in float32.
+        page = (shape.num_layers, 2, shape.num_kv_heads, KV_BLOCK)
+        values = np.int8 if kv_dtype == "int8" else np.float32
         self._kv = np.zeros(
-            (num_blocks, shape.num_layers, 2, shape.num_kv_heads, KV_BLOCK, shape.head_dim), np.float32
+            num_blocks, [("values", values, (*page, shape.head_dim)), ("scales", np.float32, page)]
         )
 
     def run(self, batch: StepBatch, first: int = 0, last: int | None = None) -> None:
@@ -73,7 +85,13 @@ class NumpyExecutor:
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy KV blocks (source, destination) in every layer."""
         for source, target in pairs:
-            self._kv[target] = self._kv[source]
+            self.block(target)[:] = self.block(source)
+
+    def block(self, index: int) -> npt.NDArray[np.uint8]:
+        """A live, writable view of one KV block, [block_bytes]. Raises ValueError if there is none."""
+        if not 0 <= index < len(self._kv):
+            raise ValueError("KV block out of range")
+        return self._kv[index : index + 1].view(np.uint8)
 
     def _step(self, batch: StepBatch, op: Op) -> None:
         rows = batch.num_rows
@@ -106,9 +124,14 @@ class NumpyExecutor:
         turned = twin.rope(heads[:, :first_value], cos, sin)
         self._q[:rows] = turned[:, : shape.num_heads]
         block, slot = batch.kv_slots // KV_BLOCK, batch.kv_slots % KV_BLOCK
-        values = twin.bf16_values(twin.bf16_bits(heads[:, first_value:]))
-        self._kv[block, layer, 0, :, slot] = turned[:, shape.num_heads :]
-        self._kv[block, layer, 1, :, slot] = values
+        for kind, new in enumerate((turned[:, shape.num_heads :], heads[:, first_value:])):
+            at = (block, layer, kind, slice(None), slot)
+            if self.kv_dtype == "int8":
+                quantised, scales = twin.quantize_rows(new.reshape(-1, shape.head_dim))
+                self._kv["values"][at] = quantised.reshape(new.shape)
+                self._kv["scales"][at] = scales.reshape(new.shape[:2])
+            else:
+                self._kv["values"][at] = twin.bf16_values(twin.bf16_bits(new))
 
     def _attend(self, batch: StepBatch, layer: int) -> None:
         shape = self.plan.shape
@@ -121,10 +144,20 @@ class NumpyExecutor:
             in_use = (at < blocks[:, 2, None]).reshape(-1)
             seen_TS = in_use & (key_positions <= batch.positions[rows, None])
             for g in range(shape.num_kv_heads):
-                k, v = (self._kv[blocks[:, 0], layer, kind, g].reshape(-1, shape.head_dim) for kind in (0, 1))
+                k, v = (
+                    self._kv["values"][blocks[:, 0], layer, :, g]
+                    .swapaxes(0, 1)
+                    .reshape(2, -1, shape.head_dim)
+                )
+                scales = self._kv["scales"][blocks[:, 0], layer, :, g].swapaxes(0, 1).reshape(2, -1)
                 heads = slice(g * group, (g + 1) * group)
                 z = twin.attend_rows(
-                    self._q[rows, heads].transpose(1, 0, 2), k, v, seen_TS, shape.softmax_scale
+                    self._q[rows, heads].transpose(1, 0, 2),
+                    k.astype(np.float32),
+                    v.astype(np.float32),
+                    seen_TS,
+                    shape.softmax_scale,
+                    scales if self.kv_dtype == "int8" else None,
                 )
                 z_THE = self._buffers["z"][rows].reshape(-1, shape.num_heads, shape.head_dim)
                 z_THE[:, heads] = z.transpose(1, 0, 2)

@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 __all__ = [
     "KV_BLOCK",
+    "KV_DTYPES",
     "SPAN_BLOCKS",
     "ActFormat",
     "Attend",
@@ -35,6 +36,7 @@ __all__ = [
     "Executor",
     "F32Array",
     "I32Array",
+    "KvDtype",
     "Linear",
     "LinearKind",
     "Norm",
@@ -46,6 +48,7 @@ __all__ = [
     "Select",
     "StepBatch",
     "StepPlan",
+    "kv_block_bytes",
 ]
 
 F32Array: TypeAlias = npt.NDArray[np.float32]
@@ -56,6 +59,11 @@ KV_BLOCK = 32
 
 SPAN_BLOCKS = 16
 """Blocks that attention treats at once between two rescalings of the online softmax."""
+
+KvDtype = Literal["bf16", "int8"]
+"""How the cache keeps keys and values: `int8` has one float32 scale a token, layer, KV head and kind."""
+
+KV_DTYPES: tuple[KvDtype, ...] = ("bf16", "int8")
 
 ActFormat = Literal["int8", "int8_groups", "bf16"]
 LinearKind = Literal["i8c", "i8g", "i4g", "bf16"]
@@ -236,12 +244,23 @@ class StepBatch:
         return int(self.tokens.shape[0])
 
 
+def kv_block_bytes(*, num_layers: int, num_kv_heads: int, head_dim: int, kv_dtype: KvDtype) -> int:
+    """Bytes of one KV block of the native executor: keys and values of `KV_BLOCK` tokens in every layer.
+
+    Heads are padded to whole 32 values; in int8 each has its scale beside it.
+    """
+    width = -(-head_dim // 32) * 32
+    head_bytes = width + 4 if kv_dtype == "int8" else 2 * width
+    return 2 * num_layers * num_kv_heads * KV_BLOCK * head_bytes
+
+
 class Executor(Protocol):
     """Runs a plan over batches. The native executor and the numpy twin are the two implementations."""
 
     plan: StepPlan
     max_rows: int
     max_out_rows: int
+    kv_dtype: KvDtype
 
     def run(self, batch: StepBatch, first: int = 0, last: int | None = None) -> None:
         """Run operations [first, last) of the plan; the KV cache and the buffers change."""
@@ -253,4 +272,12 @@ class Executor(Protocol):
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy KV blocks (source, destination) in every layer."""
+        ...
+
+    def block(self, index: int) -> npt.NDArray[np.uint8]:
+        """A live, writable view of one KV block, [block_bytes]: all layers, keys, values and scales.
+
+        Bytes copied from it mean the same in any block of this executor. Raises ValueError if there is no
+        such block.
+        """
         ...

@@ -201,12 +201,18 @@ def gated_unit(gate_up_TF: F32Array) -> F32Array:
 
 
 def attend_rows(
-    q_HTE: F32Array, k_SE: F32Array, v_SE: F32Array, seen_TS: npt.NDArray[np.bool_], softmax_scale: float
+    q_HTE: F32Array,
+    k_SE: F32Array,
+    v_SE: F32Array,
+    seen_TS: npt.NDArray[np.bool_],
+    softmax_scale: float,
+    kv_scales_2S: F32Array | None = None,
 ) -> F32Array:
     """Attention of the query heads that share one key-value head, [H, T, E], over S listed keys.
 
     `seen_TS` says which key a row may see. Online softmax over spans of 16 blocks: [H, T, E]. A row that sees
-    nothing is zero; one with a score that is not finite is not a number.
+    nothing is zero; one with a score that is not finite is not a number. `kv_scales_2S` belongs to int8 keys
+    and values: a key's scale multiplies its scores, a value's the probabilities before they are rounded.
     """
     scale = np.float32(softmax_scale) * _LOG2E
     span = SPAN_BLOCKS * KV_BLOCK
@@ -215,15 +221,23 @@ def attend_rows(
     acc = np.zeros(q_HTE.shape, np.float32)
     for start in range(0, k_SE.shape[0], span):
         part = slice(start, start + span)
-        scores = np.where(seen_TS[:, part], dot_bf16_ordered(q_HTE, k_SE[part]), np.float32(-np.inf))
+        scores = dot_bf16_ordered(q_HTE, k_SE[part])
+        if kv_scales_2S is not None:
+            scores = scores * kv_scales_2S[0, part]
+        scores = np.where(seen_TS[:, part], scores, np.float32(-np.inf))
         broken = ~(np.isfinite(scores) | np.isneginf(scores)).all(axis=-1)
         scores[broken] = 0
         top_now = np.maximum(top, scores.max(axis=-1))
         base = np.where(np.isneginf(top_now), np.float32(0), top_now)
-        probs = exp2(np.maximum((scores - base[..., None]) * scale, _LOWEST))
-        probs = np.where(np.isneginf(scores), np.float32(0), bf16_values(bf16_bits(probs)))
+        exps = exp2(np.maximum((scores - base[..., None]) * scale, _LOWEST))
+        exps = np.where(np.isneginf(scores), np.float32(0), exps)
+        if kv_scales_2S is None:
+            summed = probs = bf16_values(bf16_bits(exps))
+        else:
+            scaled = np.where(np.isneginf(scores), np.float32(0), exps * kv_scales_2S[1, part])
+            summed, probs = exps, bf16_values(bf16_bits(scaled))
         alpha = exp2(np.maximum((top - base) * scale, _LOWEST))
-        total = total * alpha + sum_lanes(probs)
+        total = total * alpha + sum_lanes(summed)
         total[broken] = np.nan
         is_seen_S = np.asarray(seen_TS[:, part].any(axis=0))
         v_seen_SE = np.where(is_seen_S[:, None], v_SE[part], np.float32(0))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tokenmill.core.errors import ModelFormatError
+from tokenmill.kernels import KvDtype, kv_block_bytes
 
 __all__ = ["MAX_JSON_BYTES", "Architecture", "load_json_object"]
 
@@ -201,6 +202,15 @@ class Architecture:
     def kv_bytes_per_token(self, bytes_per_value: float = 2) -> int:
         """Bytes of keys and values that one token leaves in the cache."""
         return round(2 * self.num_layers * self.kv_size * bytes_per_value)
+
+    def kv_block_bytes(self, kv_dtype: KvDtype = "bf16") -> int:
+        """Bytes of one block of the KV cache as it lies in memory, padding and scales counted."""
+        return kv_block_bytes(
+            num_layers=self.num_layers,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            kv_dtype=kv_dtype,
+        )
 
     def _check_heads(self, source: str) -> None:
         if self.num_heads % self.num_kv_heads:

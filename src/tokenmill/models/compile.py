@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from tokenmill.core import StorageError, UsageError
-from tokenmill.kernels import Executor
+from tokenmill.kernels import Executor, KvDtype
 from tokenmill.kernels import create_executor as create_plan_executor
 from tokenmill.models.directory import ModelDirectory
 from tokenmill.models.files import disk_errors
@@ -32,6 +32,7 @@ def create_executor(
     num_blocks: int,
     num_threads: int | None = None,
     isa: str | None = None,
+    kv_dtype: KvDtype = "bf16",
 ) -> Executor:
     """An executor for a model directory in one weight format, with `num_blocks` KV blocks."""
     plan = compile_plan(directory.architecture, load_packed(directory, weights))
@@ -42,6 +43,7 @@ def create_executor(
         num_blocks=num_blocks,
         num_threads=num_threads,
         isa=isa,
+        kv_dtype=kv_dtype,
     )
 
 

@@ -1,0 +1,72 @@
+"""Choosing a token for each row of logits: one native call for a batch, or the numpy twin.
+
+What a choice is and the arithmetic to the last bit are in `sampling_twin`.
+"""
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from tokenmill.kernels import sampling_twin
+from tokenmill.kernels.isa import NUMPY, choose_isa, load_native
+from tokenmill.kernels.plan import F32Array, I32Array
+from tokenmill.kernels.sampling_twin import Choice
+
+__all__ = ["choose_tokens", "top_token_ids"]
+
+_NO_MASK = np.empty(0, np.uint32)
+
+
+def choose_tokens(logits_LV: F32Array, choices: Sequence[Choice], isa: str | None = None) -> I32Array:
+    """A token id for each choice; below 0 where the row has NaN, no finite maximum or no token left.
+
+    The logits are not changed. Several choices may share a row.
+    """
+    isa = isa or choose_isa()
+    if isa == NUMPY:
+        return sampling_twin.choose_tokens(logits_LV, choices)
+    native: Any = load_native()
+    biases = list(chain.from_iterable(c.bias for c in choices))
+    edited = any(c.edited for c in choices)
+    token_ids: I32Array = native.sample(
+        logits=logits_LV,
+        integers=np.array([_integers(c) for c in choices], np.int64).reshape(-1, 8),
+        reals=np.array([_reals(c) for c in choices], np.float64).reshape(-1, 6),
+        bias_ids=_ids([token_id for token_id, _ in biases]),
+        bias_values=np.array([value for _, value in biases], np.float32),
+        banned=_ids(list(chain.from_iterable(c.banned for c in choices))),
+        tokens=[c.tokens for c in choices] if edited else [],
+        masks=[_NO_MASK if c.mask is None else c.mask for c in choices] if edited else [],
+        isa=isa,
+    )
+    return token_ids
+
+
+def top_token_ids(logits_LV: F32Array, num_top: int, isa: str | None = None) -> I32Array:
+    """The ids of the `num_top` largest logits of each row, largest first, of equals the lowest id first.
+
+    There are fewer if the vocabulary is smaller. A row with NaN gives some ids.
+    """
+    isa = isa or choose_isa()
+    num_top = min(num_top, logits_LV.shape[1])
+    if isa == NUMPY:
+        return sampling_twin.top_token_ids(logits_LV, num_top)
+    native: Any = load_native()
+    token_ids: I32Array = native.top_ids(logits=logits_LV, num=num_top, isa=isa)
+    return token_ids
+
+
+def _integers(c: Choice) -> tuple[int, ...]:
+    sizes = (c.num_prompt, len(c.bias), len(c.banned), c.edited)
+    return (c.logits_row, c.seed, c.position, c.top_k, *sizes)
+
+
+def _reals(c: Choice) -> tuple[float, ...]:
+    return (c.inverse_temperature, c.top_p, c.farthest, c.repetition, c.presence, c.frequency)
+
+
+def _ids(token_ids: Sequence[int]) -> I32Array:
+    """As 32 bits; an id that does not fit becomes one outside every vocabulary."""
+    return np.clip(np.array(token_ids, np.int64), -1, np.iinfo(np.int32).max).astype(np.int32)
