@@ -21,8 +21,9 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
-from tokenmill.core import Completion, Request, SamplingParams
+from tokenmill.core import Completion, Request, SamplingParams, Tier
 from tokenmill.engine import LLMConfig
 from tokenmill.engine.async_engine import AsyncEngine
 from tokenmill.engine.handle import RequestHandle, StreamDelta
@@ -36,7 +37,8 @@ _NUM_PROMPTS = 64
 _MAX_TOKENS = 48
 _OWN_ENDS = ("completed", "length")
 _SPEC = EngineSpec(
-    mock=MockScript(seed=7, step_s=0.001), config=LLMConfig(max_batch=64, max_rows=256, kv_tokens=96 * 32)
+    mock=MockScript(seed=7, step_s=0.001),
+    config=LLMConfig(max_batch=64, max_rows=256, kv_tokens=96 * 32, swap_tokens=32 * 32),
 )
 _BOUNDS = SupervisorConfig(beat_s=0.1, silence_s=1.0, stall_s=5.0, backoff_s=0.05, max_backoff_s=1.0)
 
@@ -100,6 +102,8 @@ class _Storm:
             prompt=self.prompts[which],
             params=SamplingParams(max_tokens=rng.randrange(1, _MAX_TOKENS), n=1 + (rng.random() < 0.1)),
             timeout_s=rng.uniform(0.001, 0.05) if late else None,
+            tier=rng.choice(get_args(Tier)),
+            tenant=rng.choice("ab"),
         )
 
     def on_end(self, request: Request, completions: tuple[Completion, ...]) -> None:

@@ -1,6 +1,7 @@
 """Messages and frames: everything that is sent comes back, and nothing else is believed."""
 
 import random
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -66,7 +67,7 @@ REQUEST = Request(
 )
 SPEC = EngineSpec(
     mock=MockScript(answers=((b"a", (1, 2)),), faults=(MockFault(kind="nan", marker=(9,)),)),
-    config=LLMConfig(max_batch=3),
+    config=LLMConfig(max_batch=3, swap_folder=Path("swap")),
 )
 TO_ENGINE: list[ToEngine] = [Start(spec=SPEC, beat_s=0.5), Submit(key=7, request=REQUEST), Cancel(key=7)]
 FROM_ENGINE: list[FromEngine] = [

@@ -16,6 +16,7 @@ cannot reach another request.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path, PurePath
 from typing import Annotated, TypeAlias
 
 import msgspec
@@ -58,10 +59,12 @@ class _Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True
 class EngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which model an engine process runs, and how: a model folder, or a mock's script.
 
-    On SIGTERM the process takes no more requests and goes on for at most `drain_s` seconds.
+    `draft` is the folder of a small model that guesses for it. On SIGTERM the process takes no more requests
+    and goes on for at most `drain_s` seconds.
     """
 
     model: str = ""
+    draft: str = ""
     mock: MockScript | None = None
     config: LLMConfig = LLMConfig()
     drain_s: float = 30.0
@@ -150,8 +153,21 @@ class Draining(_Message, frozen=True, kw_only=True):
 ToEngine: TypeAlias = Start | Submit | Cancel
 FromEngine: TypeAlias = Ready | StartFailed | Advance | End | Refused | Beat | Draining
 
-_ENCODER = msgspec.msgpack.Encoder()
-_TO_ENGINE = msgspec.msgpack.Decoder(ToEngine)
+
+def _say_path(value: object) -> str:
+    if isinstance(value, PurePath):
+        return str(value)
+    raise TypeError(f"a {type(value).__name__} cannot be said")
+
+
+def _read_path(kind: type, value: object) -> Path:
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    raise ValueError(f"no {kind.__name__}")
+
+
+_ENCODER = msgspec.msgpack.Encoder(enc_hook=_say_path)
+_TO_ENGINE = msgspec.msgpack.Decoder(ToEngine, dec_hook=_read_path)
 _FROM_ENGINE = msgspec.msgpack.Decoder(FromEngine)
 
 

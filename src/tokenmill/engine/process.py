@@ -217,7 +217,8 @@ def open_engine(spec: EngineSpec) -> LocalEngine:
     if spec.mock is not None:
         model = MockModel(spec.mock)
         return LocalEngine(model, spec.config, create=model.create)
-    return LocalEngine(ModelDirectory.open(Path(spec.model)), spec.config)
+    draft = ModelDirectory.open(Path(spec.draft)) if spec.draft else None
+    return LocalEngine(ModelDirectory.open(Path(spec.model)), spec.config, draft=draft)
 
 
 def main(argv: Sequence[str]) -> int:
