@@ -223,7 +223,7 @@ class LLM:
         return self._engine.calibrate(windows, points, second_moment=second_moment)
 
     def load_adapter(self, name: str, folder: Path) -> None:
-        """Load a LoRA adapter in the layout of PEFT under a name. `max_adapters` of the configuration counts."""
+        """Load a LoRA adapter in the layout of PEFT under a name. Errors as in `AdapterSlots.load`."""
         self._engine.load_adapter(name, folder)
 
     def unload_adapter(self, name: str) -> None:

@@ -89,6 +89,11 @@ class LocalEngine:
         """Sequences that hold blocks."""
         return len(self._core.scheduler.running)
 
+    @property
+    def num_blocks_in_use(self) -> int:
+        """KV blocks that sequences hold; 0 without work."""
+        return self._core.scheduler.pool.num_in_use
+
     def encode_chat(self, conversation: Sequence[Message]) -> list[int]:
         """The prompt that the model's chat template makes of a conversation, ready for the answer.
 

@@ -17,13 +17,15 @@ Not covered: taps (there is one operation before the head), adapters, speed of a
 """
 
 import hashlib
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -68,6 +70,7 @@ _PADDING_LOGIT = -32.0
 _CERTAIN_LOGIT = 1e4
 _HANG_S = 1e9
 _EXIT_CODE = 70
+_BAD_ROWS: dict[str, float] = {"nan": math.nan, "inf": math.inf, "minus_inf": -math.inf}
 
 _U64Array = npt.NDArray[np.uint64]
 
@@ -158,14 +161,15 @@ class MockExecutor:
     def run(self, batch: StepBatch, first: int = 0, last: int | None = None) -> None:
         """Run operations [first, last) of the plan: the first fills the cache, the second makes logits."""
         self._logits[:] = np.nan
+        view = _View.of(batch)
         if first == 0:
             self.num_steps += 1
             if duration := self.script.step_s + self.script.row_s * batch.num_rows:
                 self._sleep(duration)
-            self._store(batch)
-        self._fail(batch)
+            self._store(batch, view)
+        self._fail(batch, view)
         if last is None:
-            self._head(batch)
+            self._head(batch, view)
 
     def buffer(self, name: BufferName) -> F32Array:
         """The logits [max_out_rows, V]; there is no other buffer."""
@@ -186,55 +190,42 @@ class MockExecutor:
         """Raises ValueError: the mock has no slots."""
         raise ValueError("adapter slot out of range")
 
-    def _store(self, batch: StepBatch) -> None:
+    def _store(self, batch: StepBatch, view: "_View") -> None:
+        """Write each row's token, and the digest of it and all before it, which the cache must know."""
         assert 0 < batch.num_rows <= self.max_rows, f"{batch.num_rows} rows"
         assert len(set(batch.kv_slots.tolist())) == batch.num_rows, "two rows write one slot"
+        sequences = view.sequences_of(batch, np.arange(batch.num_rows))
+        first_rows = batch.row_starts[:-1]
+        steps = batch.positions - batch.positions[first_rows][sequences]
+        assert np.array_equal(steps, np.arange(batch.num_rows) - first_rows[sequences]), "rows out of order"
         flat = self._kv.reshape(-1, 2)
-        for s in range(len(batch.row_starts) - 1):
-            rows = slice(batch.row_starts[s], batch.row_starts[s + 1])
-            positions = batch.positions[rows]
-            start = int(positions[0])
-            assert np.array_equal(positions, np.arange(start, start + len(positions))), "rows out of order"
-            before = self._seen(batch, s, start - 1)[-1, 1] if start else np.uint64(0)
-            flat[batch.kv_slots[rows], 0] = batch.tokens[rows] + 1
-            flat[batch.kv_slots[rows], 1] = before + np.cumsum(_mix(batch.tokens[rows], positions))
+        before = view.slots[np.maximum(view.starts[:-1] + batch.positions[first_rows] - 1, 0)]
+        digests = np.where(batch.positions[first_rows] > 0, flat[before, 1], np.uint64(0))
+        sums = np.cumsum(_mix(batch.tokens, batch.positions))
+        sums_before = np.concatenate([np.zeros(1, np.uint64), sums])[first_rows]
+        flat[batch.kv_slots, 0] = batch.tokens + 1
+        flat[batch.kv_slots, 1] = (digests - sums_before)[sequences] + sums
 
-    def _head(self, batch: StepBatch) -> None:
+    def _head(self, batch: StepBatch, view: "_View") -> None:
         assert 0 < len(batch.out_rows) <= self.max_out_rows, f"{len(batch.out_rows)} rows with logits"
-        for index, row in enumerate(batch.out_rows):
-            s = int(np.searchsorted(batch.row_starts, row, side="right")) - 1
-            seen = self._seen(batch, s, int(batch.positions[row]))
-            self._logits[index] = _logits_of(seen, self.script)
-            for fault in self.script.faults:
-                if self._applies(fault, seen):
-                    _spoil(self._logits[index], fault.kind)
+        starts = view.starts[view.sequences_of(batch, batch.out_rows)]
+        stops = starts + batch.positions[batch.out_rows] + 1
+        seen = self._kv.reshape(-1, 2)[view.slots]
+        sums = np.cumsum(_mix(seen[:, 1], view.positions))
+        keys = np.concatenate([np.zeros(1, np.uint64), sums])
+        self._logits[: len(stops)] = _logits_of(keys[stops] - keys[starts], self.script.seed)
+        for index, (start, stop) in enumerate(zip(starts, stops, strict=True)):
+            _script_row(self._logits[index], seen[start:stop], self.script, self.num_steps)
 
-    def _seen(self, batch: StepBatch, s: int, position: int) -> _U64Array:
-        """The slots [positions, 2] that a row of sequence `s` sees, in order of position."""
-        spans = batch.blocks[batch.block_starts[s] : batch.block_starts[s + 1]]
-        positions_BP = spans[:, 1:2] + np.arange(KV_BLOCK, dtype=np.int32)
-        visible_BP = (np.arange(KV_BLOCK) < spans[:, 2:3]) & (positions_BP <= position)
-        order = np.argsort(positions_BP[visible_BP], kind="stable")
-        seen: _U64Array = self._kv[spans[:, 0]][visible_BP][order]
-        return seen
-
-    def _applies(self, fault: MockFault, seen: _U64Array) -> bool:
-        if fault.at_step is not None:
-            return fault.at_step == self.num_steps
-        tokens = seen[:, 0].astype("<u4").tobytes()
-        marker = (np.array(fault.marker) + 1).astype("<u4").tobytes()
-        at = tokens.find(marker)
-        while at % 4 and at >= 0:
-            at = tokens.find(marker, at + 1)
-        return at >= 0
-
-    def _fail(self, batch: StepBatch) -> None:
+    def _fail(self, batch: StepBatch, view: "_View") -> None:
         """Do what the script says must go wrong in this step as a whole."""
-        for fault in self.script.faults:
-            if fault.kind in ("nan", "inf", "minus_inf"):
-                continue
-            ends = batch.positions[batch.row_starts[1:] - 1].tolist()
-            if not any(self._applies(fault, self._seen(batch, s, end)) for s, end in enumerate(ends)):
+        faults = [fault for fault in self.script.faults if fault.kind not in _BAD_ROWS]
+        if not faults:
+            return
+        seen = self._kv.reshape(-1, 2)[view.slots]
+        sequences = [seen[start:stop] for start, stop in pairwise(view.starts)]
+        for fault in faults:
+            if not any(_applies(fault, each, self.num_steps) for each in sequences):
                 continue
             if fault.kind == "exit":
                 os._exit(_EXIT_CODE)
@@ -295,40 +286,98 @@ class MockModel(ModelDirectory):
 
 def mock_logits(tokens: Sequence[int], script: MockScript | None = None) -> F32Array:
     """Logits [V] after these tokens, computed without any cache."""
-    ids = np.array(tokens, np.int64)
-    digests = np.cumsum(_mix(ids, np.arange(len(ids))))
+    script = script or MockScript()
+    ids, positions = np.array(tokens, np.int64), np.arange(len(tokens))
+    digests = np.cumsum(_mix(ids, positions))
+    logits: F32Array = _logits_of(_mix(digests, positions).sum(keepdims=True), script.seed)[0]
     seen = np.stack([(ids + 1).astype(np.uint64), digests], axis=1)
-    return _logits_of(seen, script or MockScript())
+    _script_row(logits, seen, replace(script, faults=()), 0)
+    return logits
 
 
-def reference_tokens(prompt: Sequence[int], max_tokens: int, script: MockScript | None = None) -> list[int]:
+def reference_tokens(
+    prompt: Sequence[int],
+    max_tokens: int,
+    script: MockScript | None = None,
+    *,
+    ignore_eos: bool = False,
+) -> list[int]:
     """The greedy answer to a prompt, computed from scratch for every token: what the engine must give.
 
-    It ends with `END_TOKEN`, or where `max_tokens` or the script's context length is reached. Faults of the
-    script are left out.
+    It ends with `END_TOKEN` unless that is ignored, or where `max_tokens` or the script's context length is
+    reached. Faults of the script are left out.
     """
     script = script or MockScript()
     tokens = list(prompt)
     while len(tokens) < min(len(prompt) + max_tokens, script.context_length):
         tokens.append(int(np.argmax(mock_logits(tokens, script))))
-        if tokens[-1] == END_TOKEN:
+        if tokens[-1] == END_TOKEN and not ignore_eos:
             break
     return tokens[len(prompt) :]
 
 
-def _logits_of(seen: _U64Array, script: MockScript) -> F32Array:
-    """Logits [V] of a row that sees these slots."""
+class _View(NamedTuple):
+    """What the sequences of a batch see: slots in order of position, those of sequence `s` at
+    [starts[s], starts[s + 1])."""
+
+    slots: npt.NDArray[np.int64]
+    positions: npt.NDArray[np.int64]
+    starts: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, batch: StepBatch) -> "_View":
+        """Follow the lists of blocks."""
+        assert batch.blocks.shape == (batch.block_starts[-1], 3), "the lists of blocks do not add up"
+        block_B, first_B, rows_B = batch.blocks.astype(np.int64).T
+        places_P = np.arange(KV_BLOCK)
+        used_BP = places_P < rows_B[:, None]
+        sequence_B = np.repeat(np.arange(len(batch.block_starts) - 1), np.diff(batch.block_starts))
+        sequences = np.repeat(sequence_B, rows_B)
+        positions = (first_B[:, None] + places_P)[used_BP]
+        order = np.lexsort((positions, sequences))
+        lengths = np.bincount(sequences, minlength=len(batch.block_starts) - 1)
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        positions = positions[order]
+        dense = np.arange(len(positions)) - np.repeat(starts[:-1], lengths)
+        assert np.array_equal(positions, dense), "a position is missing or there twice"
+        return cls((block_B[:, None] * KV_BLOCK + places_P)[used_BP][order], positions, starts)
+
+    def sequences_of(self, batch: StepBatch, rows: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int64]:
+        """The sequence of each of these rows."""
+        return np.searchsorted(batch.row_starts, rows, side="right") - 1
+
+
+def _logits_of(keys_L: _U64Array, seed: int) -> F32Array:
+    """Logits [L, V], one row a key."""
+    keys_LV = np.broadcast_to((keys_L + np.uint64(seed))[:, None], (len(keys_L), MOCK_VOCAB_SIZE))
+    bits_LV = _mix(keys_LV, np.arange(MOCK_VOCAB_SIZE)) >> np.uint64(40)
+    logits_LV: F32Array = bits_LV.astype(np.float32) * np.float32(2.0**-20) - np.float32(8.0)
+    logits_LV[:, END_TOKEN + 1 :] = _PADDING_LOGIT
+    return logits_LV
+
+
+def _script_row(logits_V: F32Array, seen: _U64Array, script: MockScript, step: int) -> None:
+    """Write over a row what the script says of the tokens that it sees."""
     if script.answers:
         token = script.answer_after((seen[:, 0].astype(np.int64) - 1).tolist())
         if token is not None:
-            logits = np.zeros(MOCK_VOCAB_SIZE, np.float32)
-            logits[token] = _CERTAIN_LOGIT
-            return logits
-    key = (int(_mix(seen[:, 1], np.arange(len(seen))).sum()) + script.seed) % (1 << 64)
-    bits = _mix(np.full(MOCK_VOCAB_SIZE, key, np.uint64), np.arange(MOCK_VOCAB_SIZE)) >> np.uint64(40)
-    logits = (bits.astype(np.float32) * np.float32(2.0**-20) - np.float32(8.0)).astype(np.float32)
-    logits[END_TOKEN + 1 :] = _PADDING_LOGIT
-    return logits
+            logits_V[:] = 0.0
+            logits_V[token] = _CERTAIN_LOGIT
+    for fault in script.faults:
+        if fault.kind in _BAD_ROWS and _applies(fault, seen, step):
+            logits_V[slice(None) if fault.kind == "minus_inf" else 3] = _BAD_ROWS[fault.kind]
+
+
+def _applies(fault: MockFault, seen: _U64Array, step: int) -> bool:
+    """Whether it is the fault's step, or its marker is among the tokens seen."""
+    if fault.at_step is not None:
+        return fault.at_step == step
+    tokens = seen[:, 0].astype("<u4").tobytes()
+    marker = (np.array(fault.marker) + 1).astype("<u4").tobytes()
+    at = tokens.find(marker)
+    while at % 4 and at >= 0:
+        at = tokens.find(marker, at + 1)
+    return at >= 0
 
 
 def _mix(values: npt.NDArray[np.generic], places: npt.NDArray[np.generic]) -> _U64Array:
@@ -338,15 +387,6 @@ def _mix(values: npt.NDArray[np.generic], places: npt.NDArray[np.generic]) -> _U
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return bits ^ (bits >> np.uint64(31))
-
-
-def _spoil(logits_V: F32Array, kind: FaultKind) -> None:
-    if kind == "nan":
-        logits_V[3] = np.nan
-    elif kind == "inf":
-        logits_V[3] = np.inf
-    elif kind == "minus_inf":
-        logits_V[:] = -np.inf
 
 
 def _mock_architecture(max_positions: int) -> Architecture:

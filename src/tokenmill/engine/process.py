@@ -1,0 +1,279 @@
+"""The engine process: one thread steps the engine, and reads its socket between two steps.
+
+    python -m tokenmill.engine.process FD PARENT_PID        started by `supervisor.py`, not by hand
+
+It owns the model, the cache and nothing else: whatever must survive its death is kept by the front end. So
+it never repairs itself. The engine fails a request that makes a step raise; any other exception, an account
+of blocks that does not add up, a message that is none: it prints why and ends, and the supervisor starts
+another.
+
+A second thread sends beats. They say that the process is alive, and carry the step counter and the counts
+of the last step; whether the engine makes progress is for the front end to judge.
+
+It ends with its parent, at once: the kernel kills it, and the socket closes. SIGTERM drains it.
+"""
+
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenmill.core import Request, ResourceError, TokenmillError
+from tokenmill.engine.local import LocalEngine
+from tokenmill.engine.messages import (
+    Advance,
+    Beat,
+    Cancel,
+    Draining,
+    End,
+    EngineSpec,
+    FrameReader,
+    FromEngine,
+    Ready,
+    Refused,
+    Start,
+    StartFailed,
+    Submit,
+    ToEngine,
+    decode_to_engine,
+    encode,
+)
+from tokenmill.engine.mock import MockModel
+from tokenmill.engine.sequence import GenerationState
+from tokenmill.models.directory import ModelDirectory
+
+__all__ = ["EngineServer", "Link", "main", "open_engine"]
+
+_READ_BYTES = 1 << 18
+_PR_SET_PDEATHSIG = 1
+
+
+class Link:
+    """The process's end of the socket. Sending is safe from two threads; receiving is for one."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._reader = FrameReader()
+        self._lock = threading.Lock()
+        self._poll = select.poll()
+        self._poll.register(sock, select.POLLIN)
+
+    def send(self, messages: Sequence[FromEngine]) -> None:
+        """Send messages, waiting while the front end does not read. One that is too long ends its request."""
+        data = b"".join(map(_frame, messages))
+        with self._lock:
+            self._socket.sendall(data)
+
+    def receive(self, timeout_s: float) -> list[ToEngine]:
+        """The messages that are there, or that come within the timeout.
+
+        Raises EOFError when the front end has closed its end, ValueError if it speaks nonsense.
+        """
+        if not self._poll.poll(1000 * timeout_s):
+            return []
+        data = self._socket.recv(_READ_BYTES)
+        if not data:
+            raise EOFError
+        return [decode_to_engine(frame) for frame in self._reader.feed(data)]
+
+
+@dataclass(eq=False)
+class _Open:
+    """A completion whose end was not sent yet: whose it is, where it comes from, tokens that are told."""
+
+    key: int
+    state: GenerationState
+    num_told: int
+
+    def news(self) -> Iterator[FromEngine]:
+        """What it gained since the last time, then its end."""
+        state = self.state
+        self.num_told = len(state.tokens)
+        delta = state.take()
+        if delta.token_ids or delta.text:
+            yield Advance(
+                key=self.key,
+                index=state.index,
+                text=delta.text,
+                token_ids=delta.token_ids,
+                logprobs=delta.logprobs,
+            )
+        if state.finished:
+            yield End(key=self.key, completion=state.completion())
+
+
+class EngineServer:
+    """Serves one engine over one link until it is told to end, or the front end is gone."""
+
+    def __init__(self, engine: LocalEngine, link: Link, *, beat_s: float, drain_s: float) -> None:
+        self._engine = engine
+        self._link = link
+        self._beat_s = beat_s
+        self._drain_s = drain_s
+        self._open: dict[int, list[_Open]] = {}
+        self._beat = Beat()
+        self._num_steps = 0
+        self._told_to_end = False
+        self._ends_at: float | None = None
+
+    def tell_to_end(self) -> None:
+        """Drain, then end. Safe to call from a signal handler."""
+        self._told_to_end = True
+
+    def run(self) -> None:
+        """Serve. Returns when drained; raises EOFError when the front end is gone."""
+        self._count()
+        stop = threading.Event()
+        beats = threading.Thread(target=self._send_beats, args=(stop,), daemon=True)
+        beats.start()
+        try:
+            while not self._drained():
+                busy = self._engine.has_work
+                for message in self._link.receive(0.0 if busy else self._beat_s):
+                    self._take(message)
+                if self._engine.has_work:
+                    self._engine.step()
+                    self._num_steps += 1
+                self._report()
+        finally:
+            stop.set()
+            beats.join(1.0)
+
+    def _take(self, message: ToEngine) -> None:
+        if isinstance(message, Submit):
+            self._submit(message.key, message.request)
+        elif isinstance(message, Cancel):
+            for each in self._open.get(message.key, ()):
+                self._engine.abort(each.state)
+        else:
+            raise ValueError("a second Start")
+
+    def _submit(self, key: int, request: Request) -> None:
+        if self._ends_at is not None:
+            self._link.send([Refused(key=key, kind="", message="", hint="", again=True)])
+            return
+        try:
+            states = self._engine.submit(request)
+        except TokenmillError as error:
+            self._link.send([_refusal(key, error)])
+        except Exception as error:
+            traceback.print_exc()
+            self._link.send([_refusal(key, TokenmillError(f"the engine failed to take it ({error!r})"))])
+        else:
+            self._open[key] = [_Open(key, state, len(state.tokens)) for state in states]
+
+    def _report(self) -> None:
+        """Send what every request has gained, and what has ended."""
+        messages: list[FromEngine] = []
+        everyone = (each for completions in self._open.values() for each in completions)
+        for each in [e for e in everyone if len(e.state.tokens) > e.num_told or e.state.finished]:
+            messages += each.news()
+            if each.state.finished:
+                self._open[each.key].remove(each)
+                if not self._open[each.key]:
+                    del self._open[each.key]
+        self._count()
+        if messages and not self._engine.has_work:
+            self._engine.check_integrity()
+            messages.append(self._beat)
+        if messages:
+            self._link.send(messages)
+
+    def _count(self) -> None:
+        engine = self._engine
+        self._beat = Beat(
+            num_steps=self._num_steps,
+            num_waiting=engine.num_waiting,
+            num_running=engine.num_running,
+            num_blocks=engine.num_blocks,
+            num_blocks_in_use=engine.num_blocks_in_use,
+        )
+
+    def _send_beats(self, stop: threading.Event) -> None:
+        with contextlib.suppress(OSError):  # the front end is gone: the other thread ends the process
+            while not stop.wait(self._beat_s):
+                self._link.send([self._beat])
+
+    def _drained(self) -> bool:
+        if not self._told_to_end:
+            return False
+        if self._ends_at is None:
+            self._ends_at = time.monotonic() + self._drain_s
+            self._link.send([Draining()])
+        return not self._engine.has_work or time.monotonic() >= self._ends_at
+
+
+def open_engine(spec: EngineSpec) -> LocalEngine:
+    """Open the model that the spec names. Errors as of `ModelDirectory.open` and the engine."""
+    if spec.mock is not None:
+        model = MockModel(spec.mock)
+        return LocalEngine(model, spec.config, create=model.create)
+    draft = ModelDirectory.open(Path(spec.draft)) if spec.draft else None
+    return LocalEngine(ModelDirectory.open(Path(spec.model)), spec.config, draft=draft)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Serve on the socket with this file descriptor; exit code 0 if it was drained or left alone."""
+    descriptor, parent = map(int, argv)
+    _die_with(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front end decides what Ctrl-C means
+    with socket.socket(fileno=descriptor) as sock, contextlib.suppress(EOFError, ConnectionError):
+        sock.set_inheritable(False)
+        return _serve(Link(sock))
+    return 0
+
+
+def _serve(link: Link) -> int:
+    start = _first(link)
+    try:
+        engine = open_engine(start.spec)
+    except TokenmillError as error:
+        failed = StartFailed(kind=type(error).__name__, message=error.message, hint=error.hint)
+        link.send([failed])
+        return error.exit_code
+    server = EngineServer(engine, link, beat_s=start.beat_s, drain_s=start.spec.drain_s)
+    signal.signal(signal.SIGTERM, lambda *_: server.tell_to_end())
+    link.send([Ready(context_length=engine.context_length, num_blocks=engine.num_blocks)])
+    server.run()
+    return 0
+
+
+def _first(link: Link) -> Start:
+    while True:
+        for message in link.receive(timeout_s=60.0):
+            if not isinstance(message, Start):
+                raise ValueError("the first message is no Start")
+            return message
+
+
+def _frame(message: FromEngine) -> bytes:
+    try:
+        return encode(message)
+    except ResourceError as error:
+        if not isinstance(message, Advance | End):
+            raise
+        return encode(_refusal(message.key, error))
+
+
+def _refusal(key: int, error: TokenmillError) -> Refused:
+    return Refused(key=key, kind=type(error).__name__, message=error.message, hint=error.hint)
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends, also while it is stopped or in a long step."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the call
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
