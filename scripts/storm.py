@@ -25,11 +25,11 @@ from typing import get_args
 
 from tokenmill.core import Completion, Request, SamplingParams, Tier
 from tokenmill.engine import LLMConfig
-from tokenmill.engine.async_engine import AsyncEngine
-from tokenmill.engine.handle import RequestHandle, StreamDelta
-from tokenmill.engine.messages import EngineSpec
 from tokenmill.engine.mock import MockScript, reference_tokens
-from tokenmill.engine.supervisor import SupervisorConfig
+from tokenmill.engine.serving.async_engine import AsyncEngine
+from tokenmill.engine.serving.handle import RequestHandle, StreamDelta
+from tokenmill.engine.serving.messages import EngineSpec
+from tokenmill.engine.serving.supervisor import SupervisorConfig
 
 __all__ = ["Report", "StormConfig", "run_storm"]
 

@@ -22,8 +22,8 @@ from llguidance import LLMatcher
 from scripts.scorecard import Line
 from scripts.scorecard.hostile_grammars import Hostile, hostile_grammars, mutated
 from tokenmill.core import Grammar, ResourceError, TokenmillError, UsageError
-from tokenmill.engine.grammar import CheckedGrammar, GrammarCompiler
-from tokenmill.engine.grammar_worker import library_tokenizer
+from tokenmill.engine.structured.compile_worker import library_tokenizer
+from tokenmill.engine.structured.grammar import CheckedGrammar, GrammarCompiler
 
 __all__ = ["run"]
 

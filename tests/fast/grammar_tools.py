@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tokenmill.engine.grammar import GrammarState, U32Array
+from tokenmill.engine.structured.grammar import GrammarState, U32Array
 
 __all__ = ["END", "PIECES", "PieceTokens", "allowed", "random_tokens"]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from tests.fast.engine_fakes import VOCAB, reference_tokens
 from tokenmill.core import SamplingParams
-from tokenmill.engine.proposers import Draft, DraftRow, SequenceKey
+from tokenmill.engine.speculation.proposers import Draft, DraftRow, SequenceKey
 
 __all__ = ["ScriptedProposer", "always_right", "draft_row", "greedy_future", "never_right", "sometimes_right"]
 

@@ -12,7 +12,7 @@ from tokenmill.engine.core import CoreConfig, EngineCore
 from tokenmill.engine.detokenizer import Detokenizer
 from tokenmill.engine.embedding import EmbeddingState, Pooling
 from tokenmill.engine.sequence import GenerationState, ScoringState, SequenceState
-from tokenmill.engine.taps import (
+from tokenmill.engine.taps.tap import (
     Tap,
     TapHandler,
 )

@@ -10,9 +10,9 @@ import pytest
 from tests.fast.engine_fakes import VOCAB, FakeExecutor, fake_hash, fake_logits, reference_tokens
 from tests.fast.proposer_fakes import draft_row
 from tokenmill.core import SamplingParams, UsageError
-from tokenmill.engine.draft_model import DraftModel
-from tokenmill.engine.proposers import NO_DRAFT, DraftRow
 from tokenmill.engine.sampler import SamplingRow, sample
+from tokenmill.engine.speculation.draft_model import DraftModel
+from tokenmill.engine.speculation.proposers import NO_DRAFT, DraftRow
 from tokenmill.kernels import KV_BLOCK
 
 SAMPLED = SamplingParams(temperature=0.8, top_p=0.9)

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from tests.fast.grammar_tools import END, PIECES, PieceTokens, allowed, random_tokens
 from tokenmill.core import Grammar, ResourceError, TokenmillError, UsageError
 from tokenmill.core.sampling import GrammarKind
-from tokenmill.engine.grammar import GrammarCompiler, GrammarLimits, GrammarState
-from tokenmill.engine.grammar_cache import TenantCache
+from tokenmill.engine.structured.cache import TenantCache
+from tokenmill.engine.structured.grammar import GrammarCompiler, GrammarLimits, GrammarState
 
 TOKENS = PieceTokens()
 CLOSERS = (ord('"'), ord("}"), ord("]"), ord(","), END)

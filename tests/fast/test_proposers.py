@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fast.proposer_fakes import ScriptedProposer, always_right, draft_row, never_right
-from tokenmill.engine.ngram import NgramProposer
-from tokenmill.engine.proposers import (
+from tokenmill.engine.speculation.ngram import NgramProposer
+from tokenmill.engine.speculation.proposers import (
     NO_DRAFT,
     Calibration,
     CombinedProposer,

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from tokenmill.engine.proposers import NO_DRAFT, Draft
-from tokenmill.engine.speculation import Offer, SpeculationConfig, SpeculationController, StepLoad
+from tokenmill.engine.speculation.controller import Offer, SpeculationConfig, SpeculationController, StepLoad
+from tokenmill.engine.speculation.proposers import NO_DRAFT, Draft
 from tokenmill.engine.step_time import StepTimeModel, StepTimePrior
 
 MACHINE = StepTimePrior(base_s=7e-3, tile_s=1e-3, row_s=2e-4, out_row_s=1e-4, kv_token_s=2e-6)

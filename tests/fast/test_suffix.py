@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fast.proposer_fakes import draft_row
-from tokenmill.engine.history import SuffixConfig, SuffixProposer
-from tokenmill.engine.proposers import NO_DRAFT, Draft
-from tokenmill.engine.suffix import BORDER, ROOT, Match, SuffixAutomaton
+from tokenmill.engine.speculation.history import SuffixConfig, SuffixProposer
+from tokenmill.engine.speculation.proposers import NO_DRAFT, Draft
+from tokenmill.engine.speculation.suffix import BORDER, ROOT, Match, SuffixAutomaton
 
 SHORT = st.lists(st.integers(0, 2), max_size=16)
 """As long as counts are exact."""

@@ -20,11 +20,11 @@ from tests.fast.tap_tools import (
     tokens,
 )
 from tokenmill.core import ModelFormatError, UsageError
-from tokenmill.engine.calibration import calibrate
 from tokenmill.engine.embedding import EmbeddingState, Pooling, embeddings
 from tokenmill.engine.sequence import ScoringState
-from tokenmill.engine.tapping import FINAL_NORM, input_points
-from tokenmill.engine.taps import (
+from tokenmill.engine.taps.calibration import calibrate
+from tokenmill.engine.taps.points import FINAL_NORM, input_points
+from tokenmill.engine.taps.tap import (
     Recording,
     steer,
 )

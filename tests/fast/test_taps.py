@@ -27,8 +27,8 @@ from tokenmill.core import UsageError
 from tokenmill.engine.runner import OutRows, Runner, TapFailure
 from tokenmill.engine.scheduler import BlockMoves, Chunk, Schedule
 from tokenmill.engine.sequence import ScoringState
-from tokenmill.engine.tapping import FINAL_NORM, tap_points
-from tokenmill.engine.taps import (
+from tokenmill.engine.taps.points import FINAL_NORM, tap_points
+from tokenmill.engine.taps.tap import (
     Recording,
     Tap,
     TapHandler,

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from tests.fast.tap_tools import drive, embedding, engine, generation
-from tokenmill.engine.calibration import calibrate
 from tokenmill.engine.embedding import embeddings
-from tokenmill.engine.tapping import FINAL_NORM, input_points
-from tokenmill.engine.taps import Recording, Tap, ablate, replace_values
+from tokenmill.engine.taps.calibration import calibrate
+from tokenmill.engine.taps.points import FINAL_NORM, input_points
+from tokenmill.engine.taps.tap import Recording, Tap, ablate, replace_values
 from tokenmill.kernels import F32Array
 from tokenmill.models.compile import ExecutorConfig, create_executor
 from tokenmill.models.directory import ModelDirectory

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from tokenmill.core import Completion, Request, SamplingParams
 from tokenmill.engine import LLMConfig
-from tokenmill.engine.async_engine import AsyncEngine
-from tokenmill.engine.messages import EngineSpec
 from tokenmill.engine.mock import FaultKind, MockFault, MockScript, reference_tokens
-from tokenmill.engine.supervisor import SupervisorConfig
+from tokenmill.engine.serving.async_engine import AsyncEngine
+from tokenmill.engine.serving.messages import EngineSpec
+from tokenmill.engine.serving.supervisor import SupervisorConfig
 
 BOUNDS = SupervisorConfig(beat_s=0.05, silence_s=1.5, stall_s=1.5, backoff_s=0.02, grace_s=0.5)
 CONFIG = LLMConfig(max_batch=16, kv_tokens=4096)

@@ -18,10 +18,10 @@ from tokenmill.core import (
     SamplingParams,
     UsageError,
 )
-from tokenmill.engine.async_engine import AsyncEngine
-from tokenmill.engine.handle import StreamDelta
-from tokenmill.engine.messages import EngineSpec
-from tokenmill.engine.supervisor import SupervisorConfig
+from tokenmill.engine.serving.async_engine import AsyncEngine
+from tokenmill.engine.serving.handle import StreamDelta
+from tokenmill.engine.serving.messages import EngineSpec
+from tokenmill.engine.serving.supervisor import SupervisorConfig
 
 LONG = 3000
 

@@ -18,8 +18,10 @@ from tokenmill.core import (
     Usage,
     UsageError,
 )
-from tokenmill.engine import LLMConfig, messages
-from tokenmill.engine.messages import (
+from tokenmill.engine import LLMConfig
+from tokenmill.engine.mock import MockFault, MockScript
+from tokenmill.engine.serving import messages
+from tokenmill.engine.serving.messages import (
     MAX_FRAME_BYTES,
     Advance,
     Beat,
@@ -39,7 +41,6 @@ from tokenmill.engine.messages import (
     decode_to_engine,
     encode,
 )
-from tokenmill.engine.mock import MockFault, MockScript
 
 LOGPROBS = TokenLogprobs(token_id=3, logprob=-0.5, top=((3, -0.5), (4, -1.5)))
 COMPLETION = Completion(

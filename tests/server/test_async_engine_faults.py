@@ -15,11 +15,13 @@ import pytest
 
 from tests.server.async_tools import BOUNDS, CONFIG, MARKS, answer, is_running, request, spec, started, until
 from tokenmill.core import Completion, Request, ResourceError, Usage
-from tokenmill.engine import supervisor
-from tokenmill.engine.async_engine import AsyncEngine
 from tokenmill.engine.core import StepResult
 from tokenmill.engine.local import LocalEngine
-from tokenmill.engine.messages import (
+from tokenmill.engine.mock import MockFault, MockModel, MockScript
+from tokenmill.engine.sequence import GenerationState
+from tokenmill.engine.serving import supervisor
+from tokenmill.engine.serving.async_engine import AsyncEngine
+from tokenmill.engine.serving.messages import (
     Advance,
     Beat,
     Cancel,
@@ -32,10 +34,9 @@ from tokenmill.engine.messages import (
     decode_from_engine,
     encode,
 )
-from tokenmill.engine.mock import MockFault, MockModel, MockScript
-from tokenmill.engine.process import EngineServer, Link
-from tokenmill.engine.sequence import GenerationState
-from tokenmill.engine.supervisor import EngineProcess
+from tokenmill.engine.serving.process import EngineServer, Link
+from tokenmill.engine.serving.supervisor import EngineProcess
+from tokenmill.engine.taps import Tap
 
 LONG = 3000
 
@@ -253,7 +254,7 @@ def test_bytes_that_are_no_message_condemn_the_process() -> None:
 PARENT = """
 import asyncio, os, sys
 from tests.server.async_tools import BOUNDS, request, spec
-from tokenmill.engine.async_engine import AsyncEngine
+from tokenmill.engine.serving.async_engine import AsyncEngine
 from tokenmill.engine.core import StepResult
 
 async def main():
@@ -376,7 +377,7 @@ def test_a_draining_server_sends_requests_back(served: tuple[LocalEngine, MockMo
 def test_a_completion_too_long_for_a_frame_fails_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        monkeypatch.setattr("tokenmill.engine.messages.MAX_FRAME_BYTES", 300)
+        monkeypatch.setattr("tokenmill.engine.serving.messages.MAX_FRAME_BYTES", 300)
         end = End(key=5, completion=completion_of("a", tuple(range(300))))
         Link(theirs).send([end, Beat()])
         got = [decode_from_engine(each) for each in FrameReader().feed(ours.recv(9999))]

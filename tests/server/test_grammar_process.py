@@ -15,8 +15,8 @@ from scripts.scorecard import s16
 from tests.fast.grammar_tools import END, PieceTokens
 from tokenmill.core import Grammar, ResourceError
 from tokenmill.core.sampling import GrammarKind
-from tokenmill.engine import grammar_process, grammar_worker
-from tokenmill.engine.grammar import GrammarCompiler, GrammarLimits
+from tokenmill.engine.structured import compile_process, compile_worker
+from tokenmill.engine.structured.grammar import GrammarCompiler, GrammarLimits
 
 TOKENS = PieceTokens()
 GOOD = Grammar(kind="regex", source="a|b")
@@ -103,13 +103,13 @@ def test_a_child_that_hangs_is_killed_and_replaced(running: GrammarCompiler) -> 
 def test_a_child_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     broken = tmp_path / "broken.py"
     broken.write_text("raise SystemExit(1)")
-    monkeypatch.setattr(grammar_worker, "__file__", str(broken))
+    monkeypatch.setattr(compile_worker, "__file__", str(broken))
     with compiler() as each, pytest.raises(ResourceError, match="does not start"):
         each.check(GOOD)
 
 
 def test_a_queue_of_grammars_is_bounded(running: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammar_process, "_QUEUE_SECONDS", 0.05)
+    monkeypatch.setattr(compile_process, "_QUEUE_SECONDS", 0.05)
     with running._process._lock, pytest.raises(ResourceError, match="too many grammars"):
         running.check(Grammar(kind="regex", source="waits"))
 

@@ -10,8 +10,8 @@ import torch
 from tests.fast.random_weights import RandomWeights, tiny_architecture
 from tests.fast.tap_tools import drive, engine, scoring
 from tokenmill.core import UsageError
-from tokenmill.engine.tapping import FINAL_NORM, tap_points
-from tokenmill.engine.taps import Recording, Tap, ablate, replace_values, steer, twin_hooks
+from tokenmill.engine.taps.points import FINAL_NORM, tap_points
+from tokenmill.engine.taps.tap import Recording, Tap, ablate, replace_values, steer, twin_hooks
 from tokenmill.kernels import F32Array, StepPlan, available_isas, create_executor
 from tokenmill.models.compile import load_packed
 from tokenmill.models.directory import ModelDirectory

@@ -17,15 +17,15 @@ from heapq import heappop, heappush
 
 from tokenmill.core import FinishReason
 from tokenmill.engine.outputs import take_hidden, take_logits
-from tokenmill.engine.proposers import Proposer
 from tokenmill.engine.runner import HiddenRows, OutRows, Runner, TapFailure
 from tokenmill.engine.scheduler import BlockMoves, Schedule, Scheduler, StepLimits
 from tokenmill.engine.sequence import GenerationState, SequenceState
-from tokenmill.engine.speculator import Speculator
+from tokenmill.engine.speculation.proposers import Proposer
+from tokenmill.engine.speculation.speculator import Speculator
 from tokenmill.engine.step_time import StepTimeModel
 from tokenmill.engine.swap import SwapFile, measure_swap
-from tokenmill.engine.tapping import check_taps
-from tokenmill.engine.taps import intervention_digest
+from tokenmill.engine.taps.points import check_taps
+from tokenmill.engine.taps.tap import intervention_digest
 from tokenmill.kernels import KV_BLOCK, Executor
 from tokenmill.kvcache import BlockPool, PrefixChain, prefix_root
 

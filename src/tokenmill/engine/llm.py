@@ -20,13 +20,13 @@ from tokenmill.core import (
     Score,
     UsageError,
 )
-from tokenmill.engine.calibration import InputStats
 from tokenmill.engine.config import LLMConfig
 from tokenmill.engine.core import StepStats
 from tokenmill.engine.embedding import Pooling, embeddings
 from tokenmill.engine.local import LocalEngine
 from tokenmill.engine.sequence import GenerationState, ScoringState, SequenceState
-from tokenmill.engine.taps import Tap
+from tokenmill.engine.taps.calibration import InputStats
+from tokenmill.engine.taps.tap import Tap
 from tokenmill.kernels import F32Array, StepPlan
 from tokenmill.models.compile import ExecutorFactory, create_executor
 from tokenmill.models.directory import ModelDirectory
@@ -219,7 +219,7 @@ class LLM:
     def calibrate(
         self, windows: Iterable[Sequence[int]], points: Sequence[str], *, second_moment: bool = False
     ) -> Mapping[str, InputStats]:
-        """Statistics of linears' inputs over token windows; see `tokenmill.engine.calibration`."""
+        """Statistics of linears' inputs over token windows; see `tokenmill.engine.taps.calibration`."""
         return self._engine.calibrate(windows, points, second_moment=second_moment)
 
     def load_adapter(self, name: str, folder: Path) -> None:

@@ -12,19 +12,19 @@ from pathlib import Path
 
 from tokenmill.core import Grammar, Message, Request, SamplingParams, UsageError
 from tokenmill.engine.adapters import AdapterSlots
-from tokenmill.engine.calibration import InputStats, calibrate
 from tokenmill.engine.config import LLMConfig
 from tokenmill.engine.core import CoreConfig, EngineCore, StepResult
 from tokenmill.engine.detokenizer import Detokenizer
-from tokenmill.engine.draft_model import DraftModel
 from tokenmill.engine.embedding import EmbeddingState, Pooling
-from tokenmill.engine.grammar import GrammarCompiler
-from tokenmill.engine.history import SuffixProposer
-from tokenmill.engine.ngram import NgramProposer
-from tokenmill.engine.proposers import CombinedProposer, Proposer
 from tokenmill.engine.sequence import GenerationState, ScoringState, SequenceState
+from tokenmill.engine.speculation.draft_model import DraftModel
+from tokenmill.engine.speculation.history import SuffixProposer
+from tokenmill.engine.speculation.ngram import NgramProposer
+from tokenmill.engine.speculation.proposers import CombinedProposer, Proposer
+from tokenmill.engine.structured.grammar import GrammarCompiler
 from tokenmill.engine.swap import SwapFile
-from tokenmill.engine.taps import Tap
+from tokenmill.engine.taps.calibration import InputStats, calibrate
+from tokenmill.engine.taps.tap import Tap
 from tokenmill.kernels import KV_BLOCK, Executor, StepPlan
 from tokenmill.models.chat_template import ChatTemplate, encode_chat
 from tokenmill.models.compile import ExecutorConfig, ExecutorFactory, create_executor

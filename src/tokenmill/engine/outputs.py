@@ -12,10 +12,10 @@ import numpy as np
 
 from tokenmill.core import TokenmillError
 from tokenmill.engine.embedding import EmbeddingState
-from tokenmill.engine.grammar import GrammarState, U32Array
 from tokenmill.engine.runner import HiddenRows, OutRows
 from tokenmill.engine.sampler import SamplingRow, logprobs_of, sample, top_logprobs
 from tokenmill.engine.sequence import GenerationState, ScoringState
+from tokenmill.engine.structured.grammar import GrammarState, U32Array
 from tokenmill.kernels import F32Array
 
 __all__ = ["take_hidden", "take_logits"]

@@ -17,7 +17,7 @@ import numpy as np
 
 from tokenmill.engine.scheduler import Chunk, Schedule
 from tokenmill.engine.sequence import SequenceState
-from tokenmill.engine.tapping import FINAL_NORM, RowSpan, TapCall, TapPoints, tap_calls, tap_points
+from tokenmill.engine.taps.points import FINAL_NORM, RowSpan, TapCall, TapPoints, tap_calls, tap_points
 from tokenmill.kernels import Executor, F32Array, I32Array, StepBatch
 
 __all__ = ["HiddenRows", "OutRow", "OutRows", "Runner", "StepOutput", "TapFailure"]

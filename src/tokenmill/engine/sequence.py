@@ -23,8 +23,8 @@ from tokenmill.core import (
 )
 from tokenmill.engine.adapters import NO_ADAPTER
 from tokenmill.engine.detokenizer import Detokenizer
-from tokenmill.engine.grammar import GrammarState
-from tokenmill.engine.taps import Tap, cacheable_prefix
+from tokenmill.engine.structured.grammar import GrammarState
+from tokenmill.engine.taps.tap import Tap, cacheable_prefix
 from tokenmill.kernels import KV_BLOCK
 from tokenmill.kvcache import BlockTable, PrefixChain
 

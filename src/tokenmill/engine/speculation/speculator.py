@@ -12,10 +12,10 @@ from array import array
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from tokenmill.engine.proposers import NO_DRAFT, Draft, DraftRow, Proposer
 from tokenmill.engine.scheduler import Schedule, Scheduler
 from tokenmill.engine.sequence import GenerationState, SequenceState
-from tokenmill.engine.speculation import Offer, SpeculationController, StepLoad
+from tokenmill.engine.speculation.controller import Offer, SpeculationController, StepLoad
+from tokenmill.engine.speculation.proposers import NO_DRAFT, Draft, DraftRow, Proposer
 from tokenmill.engine.step_time import StepTimeModel
 
 __all__ = ["Speculator"]

@@ -15,14 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tokenmill.engine.proposers import (
+from tokenmill.engine.speculation.proposers import (
     NO_DRAFT,
     Draft,
     DraftRow,
     SequenceKey,
     expected_length,
 )
-from tokenmill.engine.suffix import BORDER, ROOT, Match, SuffixAutomaton
+from tokenmill.engine.speculation.suffix import BORDER, ROOT, Match, SuffixAutomaton
 
 __all__ = ["SuffixConfig", "SuffixProposer"]
 

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tokenmill.engine.proposers import Calibration, Draft, SequenceKey
+from tokenmill.engine.speculation.proposers import Calibration, Draft, SequenceKey
 from tokenmill.engine.step_time import ROW_TILE, StepTimeModel
 
 __all__ = ["Offer", "SpeculationConfig", "SpeculationController", "StepLoad"]

@@ -1,6 +1,6 @@
 """The engine process: one thread steps the engine, and reads its socket between two steps.
 
-    python -m tokenmill.engine.process FD PARENT_PID        started by `supervisor.py`, not by hand
+    python -m tokenmill.engine.serving.process FD PARENT_PID        started by `supervisor.py`, not by hand
 
 It owns the model, the cache and nothing else: whatever must survive its death is kept by the front end. So
 it never repairs itself. The engine fails a request that makes a step raise; any other exception, an account
@@ -29,7 +29,9 @@ from pathlib import Path
 
 from tokenmill.core import Request, ResourceError, TokenmillError
 from tokenmill.engine.local import LocalEngine
-from tokenmill.engine.messages import (
+from tokenmill.engine.mock import MockModel
+from tokenmill.engine.sequence import GenerationState
+from tokenmill.engine.serving.messages import (
     Advance,
     Beat,
     Cancel,
@@ -47,8 +49,6 @@ from tokenmill.engine.messages import (
     decode_to_engine,
     encode,
 )
-from tokenmill.engine.mock import MockModel
-from tokenmill.engine.sequence import GenerationState
 from tokenmill.models.directory import ModelDirectory
 
 __all__ = ["EngineServer", "Link", "main", "open_engine"]

@@ -6,7 +6,7 @@ goes on. An edit changes the keys and values of everything after it, so it has a
 `intervention`, that is part of the request's prefix key; requests with other edits, or none, share no cache
 with it. A read changes nothing, but sees computed rows only: a prefix hit must end before it.
 
-Where the points of a plan lie and how a step stops there is in `tapping.py`. Attention scores and keys are
+Where the points of a plan lie and how a step stops there is in `points.py`. Attention scores and keys are
 not points.
 
 Shape legend: T rows of one request, D width of the point (heads side by side at `attn.hook_z`).

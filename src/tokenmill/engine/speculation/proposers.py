@@ -2,7 +2,7 @@
 
 A draft is only a guess. The target model draws its own token at every position, and a draft token stands
 if it is that token, so nothing here can change an answer, only its speed. When a draft is worth its rows
-is decided in `speculation.py`.
+is decided in `controller.py`.
 
 Proposers keep state for each sequence, up to date lazily: a call does a bounded amount of work, and a
 sequence for which that was not enough gets no draft yet. None of them is safe to use from two threads.

@@ -25,8 +25,8 @@ from typing import Literal, Self
 
 from tokenmill.core import Completion, FinishReason, Request, ResourceError, TokenmillError, UsageError
 from tokenmill.core import errors as error_tree
-from tokenmill.engine.handle import RequestHandle, RequestRecord
-from tokenmill.engine.messages import (
+from tokenmill.engine.serving.handle import RequestHandle, RequestRecord
+from tokenmill.engine.serving.messages import (
     Advance,
     Cancel,
     End,
@@ -38,7 +38,7 @@ from tokenmill.engine.messages import (
     Submit,
     encode,
 )
-from tokenmill.engine.supervisor import EngineProcess, SupervisorConfig
+from tokenmill.engine.serving.supervisor import EngineProcess, SupervisorConfig
 
 __all__ = ["AsyncEngine", "EngineState", "EngineStats", "OnEnd"]
 

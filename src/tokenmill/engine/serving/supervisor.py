@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tokenmill.core import UsageError
-from tokenmill.engine.messages import (
+from tokenmill.engine.serving.messages import (
     Beat,
     Draining,
     EngineSpec,
@@ -31,7 +31,7 @@ from tokenmill.engine.messages import (
 
 __all__ = ["EngineProcess", "SupervisorConfig"]
 
-_MODULE = "tokenmill.engine.process"
+_MODULE = "tokenmill.engine.serving.process"
 _TAIL_BYTES = 4096
 _SHOWN_CHARS = 600
 _LEAVE_S = 1.0

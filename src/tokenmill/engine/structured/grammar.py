@@ -1,7 +1,7 @@
 """Structured output: which tokens a grammar allows next, over the `llguidance` library.
 
 A grammar is a stranger's program. So it is bounded at the door (size, nesting, counts), then compiled and
-tried in a process that may be killed (`grammar_worker`), and only what passed there, within the time and
+tried in a process that may be killed (`compile_worker`), and only what passed there, within the time and
 memory of the limits, is compiled again in the engine. From then on the library bounds each step; a
 sequence that reaches such a bound fails alone, with an error of its state.
 
@@ -23,9 +23,9 @@ import numpy.typing as npt
 from llguidance import LLMatcher
 
 from tokenmill.core import Grammar, ResourceError, TokenmillError, UsageError
-from tokenmill.engine.grammar_cache import TenantCache
-from tokenmill.engine.grammar_process import CompileProcess
-from tokenmill.engine.grammar_worker import Problem, library_tokenizer, prepare, text_bits
+from tokenmill.engine.structured.cache import TenantCache
+from tokenmill.engine.structured.compile_process import CompileProcess
+from tokenmill.engine.structured.compile_worker import Problem, library_tokenizer, prepare, text_bits
 
 __all__ = ["CheckedGrammar", "GrammarCompiler", "GrammarLimits", "GrammarState", "TokenBytes", "U32Array"]
 

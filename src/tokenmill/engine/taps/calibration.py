@@ -18,7 +18,7 @@ import numpy.typing as npt
 from tokenmill.core import UsageError
 from tokenmill.engine.core import EngineCore
 from tokenmill.engine.embedding import EmbeddingState
-from tokenmill.engine.taps import Tap, TapRows
+from tokenmill.engine.taps.tap import Tap, TapRows
 from tokenmill.kernels import F32Array
 
 __all__ = ["InputStats", "calibrate"]

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from tokenmill.core import UsageError
 from tokenmill.engine.sequence import SequenceState
-from tokenmill.engine.taps import Tap, TapRows
+from tokenmill.engine.taps.tap import Tap, TapRows
 from tokenmill.kernels import (
     Attend,
     BufferName,

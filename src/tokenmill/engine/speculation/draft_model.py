@@ -19,8 +19,8 @@ from typing import NamedTuple
 import numpy as np
 
 from tokenmill.core import UsageError
-from tokenmill.engine.proposers import NO_DRAFT, Draft, DraftRow, SequenceKey
 from tokenmill.engine.sampler import SamplingRow, logprobs_of, sample
+from tokenmill.engine.speculation.proposers import NO_DRAFT, Draft, DraftRow, SequenceKey
 from tokenmill.kernels import KV_BLOCK, Executor, I32Array, StepBatch
 from tokenmill.kvcache import BlockPool, BlockTable
 

@@ -12,7 +12,7 @@ lies in the arrays, the others in a dictionary only where there are any.
 from array import array
 from typing import NamedTuple
 
-from tokenmill.engine.proposers import Draft, match_probability
+from tokenmill.engine.speculation.proposers import Draft, match_probability
 
 __all__ = ["BORDER", "ROOT", "Match", "SuffixAutomaton"]
 

@@ -1,6 +1,6 @@
 """The process in which grammars are tried before the engine compiles them: start, ask, replace, end.
 
-What it does is in `grammar_worker`. Here is the engine's end: every wait is bounded, and a process that
+What it does is in `compile_worker`. Here is the engine's end: every wait is bounded, and a process that
 does not answer is killed and replaced at the next grammar.
 """
 
@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from tokenmill.core import ResourceError
-from tokenmill.engine import grammar_worker
+from tokenmill.engine.structured import compile_worker
 
 __all__ = ["CompileProcess"]
 
@@ -31,7 +31,7 @@ class CompileProcess:
     """A child process that compiles one grammar at a time, started at first use. Safe between threads."""
 
     def __init__(self, setup: Mapping[str, Any], seconds: float) -> None:
-        """`setup` is what `grammar_worker.serve` reads first; `seconds` bounds one compilation."""
+        """`setup` is what `compile_worker.serve` reads first; `seconds` bounds one compilation."""
         self._setup = _line({**setup, "seconds": seconds})
         self._seconds = seconds + _GRACE_SECONDS
         self._lock = threading.Lock()
@@ -63,7 +63,7 @@ class CompileProcess:
         if self._child is None or self._child.poll() is not None:
             self._stop()
             self._child = subprocess.Popen(
-                [sys.executable, "-I", grammar_worker.__file__],
+                [sys.executable, "-I", compile_worker.__file__],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,

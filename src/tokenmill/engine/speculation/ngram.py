@@ -10,7 +10,7 @@ at; see `suffix.py`.
 from array import array
 from collections.abc import Sequence
 
-from tokenmill.engine.proposers import NO_DRAFT, Draft, DraftRow, SequenceKey, match_probability
+from tokenmill.engine.speculation.proposers import NO_DRAFT, Draft, DraftRow, SequenceKey, match_probability
 
 __all__ = ["NgramProposer"]
 
