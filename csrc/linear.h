@@ -7,7 +7,7 @@
 // Weights are stored unsigned with a zero point (128 for 8 bits, 8 or 0 for 4 bits), taken out again
 // with the sums of the activations, which is exact. Work comes in pairs of tiles, 32 outputs.
 #pragma once
-#include "vec.h"
+#include "lowrank.h"
 
 namespace mill::MILL_ISA {
 
@@ -38,6 +38,11 @@ MILL_INLINE void put(const LinearTask& t, int row, int tile, vf y) {
 }
 
 MILL_INLINE void put_pair(const LinearTask& t, int row, int pair, vf y0, vf y1) {
+  if (t.low_ranks && t.slots[row] >= 0) {
+    vf y[2] = {y0, y1};
+    add_low_rank(t, row, pair, y);
+    y0 = y[0], y1 = y[1];
+  }
   if (t.gated) return put(t, row, pair, gated_unit(y0, y1));
   put(t, row, pair * 2, y0);
   put(t, row, pair * 2 + 1, y1);

@@ -27,8 +27,9 @@ constexpr int kSlackRows = 32;  // rows that kernels may read (never use) past t
 
 enum class LinearKind { i8c, i8g, i4g, bf16 };
 
-// What a linear reads: 8 bits with a scale a row, 8 bits with a scale a group of 32 inputs, or bf16.
-enum class ActKind { int8, int8_groups, bf16 };
+// What a linear reads: 8 bits with a scale a row, 8 bits with a scale a group of 32 inputs, or bf16. No linear
+// reads float32: a norm of this kind stays in its buffer.
+enum class ActKind { int8, int8_groups, bf16, float32 };
 
 // Quantised activations in the order of AMX tiles, [rows / 16][lines][16 rows][64 bytes], zero from K up to
 // the padded width. A line is 64 inputs of one row in 8 bits, or 32 in bf16.
@@ -53,6 +54,33 @@ struct LinearWeight {
   const uint16_t* mins;    // float16, as scales; null when symmetric
 };
 
+// Which ranks the tiles of a pair add up: [first[h], first[h] + count), weights in rows [row, row + count) of `up`.
+struct LowRankPair { int32_t first[2], count, row; };
+
+// What one adapter adds to one linear: y += up . (scale * (down . x)) (LoRA, Hu et al. 2021). Everything that is
+// multiplied is bf16, so that products are exact.
+struct LowRank {
+  int rank = 0;                        // even; 0: nothing is added
+  float scale = 0;
+  const uint16_t* down = nullptr;      // bf16 [rank / 2][K up to 16s][2 ranks]
+  const uint16_t* up = nullptr;        // bf16 [rows][16 outputs][2 tiles]
+  const LowRankPair* pairs = nullptr;
+};
+
+// The first half of that, for rows that share an adapter: low = scale * (down . x), in bf16, for pairs of ranks
+// [begin, end).
+struct ShrinkTask {
+  const LowRank* w;
+  const Act* act;
+  ActKind kind;
+  int k;
+  const int32_t* rows;  // [count]
+  int count, begin, end;
+  float* x;             // scratch, [4][k up to 16s]
+  float* low;           // row r at low + r * ld_low
+  int ld_low;
+};
+
 struct LinearTask {
   const LinearWeight* w;
   const Act* act;
@@ -61,6 +89,10 @@ struct LinearTask {
   int rows;
   bool accumulate;
   bool gated;      // tiles come in pairs (gate, up); dst gets silu(gate) * up, half as wide
+  const LowRank* low_ranks = nullptr;  // by adapter slot; null if no row of this step has one here
+  const int32_t* slots = nullptr;      // [rows] adapter slot or -1
+  const float* low = nullptr;          // [rows][ld_low], made by `shrink`
+  int ld_low = 0;
 };
 
 // Rows of one sequence against its blocks, for one KV head. A row is a (token, query head) pair.
@@ -128,6 +160,7 @@ struct Kernels {
   void (*end_thread)();
   // Pairs of output tiles [pair0, pair1), 32 columns each.
   void (*linear)(const LinearTask&, int pair0, int pair1);
+  void (*shrink)(const ShrinkTask&);
   void (*norm)(const float* src, int d, const float* weight, float eps, float* tmp, Act&, int row, ActKind);
   void (*quantize)(const float* src, int d, Act&, int row, ActKind);
   void (*rope)(const float* src, int head_dim, const float* cos, const float* sin, uint16_t* dst);

@@ -39,6 +39,7 @@ mill::ActKind act_kind(const std::string& act) {
   if (act == "int8") return mill::ActKind::int8;
   if (act == "int8_groups") return mill::ActKind::int8_groups;
   if (act == "bf16") return mill::ActKind::bf16;
+  if (act == "float32") return mill::ActKind::float32;
   throw std::invalid_argument("unknown activation format: " + act);
 }
 
@@ -68,18 +69,36 @@ void check_sizes(const mill::LinearWeight& w, size_t data, size_t scales, size_t
   require(scales == groups && mins == (w.symmetric ? 0 : groups), "size of grouped scales");
 }
 
+// The arrays of an adapter's part of a linear (lowrank.py has the layout).
+mill::LowRank low_rank(const mill::LinearWeight& w, int rank, float scale, const Bytes& down, const Bytes& up,
+                       const Bytes& pairs) {
+  const size_t width = round_up(w.k, 16), num_pairs = round_up(w.n, 32) / 32, rows = up.nbytes() / 64;
+  require(rank > 0 && rank % 2 == 0 && down.nbytes() == rank * width * 2, "size of an adapter's inner matrix");
+  require(up.nbytes() == rows * 64 && pairs.nbytes() == num_pairs * sizeof(mill::LowRankPair),
+          "size of an adapter's outer matrix");
+  const auto* at = (const mill::LowRankPair*)pairs.data();
+  for (size_t i = 0; i < num_pairs; i++) {
+    require(at[i].count >= 0 && at[i].row >= 0 && size_t(at[i].row) + at[i].count <= rows,
+            "rows of an adapter's pair of tiles");
+    for (int first : at[i].first)
+      require(first >= 0 && int64_t(first) + at[i].count <= rank, "ranks of an adapter's pair of tiles");
+  }
+  return {rank, scale, (const uint16_t*)down.data(), (const uint16_t*)up.data(), at};
+}
+
 const void* pointer_or_null(const Bytes& a) { return a.size() ? a.data() : nullptr; }
 
 // A plan and the arrays it points into.
 class NativePlan {
  public:
   NativePlan(const std::string& isa, int threads, int max_rows, int max_outs, int num_blocks, int max_inputs,
-             int hidden, int heads, int kv_heads, int head_dim, int inner, int vocab, int layers,
+             int max_adapters, int hidden, int heads, int kv_heads, int head_dim, int inner, int vocab, int layers,
              float softmax_scale, Bytes cos, Bytes sin, bool kv_int8)
       : hidden_(hidden), vocab_(vocab),
         plan_({hidden, heads, kv_heads, head_dim, inner, vocab, layers, int(cos.shape(0)), softmax_scale,
                (const float*)cos.data(), (const float*)sin.data()},
-              kernels_of(isa), threads, max_rows, max_outs, num_blocks, max_inputs, kv_int8) {
+              kernels_of(isa), threads, max_rows, max_outs, num_blocks, max_inputs, max_adapters, kv_int8),
+        adapter_arrays_(std::max(max_adapters, 0)) {
     require(cos.ndim() == 2 && cos.nbytes() == cos.shape(0) * (head_dim / 2) * 4 && sin.nbytes() == cos.nbytes(),
             "size of the rotation tables");
     owned_.insert(owned_.end(), {cos, sin});
@@ -111,9 +130,9 @@ class NativePlan {
     op.accumulate = accumulate, op.gated = gated, op.out_rows = out_rows;
     keep(op, {data, scales, mins});
   }
-  void add_quantize(const std::string& src, const std::string& act) {
+  void add_quantize(const std::string& src, const std::string& act, bool out_rows) {
     mill::Op op{mill::OpKind::quantize, buffer_id(src)};
-    op.act = act_kind(act);
+    op.act = act_kind(act), op.out_rows = out_rows;
     plan_.add(op);
   }
   void add_rope_kv(int layer) { add_layer(mill::OpKind::rope_kv, layer); }
@@ -124,16 +143,33 @@ class NativePlan {
     plan_.add(op);
   }
 
+  // One entry an operation in `ops`; none frees the slot. Nothing is changed if anything is wrong.
+  void set_adapter(int slot, std::vector<int> ops, std::vector<int> ranks, std::vector<float> scales,
+                   std::vector<Bytes> downs, std::vector<Bytes> ups, std::vector<Bytes> pairs) {
+    std::vector<mill::LowRank> by_op(ops.empty() ? 0 : plan_.num_ops());
+    for (size_t i = 0; i < ops.size(); i++) {
+      require(ops[i] >= 0 && ops[i] < plan_.num_ops() && plan_.op(ops[i]).kind == mill::OpKind::linear,
+              "an adapter for something else than a linear");
+      by_op[ops[i]] = low_rank(plan_.op(ops[i]).linear, ranks.at(i), scales.at(i), downs.at(i), ups.at(i), pairs.at(i));
+    }
+    plan_.set_adapter(slot, std::move(by_op));
+    std::vector<Bytes>& kept = adapter_arrays_[slot];
+    kept.clear();
+    for (const auto* arrays : {&downs, &ups, &pairs}) kept.insert(kept.end(), arrays->begin(), arrays->end());
+  }
+
   void run(Ints tokens, Ints positions, Ints kv_slots, Ints row_starts, Ints block_starts, Ints blocks,
-           Ints out_rows, int first, int last) {
+           Ints out_rows, Ints adapters, int first, int last) {
     const int rows = int(tokens.size()), sequences = int(row_starts.size()) - 1;
     if (int(positions.size()) != rows || int(kv_slots.size()) != rows)
       throw std::invalid_argument("tokens, positions and kv_slots differ in length");
     if (sequences < 1 || block_starts.size() != row_starts.size())
       throw std::invalid_argument("row_starts and block_starts differ in length or are empty");
+    if (adapters.size() && int(adapters.size()) != sequences)
+      throw std::invalid_argument("adapters are not one a sequence");
     const mill::Batch batch{rows, sequences, int(blocks.size() / 3), int(out_rows.size()), tokens.data(),
                           positions.data(), kv_slots.data(), row_starts.data(), block_starts.data(),
-                          blocks.data(), out_rows.data()};
+                          blocks.data(), out_rows.data(), adapters.size() ? adapters.data() : nullptr};
     nb::gil_scoped_release release;
     plan_.run(batch, first, last);
   }
@@ -162,6 +198,7 @@ class NativePlan {
   const int hidden_, vocab_;
   mill::Plan plan_;
   std::vector<Bytes> owned_;
+  std::vector<std::vector<Bytes>> adapter_arrays_;  // by slot
 };
 
 std::vector<std::string> available_isas() {
@@ -259,7 +296,8 @@ nb::ndarray<nb::numpy, int32_t, nb::ndim<1>> sample(Floats logits, Integers inte
   const mill::Kernels& k = kernels_of(isa);
   require(0 < vocab && vocab <= mill::kMaxVocab, "size of the vocabulary");
   require(integers.shape(1) == kNumIntegers && reals.shape(1) == kNumReals && reals.shape(0) == rows &&
-          (tokens.empty() || tokens.size() == rows) && (masks.empty() || masks.size() == rows), "shape of the tables");
+          (tokens.empty() || tokens.size() == rows) && (masks.empty() || masks.size() == rows),
+          "shape of the tables");
   std::vector<mill::SampleTask> tasks;
   for (size_t r = 0; r < rows; r++)
     tasks.push_back(sample_task(logits, integers.data() + r * kNumIntegers, reals.data() + r * kNumReals,
@@ -283,7 +321,7 @@ nb::ndarray<nb::numpy, int32_t, nb::ndim<2>> top_ids(Floats logits, int num, con
   nb::capsule owner(out, [](void* p) noexcept { delete[] static_cast<int32_t*>(p); });
   {
     nb::gil_scoped_release release;
-    for (size_t r = 0; r < rows && num; r++) k.top_ids(logits.data() + r * vocab, int(vocab), num, out + r * size_t(num));
+    for (size_t r = 0; r < rows; r++) k.top_ids(logits.data() + r * vocab, int(vocab), num, out + r * size_t(num));
   }
   return {out, {rows, size_t(num)}, owner};
 }
@@ -312,21 +350,24 @@ NB_MODULE(_native, m) {
   m.def("read_bandwidth", &read_bandwidth, "isa"_a, "threads"_a, "bytes"_a, "seconds"_a);
   m.def("op_rate", &op_rate, "isa"_a, "threads"_a, "int8"_a, "seconds"_a);
   nb::class_<NativePlan>(m, "Plan")
-      .def(nb::init<const std::string&, int, int, int, int, int, int, int, int, int, int, int, int, float, Bytes,
+      .def(nb::init<const std::string&, int, int, int, int, int, int, int, int, int, int, int, int, int, float, Bytes,
                     Bytes, bool>(),
-           "isa"_a, "threads"_a, "max_rows"_a, "max_outs"_a, "num_blocks"_a, "max_inputs"_a, "hidden"_a, "heads"_a,
+           "isa"_a, "threads"_a, "max_rows"_a, "max_outs"_a, "num_blocks"_a, "max_inputs"_a, "max_adapters"_a, "hidden"_a, "heads"_a,
            "kv_heads"_a, "head_dim"_a, "inner"_a, "vocab"_a, "layers"_a, "softmax_scale"_a, "cos"_a, "sin"_a,
            "kv_int8"_a)
       .def("add_embed", &NativePlan::add_embed, "table"_a, "scales"_a)
       .def("add_norm", &NativePlan::add_norm, "src"_a, "weight"_a, "eps"_a, "act"_a, "out_rows"_a)
       .def("add_linear", &NativePlan::add_linear, "dst"_a, "kind"_a, "n"_a, "k"_a, "group"_a, "symmetric"_a, "data"_a,
            "scales"_a, "mins"_a, "accumulate"_a, "gated"_a, "out_rows"_a)
-      .def("add_quantize", &NativePlan::add_quantize, "src"_a, "act"_a)
+      .def("add_quantize", &NativePlan::add_quantize, "src"_a, "act"_a, "out_rows"_a)
       .def("add_rope_kv", &NativePlan::add_rope_kv, "layer"_a)
       .def("add_attend", &NativePlan::add_attend, "layer"_a)
       .def("add_select", &NativePlan::add_select)
+      .def("set_adapter", &NativePlan::set_adapter, "slot"_a, "ops"_a, "ranks"_a, "scales"_a, "downs"_a, "ups"_a,
+           "pairs"_a)
       .def("run", &NativePlan::run, nb::arg("tokens").noconvert(), nb::arg("positions").noconvert(), nb::arg("kv_slots").noconvert(), nb::arg("row_starts").noconvert(), nb::arg("block_starts").noconvert(),
-           nb::arg("blocks").noconvert(), nb::arg("out_rows").noconvert(), "first"_a, "last"_a)
+           nb::arg("blocks").noconvert(), nb::arg("out_rows").noconvert(),
+           nb::arg("adapters").noconvert(), "first"_a, "last"_a)
       .def("buffer", &NativePlan::buffer, "name"_a)
       .def("block", &NativePlan::block, "index"_a)
       .def("copy_block", &NativePlan::copy_block, "source"_a, "target"_a);

@@ -69,15 +69,23 @@ bool rises(const int32_t* starts, int sequences, int total) {
   return true;
 }
 
+// Ends what `busy` guards.
+struct Release {
+  std::atomic<bool>& busy;
+  ~Release() { busy = false; }
+};
+
 }  // namespace
 
 Plan::Plan(const Shape& shape, const Kernels& kernels, int threads, int max_rows, int max_outs, int num_blocks,
-           int max_inputs, bool kv_int8)
+           int max_inputs, int max_adapters, bool kv_int8)
     : shape_(shape), kernels_(kernels), pool_(threads), max_rows_(max_rows), max_outs_(max_outs),
-      num_blocks_(num_blocks), max_inputs_(max_inputs), head_pad_(round_up(shape.head_dim, 32)),
+      num_blocks_(num_blocks), max_inputs_(max_inputs), max_adapters_(max_adapters), head_pad_(round_up(shape.head_dim, 32)),
       kv_int8_(kv_int8), page_bytes_(kKvBlock * (kv_int8 ? head_pad_ + sizeof(float) : head_pad_ * sizeof(uint16_t))),
       block_bytes_(size_t(shape.layers) * 2 * shape.kv_heads * page_bytes_) {
   require(max_rows > 0 && max_outs > 0 && num_blocks > 0 && max_inputs > 0, "an executor without room");
+  require(max_adapters >= 0, "a negative number of adapters");
+  has_adapter_.resize(max_adapters);
   require(shape.head_dim > 0 && shape.head_dim <= 512 && shape.head_dim % 2 == 0, "width of a head");
   require(shape.kv_heads > 0 && shape.heads % shape.kv_heads == 0, "heads that share keys");
   const int qkv = (shape.heads + 2 * shape.kv_heads) * shape.head_dim;
@@ -99,7 +107,9 @@ Plan::Plan(const Shape& shape, const Kernels& kernels, int threads, int max_rows
   for (int t = 0; t < threads; t++)
     threads_.push_back({Array<float>(std::max(max_inputs, shape.hidden)), Array<float>(16 * kSpan),
                         Array<float>(16 * head_pad_), Array<float>(16 * head_pad_), Array<uint16_t>(16 * kSpan),
-                        Array<uint16_t>(kv_int8 ? size_t(kSpanBlocks + 1) * kKvBlock * head_pad_ : 0)});
+                        Array<uint16_t>(kv_int8 ? size_t(kSpanBlocks + 1) * kKvBlock * head_pad_ : 0),
+
+                        Array<float>(max_adapters ? 4 * size_t(round_up(max_inputs, 16)) : 0)});
 }
 
 void Plan::add(const Op& op) {
@@ -111,6 +121,25 @@ void Plan::add(const Op& op) {
   if (op.kind == OpKind::rope_kv || op.kind == OpKind::attend)
     require(op.layer >= 0 && op.layer < shape_.layers, "layer out of range");
   ops_.push_back(op);
+  ops_.back().index = num_ops() - 1;
+  low_ranks_.emplace_back(max_adapters_);
+}
+
+void Plan::set_adapter(int slot, std::vector<LowRank> by_op) {
+  require(slot >= 0 && slot < max_adapters_, "adapter slot out of range");
+  const bool filled = !by_op.empty();
+  by_op.resize(ops_.size());
+  int rank = ld_low_;
+  for (int i = 0; i < num_ops(); i++) {
+    require(by_op[i].rank == 0 || (ops_[i].kind == OpKind::linear && !ops_[i].out_rows),
+            "an adapter for something else than a linear of all rows");
+    rank = std::max(rank, by_op[i].rank);
+  }
+  require(!busy_.exchange(true), "an adapter is set between steps");
+  const Release release{busy_};
+  if (rank > ld_low_) low_ = Array<float>(size_t(max_rows_) * rank), ld_low_ = rank;
+  for (int i = 0; i < num_ops(); i++) low_ranks_[i][slot] = by_op[i];
+  has_adapter_[slot] = filled;
 }
 
 void Plan::check(const Batch& b, int first, int last) const {
@@ -123,6 +152,10 @@ void Plan::check(const Batch& b, int first, int last) const {
   require(all_within(b.out_rows, b.outs, b.rows), "output row out of range");
   require(rises(b.row_starts, b.sequences, b.rows), "row_starts must rise from 0 to the number of rows");
   require(rises(b.block_starts, b.sequences, b.blocks), "block_starts must rise from 0 to the number of blocks");
+  for (int s = 0; b.adapters && s < b.sequences; s++) {
+    const int slot = b.adapters[s];
+    require(slot >= -1 && slot < max_adapters_ && (slot < 0 || has_adapter_[slot]), "adapter slot is not filled");
+  }
   for (int i = 0; i < b.blocks; i++) {
     const int32_t* block = b.block_list + i * 3;
     require(block[0] >= 0 && block[0] < num_blocks_, "KV block out of range");
@@ -133,12 +166,10 @@ void Plan::check(const Batch& b, int first, int last) const {
 void Plan::run(const Batch& batch, int first, int last) {
   check(batch, first, last);
   require(!busy_.exchange(true), "an executor runs one step at a time");
-  struct Release {
-    std::atomic<bool>& busy;
-    ~Release() { busy = false; }
-  } release{busy_};
+  const Release release{busy_};
   if (first == 0 && poisoned_) wipe_new_blocks(batch);
   plan_attention(batch);
+  plan_adapters(batch);
   pool_.run([&](int thread) {
     kernels_.begin_thread();
     for (int i = first; i < last; i++) {
@@ -170,6 +201,22 @@ void Plan::plan_attention(const Batch& b) {
   });
 }
 
+// Rows that share an adapter, so that its weights are read once for them.
+void Plan::plan_adapters(const Batch& b) {
+  adapter_rows_.clear(), adapter_groups_.clear();
+  if (!b.adapters) return;
+  slots_.resize(b.rows);
+  for (int s = 0; s < b.sequences; s++)
+    std::fill(slots_.begin() + b.row_starts[s], slots_.begin() + b.row_starts[s + 1], b.adapters[s]);
+  for (int slot = 0; slot < max_adapters_; slot++) {
+    const int first = int(adapter_rows_.size());
+    for (int r = 0; r < b.rows; r++)
+      if (slots_[r] == slot) adapter_rows_.push_back(r);
+    const int count = int(adapter_rows_.size()) - first;
+    if (count) adapter_groups_.push_back({slot, first, count});
+  }
+}
+
 int Plan::rows_of(const Batch& b, const Op& op) const { return op.out_rows ? b.outs : b.rows; }
 
 void Plan::step(const Batch& b, const Op& op, int thread) {
@@ -184,11 +231,12 @@ void Plan::step(const Batch& b, const Op& op, int thread) {
   Act act = act_;
   act.lines = lines_of(width, op.act);
   for (int r = rows.begin; r < rows.end; r++) {
-    const float* row = src + size_t(r) * width;
+    float* row = src + size_t(r) * width;
     switch (op.kind) {
       case OpKind::embed: embed(b, op, r); break;
       case OpKind::norm:
-        kernels_.norm(row, width, op.weight, op.eps, threads_[thread].row.get(), act, r, op.act);
+        kernels_.norm(row, width, op.weight, op.eps, op.act == ActKind::float32 ? row : threads_[thread].row.get(),
+                      act, r, op.act);
         break;
       case OpKind::quantize: kernels_.quantize(row, width, act, r, op.act); break;
       case OpKind::rope_kv: rope_kv(b, op, r); break;
@@ -216,9 +264,31 @@ void Plan::embed(const Batch& b, const Op& op, int row) const {
 void Plan::linear(const Batch& b, const Op& op, int thread) {
   Act act = act_;
   act.lines = lines_of(op.linear.k, act_of(op.linear.kind));
-  const LinearTask task{&op.linear, &act, buffers_[op.dst].get(), widths_[op.dst], rows_of(b, op), op.accumulate, op.gated};
+  LinearTask task{&op.linear, &act, buffers_[op.dst].get(), widths_[op.dst], rows_of(b, op), op.accumulate, op.gated};
+  if (has_low_ranks(op)) {
+    shrink(op, act, thread);
+    task.low_ranks = low_ranks_[op.index].data();
+    task.slots = slots_.data(), task.low = low_.get(), task.ld_low = ld_low_;
+    pool_.barrier();
+  }
   const Range pairs = part(round_up(op.linear.n, 2 * kTileN) / (2 * kTileN), thread, pool_.size());
   if (task.rows > 0) kernels_.linear(task, pairs.begin, pairs.end);
+}
+
+bool Plan::has_low_ranks(const Op& op) const {
+  return std::any_of(adapter_groups_.begin(), adapter_groups_.end(),
+                     [&](const AdapterRows& rows) { return low_ranks_[op.index][rows.slot].rank > 0; });
+}
+
+// Threads share the ranks, so that a single row keeps all of them busy.
+void Plan::shrink(const Op& op, const Act& act, int thread) {
+  for (const AdapterRows& rows : adapter_groups_) {
+    const LowRank& w = low_ranks_[op.index][rows.slot];
+    const Range pairs = part(w.rank / 2, thread, pool_.size());
+    if (pairs.begin < pairs.end)
+      kernels_.shrink({&w, &act, act_of(op.linear.kind), op.linear.k, &adapter_rows_[rows.first], rows.count,
+                       pairs.begin, pairs.end, threads_[thread].inputs.get(), low_.get(), ld_low_});
+  }
 }
 
 size_t Plan::kv_offset(int layer, int kind, int head) const {

@@ -16,7 +16,7 @@ enum Buffer { kX, kY, kQkv, kZ, kH, kLogits, kNumBuffers };
 
 struct Op {
   OpKind kind;
-  int src = 0, dst = 0, layer = 0;
+  int src = 0, dst = 0, layer = 0, index = 0;
   bool accumulate = false, gated = false, out_rows = false;
   ActKind act = ActKind::int8;
   float eps = 0;
@@ -35,6 +35,7 @@ struct Shape {
 struct Batch {
   int rows, sequences, blocks, outs;
   const int32_t *tokens, *positions, *kv_slots, *row_starts, *block_starts, *block_list, *out_rows;
+  const int32_t* adapters = nullptr;  // [sequences] slot or -1; null: none at all
 };
 
 // Zeroed memory from the operating system: untouched pages cost nothing.
@@ -57,11 +58,14 @@ template <class T> class Array {
 class Plan {
  public:
   Plan(const Shape&, const Kernels&, int threads, int max_rows, int max_outs, int num_blocks, int max_inputs,
-       bool kv_int8);
+       int max_adapters, bool kv_int8);
 
   // Throws std::invalid_argument if a linear does not fit the buffers.
   void add(const Op& op);
   int num_ops() const { return int(ops_.size()); }
+  const Op& op(int index) const { return ops_.at(index); }
+  // What the adapter in a slot adds, by operation; an empty list frees the slot. Not while a step runs.
+  void set_adapter(int slot, std::vector<LowRank> by_op);
   // Throws std::invalid_argument if the batch does not fit; nothing is changed then.
   void run(const Batch&, int first, int last);
   float* buffer(int id, int& rows, int& width);
@@ -74,14 +78,18 @@ class Plan {
 
  private:
   struct Task { int sequence, first_row, rows; };
-  struct Thread { Array<float> row, scores, acc, span; Array<uint16_t> probs, wide; };
+  struct Thread { Array<float> row, scores, acc, span; Array<uint16_t> probs, wide; Array<float> inputs; };
+  struct AdapterRows { int slot, first, count; };
 
   void check(const Batch&, int first, int last) const;
   void plan_attention(const Batch&);
+  void plan_adapters(const Batch&);
   void wipe_new_blocks(const Batch&);
   void step(const Batch&, const Op&, int thread);
   void embed(const Batch&, const Op&, int row) const;
   void linear(const Batch&, const Op&, int thread);
+  bool has_low_ranks(const Op&) const;
+  void shrink(const Op&, const Act&, int thread);
   void rope_kv(const Batch&, const Op&, int row);
   void put_bf16(const uint16_t* key, const float* value, int slot, uint8_t* k_page, uint8_t* v_page);
   void put_int8(const uint16_t* key, const float* value, int slot, uint8_t* k_page, uint8_t* v_page) const;
@@ -93,7 +101,7 @@ class Plan {
   const Shape shape_;
   const Kernels& kernels_;
   Pool pool_;
-  const int max_rows_, max_outs_, num_blocks_, max_inputs_, head_pad_;
+  const int max_rows_, max_outs_, num_blocks_, max_inputs_, max_adapters_, head_pad_;
   const bool kv_int8_;
   const size_t page_bytes_, block_bytes_;  // of one head in one block, and of all layers and heads
   std::vector<Op> ops_;
@@ -112,6 +120,12 @@ class Plan {
   // since a masked key counts as zero times its value. In int8 only the scale is not finite, and masked too.
   std::atomic<bool> poisoned_{false};
   std::vector<Thread> threads_;
+  std::vector<std::vector<LowRank>> low_ranks_;  // [operation][slot]
+  std::vector<bool> has_adapter_;                // [slot]
+  Array<float> low_;                             // [max_rows][ld_low_]
+  int ld_low_ = 0;
+  std::vector<int32_t> slots_, adapter_rows_;    // of the current step: a slot a row; rows with one, by slot
+  std::vector<AdapterRows> adapter_groups_;
 };
 
 }  // namespace mill

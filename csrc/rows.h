@@ -68,10 +68,11 @@ static void quantize(const float* src, int d, Act& act, int row, ActKind kind) {
     case ActKind::int8: return quantize_int8(src, d, act, row);
     case ActKind::int8_groups: return quantize_groups(src, d, act, row);
     case ActKind::bf16: return quantize_bf16(src, d, act, row);
+    case ActKind::float32: return;
   }
 }
 
-// tmp: d floats of scratch.
+// tmp: d floats of scratch; it may be src, and is the result where the kind is float32.
 static void norm(const float* src, int d, const float* weight, float eps, float* tmp, Act& act, int row,
                  ActKind kind) {
   vf sum{};

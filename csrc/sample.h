@@ -107,7 +107,8 @@ MILL_INLINE vf log16(vf x) {
 
 // Exponential noise -log(1 - u) with u = ((bits >> 1) + fraction) / 2^31, below 1; precise where u is small.
 MILL_INLINE vf exponential16(vu bits, vf fraction) {
-  const vf x = (__builtin_convertvector((vi)(bits >> 1), vf) + fraction) * splat(0x1p-31f), below = splat(1.0f - 0x1p-24f);
+  const vf x = (__builtin_convertvector((vi)(bits >> 1), vf) + fraction) * splat(0x1p-31f);
+  const vf below = splat(1.0f - 0x1p-24f);
   const vf u = choose(at_most(x, below), x, below);
   const vf rest = splat(1.0f) - u, gone = splat(1.0f) - rest;
   // `gone` is u as it was rounded: the quotient puts the rounding right.
@@ -386,6 +387,7 @@ static int sample(const SampleTask& t, const SampleScratch& s) {
 
 // The `num` largest values' ids, the first of equals first; of a row with NaN any ids.
 static void top_ids(const float* row, int n, int num, int32_t* ids) {
+  if (num == 0) return;
   float least = -kInf;
   int have = 0;
   const Logits x(row, n);

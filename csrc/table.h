@@ -58,6 +58,7 @@ static Kernels make_table(const char* name) {
   k.begin_thread = no_thread_state;
   k.end_thread = no_thread_state;
   k.linear = linear_generic;
+  k.shrink = shrink;
   k.norm = norm;
   k.quantize = quantize;
   k.rope = rope;

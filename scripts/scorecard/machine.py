@@ -30,6 +30,7 @@ from tokenmill.kernels import (
     BufferName,
     F32Array,
     KvDtype,
+    PackedAdapter,
     PlanShape,
     Select,
     StepBatch,
@@ -41,6 +42,7 @@ __all__ = ["Machine", "MachineFault", "Sizes"]
 VOCAB = 16
 END = 0
 _TABLE_SIZE = 61
+_NUM_ADAPTERS = 2
 _MASK = (1 << 63) - 1
 _PATIENCE = 4000
 """Engine steps after which a request without progress counts as starved."""
@@ -238,6 +240,7 @@ class LedgerExecutor:
         self.max_rows = sizes.max_rows
         self.max_out_rows = sizes.max_sequences + 6
         self._digests = array("Q", bytes(8 * sizes.num_blocks * KV_BLOCK))
+        self._roots = [_ROOT] * _NUM_ADAPTERS
         self._x: list[int] = [0] * sizes.max_rows
         self._logits = np.zeros((self.max_out_rows, VOCAB), np.float32)
 
@@ -265,6 +268,10 @@ class LedgerExecutor:
         block: npt.NDArray[np.uint8] = bytes_of_all.reshape(-1, KV_BLOCK * 8)[index]
         return block
 
+    def set_adapter(self, slot: int, adapter: PackedAdapter | None) -> None:
+        """The history of a sequence with an adapter begins at another root."""
+        self._roots[slot] = _ROOT if adapter is None else int(adapter.digest, 16) & _MASK
+
     def _store(self, batch: StepBatch) -> None:
         starts, block_starts = batch.row_starts.tolist(), batch.block_starts.tolist()
         tokens, positions, slots = batch.tokens.tolist(), batch.positions.tolist(), batch.kv_slots.tolist()
@@ -273,7 +280,8 @@ class LedgerExecutor:
         for s in range(len(starts) - 1):
             mine = blocks[block_starts[s] : block_starts[s + 1]]
             start = positions[starts[s]]
-            digest = self._history(mine, start)
+            slot = int(batch.adapters[s]) if len(batch.adapters) else -1
+            digest = self._history(mine, start, _ROOT if slot < 0 else self._roots[slot])
             for row in range(starts[s], starts[s + 1]):
                 position = positions[row]
                 block, place, rows = mine[position // KV_BLOCK]
@@ -283,9 +291,9 @@ class LedgerExecutor:
                 self._digests[slots[row]] = digest
                 self._x[row] = digest
 
-    def _history(self, blocks: list[list[int]], start: int) -> int:
+    def _history(self, blocks: list[list[int]], start: int, root: int) -> int:
         """The digest before position `start`, after a look at every border between its blocks."""
-        digest = _ROOT
+        digest = root
         for index in range(-(-start // KV_BLOCK)):
             block, place, _ = blocks[index]
             _require(place == index * KV_BLOCK, "blocks are out of order")

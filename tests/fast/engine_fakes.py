@@ -1,7 +1,8 @@
 """A model without weights: logits are a hash of the tokens that a row can see through the KV cache.
 
 The fake executor stores tokens in cache slots and reads them back through the block lists, so a wrong
-slot, block, position or row count gives other tokens than `reference_tokens`, which knows no cache.
+slot, block, position or row count gives other tokens than `reference_tokens`, which knows no cache. A token
+is stored together with the adapter that it was computed with.
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from tokenmill.kernels import (
     BufferName,
     F32Array,
     KvDtype,
+    PackedAdapter,
     PlanShape,
     Select,
     StepBatch,
@@ -24,8 +26,8 @@ from tokenmill.kernels import (
 )
 from tokenmill.models.architecture import Architecture
 from tokenmill.models.chat_template import ChatTemplate
+from tokenmill.models.compile import ExecutorConfig
 from tokenmill.models.directory import ModelDirectory
-from tokenmill.models.pack import WeightFormat
 
 __all__ = [
     "EOS",
@@ -33,7 +35,9 @@ __all__ = [
     "FakeExecutor",
     "FakeModel",
     "FakeTokenizer",
+    "adapter_key",
     "conversation",
+    "fake_adapter",
     "fake_hash",
     "fake_logits",
     "fake_model",
@@ -48,7 +52,7 @@ VOCAB = 260
 class FakeExecutor:
     """An `Executor` over integers. `steps` records each batch; `fail_at` raises in the n-th run."""
 
-    def __init__(self, *, num_blocks: int, max_rows: int, max_out_rows: int) -> None:
+    def __init__(self, *, num_blocks: int, max_rows: int, max_out_rows: int, max_adapters: int = 0) -> None:
         self.plan = fake_plan()
         self.max_rows = max_rows
         self.max_out_rows = max_out_rows
@@ -59,6 +63,7 @@ class FakeExecutor:
         self.num_body_runs = 0
         self.fail_at: dict[int, BaseException] = {}
         self.nan_hashes: set[int] = set()
+        self.adapters: list[PackedAdapter | None] = [None] * max_adapters
         self._kv = np.zeros(num_blocks * KV_BLOCK, np.int64)
         self._x = np.zeros(max_rows, np.uint64)
         self._logits = np.zeros((max_out_rows, VOCAB), np.float32)
@@ -91,13 +96,31 @@ class FakeExecutor:
             raise ValueError("KV block out of range")
         return self._kv[index * KV_BLOCK : (index + 1) * KV_BLOCK].view(np.uint8)
 
+    def set_adapter(self, slot: int, adapter: PackedAdapter | None) -> None:
+        if not 0 <= slot < len(self.adapters):
+            raise ValueError("adapter slot out of range")
+        self.adapters[slot] = adapter
+
+    def _adapter_key(self, batch: StepBatch, sequence: int) -> int:
+        slot = int(batch.adapters[sequence]) if len(batch.adapters) else -1
+        if slot == -1:
+            return 0
+        adapter = self.adapters[slot]
+        assert slot >= 0 and adapter is not None, "a slot that holds no adapter"
+        return adapter_key(adapter.digest)
+
     def _body(self, batch: StepBatch) -> None:
         assert 0 < batch.num_rows <= self.max_rows
         assert batch.blocks.shape == (batch.block_starts[-1], 3)
-        for values in (batch.tokens, batch.positions, batch.kv_slots, batch.blocks, batch.out_rows):
+        assert len(batch.adapters) in (0, len(batch.row_starts) - 1)
+        arrays = (batch.tokens, batch.positions, batch.kv_slots, batch.blocks, batch.out_rows, batch.adapters)
+        for values in arrays:
             assert values.dtype == np.int32 and values.flags.c_contiguous
         assert len(set(batch.kv_slots.tolist())) == batch.num_rows, "two rows write one slot"
-        self._kv[batch.kv_slots] = batch.tokens
+        for s in range(len(batch.row_starts) - 1):
+            rows_of_s = slice(batch.row_starts[s], batch.row_starts[s + 1])
+            stored = batch.tokens[rows_of_s] + self._adapter_key(batch, s)
+            self._kv[batch.kv_slots[rows_of_s]] = stored
         for s in range(len(batch.row_starts) - 1):
             entries = batch.blocks[batch.block_starts[s] : batch.block_starts[s + 1]]
             slots = np.concatenate([block * KV_BLOCK + np.arange(rows) for block, _, rows in entries])
@@ -159,21 +182,16 @@ class FakeModel:
     def chat_template(self) -> ChatTemplate | None:
         return ChatTemplate(self.template) if self.template else None
 
-    def create(
-        self,
-        directory: ModelDirectory,
-        *,
-        weights: WeightFormat,
-        max_rows: int,
-        max_out_rows: int,
-        num_blocks: int,
-        num_threads: int | None,
-        kv_dtype: KvDtype,
-    ) -> FakeExecutor:
+    def create(self, directory: ModelDirectory, config: ExecutorConfig) -> FakeExecutor:
         """The executor factory to give to `LLM`."""
-        self.executor = FakeExecutor(num_blocks=num_blocks, max_rows=max_rows, max_out_rows=max_out_rows)
-        self.executor.num_threads = num_threads
-        self.executor.kv_dtype = kv_dtype
+        self.executor = FakeExecutor(
+            num_blocks=config.num_blocks,
+            max_rows=config.max_rows,
+            max_out_rows=config.max_out_rows,
+            max_adapters=config.max_adapters,
+        )
+        self.executor.num_threads = config.num_threads
+        self.executor.kv_dtype = config.kv_dtype
         return self.executor
 
 
@@ -199,21 +217,34 @@ def fake_plan() -> StepPlan:
     return StepPlan(shape=shape, ops=(Attend(layer=0), Select()))
 
 
-def fake_logits(tokens: Sequence[int]) -> F32Array:
-    """Logits [V] after these tokens, without any cache."""
-    return _logits_of(fake_hash(tokens))
+def fake_adapter(digest: str) -> PackedAdapter:
+    """An adapter whose only content is its digest (hexadecimal digits)."""
+    return PackedAdapter(digest=digest, linears={})
 
 
-def fake_hash(tokens: Sequence[int]) -> int:
+def adapter_key(digest: str) -> int:
+    """What a token differs by if computed with an adapter, by the start of its digest; 0 for none."""
+    return int(digest[:4], 16) * 1024 + 512 if digest else 0
+
+
+def fake_logits(tokens: Sequence[int], adapter: str = "") -> F32Array:
+    """Logits [V] after these tokens, without any cache. `adapter` is a digest."""
+    return _logits_of(fake_hash(tokens, adapter))
+
+
+def fake_hash(tokens: Sequence[int], adapter: str = "") -> int:
     """What the last of these tokens sees."""
-    return _hash(np.array(tokens, np.int64), np.arange(len(tokens)), len(tokens) - 1)
+    keys = np.array(tokens, np.int64) + adapter_key(adapter)
+    return _hash(keys, np.arange(len(tokens)), len(tokens) - 1)
 
 
-def reference_tokens(prompt: Sequence[int], max_tokens: int, *, context: int = 1 << 30) -> list[int]:
+def reference_tokens(
+    prompt: Sequence[int], max_tokens: int, *, context: int = 1 << 30, adapter: str = ""
+) -> list[int]:
     """The greedy answer, computed from scratch for every token."""
     tokens = list(prompt)
     while len(tokens) < min(len(prompt) + max_tokens, context):
-        tokens.append(int(np.argmax(fake_logits(tokens))))
+        tokens.append(int(np.argmax(fake_logits(tokens, adapter))))
         if tokens[-1] == EOS:
             break
     return tokens[len(prompt) :]

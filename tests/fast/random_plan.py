@@ -1,5 +1,7 @@
 """Random small plans and batches, shared by the tests of the executors."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from tokenmill.kernels import (
@@ -78,26 +80,29 @@ def make_plan(
         data=bf16_bits(rng.standard_normal((vocab, hidden), np.float32)), scales=np.zeros(0, np.float16)
     )
 
-    def norm(src: str) -> Norm:
-        weight = 1 + rng.standard_normal(hidden, np.float32) / 8
-        return Norm(src="y" if src == "y" else "x", weight=weight.astype(np.float32), eps=1e-5, act=act)
+    def norm(name: str) -> Norm:
+        weight = (1 + rng.standard_normal(hidden, np.float32) / 8).astype(np.float32)
+        made = Norm(src="x", weight=weight, eps=1e-5, act=act, name=f"{name}.hook_normalized")
+        return replace(made, src="y", act=None) if name == "ln_final" else made
 
-    ops: list[Op] = [Embed(table=table)]
+    ops: list[Op] = [Embed(table=table, name="hook_embed")]
     for layer in range(layers):
+        at = f"blocks.{layer}"
+        out, down = f"{at}.hook_resid_mid", f"{at}.hook_resid_post"
         ops += [
-            norm("x"),
+            norm(f"{at}.ln1"),
             Linear(weight=matrix(shape.qkv_size, hidden), dst="qkv"),
             RopeKv(layer=layer),
-            Attend(layer=layer),
+            Attend(layer=layer, name=f"{at}.attn.hook_z"),
             Quantize(src="z", act=act),
-            Linear(weight=matrix(hidden, heads * head_dim), dst="x", accumulate=True),
-            norm("x"),
-            Linear(weight=matrix(2 * inner, hidden), dst="h", gated=True),
+            Linear(weight=matrix(hidden, heads * head_dim), dst="x", accumulate=True, name=out),
+            norm(f"{at}.ln2"),
+            Linear(weight=matrix(2 * inner, hidden), dst="h", gated=True, name=f"{at}.mlp.hook_post"),
             Quantize(src="h", act=act),
-            Linear(weight=matrix(hidden, inner), dst="x", accumulate=True),
+            Linear(weight=matrix(hidden, inner), dst="x", accumulate=True, name=down),
         ]
-    ops += [Select(), norm("y"), Linear(weight=matrix(vocab, hidden), dst="logits", rows="L")]
-    return StepPlan(shape=shape, ops=tuple(ops))
+    head = Linear(weight=matrix(vocab, hidden), dst="logits", rows="L")
+    return StepPlan(shape=shape, ops=(*ops, Select(), norm("ln_final"), Quantize(src="y", act=act), head))
 
 
 def make_batch(parts: list[tuple[list[int], int, list[int]]], out_rows: list[int] | None = None) -> StepBatch:

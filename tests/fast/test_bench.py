@@ -18,11 +18,11 @@ from tokenmill.engine.bench import (
     machine_rates,
     peak_rss_bytes,
 )
-from tokenmill.kernels import KvDtype, Linear, PackedLinear, Select, StepPlan
+from tokenmill.kernels import Linear, PackedLinear, Select, StepPlan
 from tokenmill.kernels.plan import LinearKind
 from tokenmill.kernels.probe import MachineLimits
+from tokenmill.models.compile import ExecutorConfig
 from tokenmill.models.directory import ModelDirectory
-from tokenmill.models.pack import WeightFormat
 
 LIMITS = MachineLimits(
     isa="portable", num_threads=2, int8_tops=1e-6, bf16_tops=5e-7, read_gb_s={1: 2e-6, 100: 1e-6}
@@ -52,26 +52,8 @@ class Bench:
         self.executors: list[FakeExecutor] = []
         self._ticks = 0
 
-    def create(
-        self,
-        directory: ModelDirectory,
-        *,
-        weights: WeightFormat,
-        max_rows: int,
-        max_out_rows: int,
-        num_blocks: int,
-        num_threads: int | None,
-        kv_dtype: KvDtype,
-    ) -> FakeExecutor:
-        executor = self.model.create(
-            directory,
-            weights=weights,
-            max_rows=max_rows,
-            max_out_rows=max_out_rows,
-            num_blocks=num_blocks,
-            num_threads=num_threads,
-            kv_dtype=kv_dtype,
-        )
+    def create(self, directory: ModelDirectory, config: ExecutorConfig) -> FakeExecutor:
+        executor = self.model.create(directory, config)
         body = Linear(weight=matrix(self.kind, 8, 8), dst="x")
         head = Linear(weight=matrix(self.kind, VOCAB, 8), dst="logits", rows="L")
         executor.plan = StepPlan(shape=executor.plan.shape, ops=(body, Select(), head))

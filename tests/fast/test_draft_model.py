@@ -30,7 +30,8 @@ def fresh_draft(row: DraftRow) -> tuple[int, ...]:
     tokens = list(row.tokens)
     for _ in range(row.max_tokens):
         logits_LV = fake_logits(tokens)[None]
-        result = sample(logits_LV, [SamplingRow(row.params, row.seed, len(tokens))])
+        text = array("i", tokens)
+        result = sample(logits_LV, [SamplingRow(row.params, row.seed, len(tokens), 0, text, row.num_prompt)])
         tokens.append(int(result.token_ids[0]))
     return tuple(tokens[len(row.tokens) :])
 
@@ -127,16 +128,10 @@ def test_more_rows_than_logits_fit_draft_in_turn() -> None:
     assert drafted(model, rows[2:]) == [fresh_draft(rows[2])]
 
 
-def test_a_row_that_wants_nothing_is_caught_up_without_logits() -> None:
+def test_a_row_that_wants_nothing_costs_nothing() -> None:
     model, executor = draft_model()
     row = draft_row(prompts(1, 10)[0], max_tokens=0)
-    assert drafted(model, [row]) == [()]
-    assert [len(step.out_rows) for step in executor.steps] == [0]
-    executor.steps.clear()
-    assert drafted(model, [row]) == [()] and not executor.steps, "its last row waits for a draft"
-    wanting = row._replace(max_tokens=1)
-    assert drafted(model, [wanting]) == [fresh_draft(wanting)]
-    assert executor.steps[0].num_rows == 1
+    assert drafted(model, [row]) == [()] and not executor.steps
 
 
 def test_blocks_come_back() -> None:

@@ -172,13 +172,16 @@ def test_an_odd_gated_unit_is_refused() -> None:
 def test_a_plan_names_its_points() -> None:
     plan = compile_plan(ARCHITECTURE, pack_model(ARCHITECTURE, RandomWeights(ARCHITECTURE), "bf16"))
     names = [op.name for op in plan.ops if op.name]
-    assert names[:5] == [
+    assert names[:7] == [
         "hook_embed",
+        "blocks.0.ln1.hook_normalized",
         "blocks.0.attn.hook_z",
         "blocks.0.hook_resid_mid",
+        "blocks.0.ln2.hook_normalized",
         "blocks.0.mlp.hook_post",
         "blocks.0.hook_resid_post",
     ]
+    assert names[-1] == "ln_final.hook_normalized"
     assert create_executor(plan, max_rows=4, max_out_rows=4, num_blocks=1).plan is plan
 
 

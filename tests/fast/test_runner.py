@@ -3,7 +3,7 @@
 import numpy as np
 
 from tests.fast.engine_fakes import FakeExecutor, fake_logits
-from tokenmill.engine.runner import Runner
+from tokenmill.engine.runner import OutRows, Runner
 from tokenmill.engine.scheduler import BlockMoves, Chunk, Schedule
 from tokenmill.engine.sequence import ScoringState
 
@@ -40,6 +40,7 @@ def test_more_rows_than_the_head_holds_come_in_passes_over_one_body() -> None:
     first, second = sequence(10, [3], 100), sequence(12, [1])
     seen = []
     for out in Runner(executor).run(schedule((first, 0, 10, 7), (second, 0, 12, 3))):
+        assert isinstance(out, OutRows)
         assert out.logits_LV.shape[0] == len(out.rows) <= 4
         for row, logits_V in zip(out.rows, out.logits_LV, strict=True):
             tokens = row.sequence.tokens[: row.position + 1]
@@ -64,4 +65,5 @@ def test_a_wrong_block_gives_other_logits() -> None:
     state.table.clear()
     state.table.extend([4, 2])
     (out,) = list(runner.run(schedule((state, 34, 35, 1))))
+    assert isinstance(out, OutRows)
     assert not np.array_equal(out.logits_LV[0], fake_logits(state.tokens[:35]))

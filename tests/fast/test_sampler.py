@@ -49,7 +49,7 @@ def logits(num_rows: int = 1, vocab: int = VOCAB, seed: int = 1, scale: float = 
 
 def marked_logits() -> F32Array:
     """One row [V] in which the tokens that the forms treat are likely."""
-    logits_V = logits()[0]
+    logits_V: F32Array = logits()[0]
     logits_V[[*PROMPT, *OUTPUT, *(word[-1] for word in BAD_WORDS), 1, 2, 61]] += 2.5
     return logits_V
 
@@ -150,7 +150,7 @@ def test_draws_follow_the_definition(name: str) -> None:
 
 
 def test_a_slightly_wrong_distribution_is_noticed() -> None:
-    logits_V = logits()[0]
+    logits_V: F32Array = logits()[0]
     counts = draws(logits_V, make_row(temperature=1.05))
     assert not is_plausible(counts, expected(logits_V, "temperature"))
 

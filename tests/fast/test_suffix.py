@@ -159,8 +159,8 @@ def test_own_tokens_are_continued_from_prompt_and_answer() -> None:
 
 def test_finished_answers_of_the_tenant_are_continued_and_prompts_are_not() -> None:
     proposer = SuffixProposer()
-    row = draft_row([50, 51, 52, 1, 2, 3, 4], "past", num_prompt=3)
-    proposer.propose([row])
+    for tokens in ([50, 51, 52, 1, 2], [50, 51, 52, 1, 2, 3, 4]):
+        proposer.propose([draft_row(tokens, "past", num_prompt=3)])
     proposer.forget("past")
     proposer.propose([])
     assert ask(proposer, [9, 1, 2]).tokens == (3, 4)

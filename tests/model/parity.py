@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from tests.fast.random_plan import make_batch
-from tokenmill.kernels import Executor, F32Array, NumpyExecutor, StepBatch, choose_isa
-from tokenmill.models.compile import create_executor
+from tokenmill.kernels import Executor, F32Array, NumpyExecutor, StepBatch
+from tokenmill.models.compile import ExecutorConfig, create_executor
 from tokenmill.models.directory import ModelDirectory
 from tokenmill.models.pack import WeightFormat
 
@@ -63,7 +63,7 @@ def check_parity(model_dir: Path, weights: WeightFormat, *, num_prompts: int, nu
     model = ModelDirectory.open(model_dir)
     rows = PER_STEP * num_tokens
     native = create_executor(
-        model, weights=weights, max_rows=rows, max_out_rows=rows, num_blocks=64, isa=choose_isa()
+        model, ExecutorConfig(weights=weights, max_rows=rows, max_out_rows=rows, num_blocks=64)
     )
     twin = NumpyExecutor(native.plan, max_rows=rows, max_out_rows=rows, num_blocks=64, ordered=True)
     texts = prompts(model, num_prompts, num_tokens)

@@ -36,6 +36,7 @@ from tokenmill.engine.mock import MockFault, MockModel, MockScript
 from tokenmill.engine.process import EngineServer, Link
 from tokenmill.engine.sequence import GenerationState
 from tokenmill.engine.supervisor import EngineProcess
+from tokenmill.engine.taps import Tap
 
 LONG = 3000
 
@@ -349,10 +350,10 @@ class Broken(LocalEngine):
     def step(self) -> StepResult:
         raise RuntimeError("step")
 
-    def submit(self, request: Request) -> tuple[GenerationState, ...]:
+    def submit(self, request: Request, taps: Sequence[Tap] = ()) -> tuple[GenerationState, ...]:
         if request.request_id == "bad":
             raise RuntimeError("submit")
-        return super().submit(request)
+        return super().submit(request, taps)
 
 
 def test_an_engine_that_raises_ends_the_process_but_for_a_submission() -> None:

@@ -32,11 +32,10 @@ from tokenmill.costs import (
 )
 from tokenmill.engine.config import LLMConfig
 from tokenmill.engine.llm import LLM, Progress
-from tokenmill.engine.local import ExecutorFactory
 from tokenmill.kernels import KV_BLOCK, StepPlan
 from tokenmill.kernels.probe import MachineLimits
 from tokenmill.models.architecture import Architecture
-from tokenmill.models.compile import create_executor
+from tokenmill.models.compile import ExecutorFactory, create_executor
 from tokenmill.models.directory import ModelDirectory
 from tokenmill.models.pack import WEIGHT_FORMATS, WeightFormat
 

@@ -32,7 +32,8 @@ class LLMConfig:
 
     `swap_tokens` is the size of a file, in `swap_folder` (default: the system's for temporary files), that
     keeps what preempted requests had computed. `speculation` "lookup" guesses from what was seen before,
-    where that pays. While requests of the fast tier run, a step takes about `fast_step_s` seconds at most.
+    where that pays. `max_adapters` is how many adapters may be loaded at a time. While requests of the fast
+    tier run, a step takes about `fast_step_s` seconds at most.
     """
 
     weights: WeightFormat = "w8a8"
@@ -46,6 +47,7 @@ class LLMConfig:
     swap_tokens: int = 0
     swap_folder: Path | None = None
     speculation: Speculation = "off"
+    max_adapters: int = 0
     fast_step_s: float = 0.1
 
     def __post_init__(self) -> None:
@@ -64,6 +66,7 @@ class LLMConfig:
         if self.kv_tokens is not None:
             _check("kv_tokens", self.kv_tokens, KV_BLOCK, 1 << 31)
         _check("swap_tokens", self.swap_tokens, 0, 1 << 34)
+        _check("max_adapters", self.max_adapters, 0, 1 << 10)
         _check("fast_step_s", self.fast_step_s, 1e-3, 60.0)
 
     def num_blocks(self, architecture: Architecture) -> int:

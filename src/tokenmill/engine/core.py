@@ -11,21 +11,22 @@ that the one it belongs to fails alone.
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from heapq import heappop, heappush
-from typing import NamedTuple
 
 from tokenmill.core import FinishReason
+from tokenmill.engine.outputs import take_hidden, take_logits
 from tokenmill.engine.proposers import Proposer
-from tokenmill.engine.runner import OutRows, Runner
-from tokenmill.engine.sampler import SamplingRow, logprobs_of, sample, top_logprobs
+from tokenmill.engine.runner import HiddenRows, OutRows, Runner, TapFailure
 from tokenmill.engine.scheduler import BlockMoves, Schedule, Scheduler, StepLimits
-from tokenmill.engine.sequence import GenerationState, ScoringState, SequenceState
+from tokenmill.engine.sequence import GenerationState, SequenceState
 from tokenmill.engine.speculator import Speculator
 from tokenmill.engine.step_time import StepTimeModel
 from tokenmill.engine.swap import SwapFile, measure_swap
-from tokenmill.kernels import KV_BLOCK, Executor, F32Array
+from tokenmill.engine.tapping import check_taps
+from tokenmill.engine.taps import intervention_digest
+from tokenmill.kernels import KV_BLOCK, Executor
 from tokenmill.kvcache import BlockPool, PrefixChain, prefix_root
 
 __all__ = ["CoreConfig", "EngineCore", "StepResult", "StepStats"]
@@ -98,7 +99,7 @@ class EngineCore:
         self.step_time = StepTimeModel()
         self._swap = swap
         self._swap_s = 0.0 if swap is None else measure_swap(swap)
-        self._speculator = None if proposer is None else Speculator(proposer, self.step_time, clock=clock)
+        self._speculator = Speculator(proposer, self.step_time, clock=clock)
         self._config = config
         self._executor = executor
         self._runner = Runner(executor)
@@ -111,7 +112,10 @@ class EngineCore:
         return self.scheduler.has_work
 
     def submit(self, sequence: SequenceState) -> None:
-        """Queue a sequence. Raises `ResourceError` if the cache could never hold it, or the queue is full."""
+        """Queue a sequence. Raises `ResourceError` if the cache could never hold it, or the queue is full,
+        and `UsageError` for a tap that the plan does not have.
+        """
+        check_taps(self._runner.points, sequence.taps)
         self.scheduler.submit(sequence)
         for each in (sequence, *sequence.siblings):
             each.chain = self._chain(each)
@@ -164,8 +168,8 @@ class EngineCore:
             tenant=sequence.tenant,
             model=self._config.model,
             layout=self._executor.kv_dtype,
-            adapter="",
-            intervention="",
+            adapter=sequence.adapter.digest,
+            intervention=intervention_digest(sequence.taps),
         )
         return PrefixChain(root, KV_BLOCK)
 
@@ -196,8 +200,7 @@ class EngineCore:
             suspect = self._suspects.popleft()
             if suspect in self.scheduler.running:
                 return self.scheduler.schedule(only=suspect)
-        if self._speculator is not None:
-            self._speculator.guess(self.scheduler)
+        self._speculator.guess(self.scheduler)
         return self.scheduler.schedule(max_rows=self._max_rows())
 
     def _max_rows(self) -> int | None:
@@ -216,12 +219,17 @@ class EngineCore:
         self._move(schedule.moves)
         if schedule.chunks:
             for out in self._runner.run(schedule):
-                self._take(out)
+                match out:
+                    case OutRows():
+                        take_logits(out, self.clock)
+                    case HiddenRows():
+                        take_hidden(out)
+                    case TapFailure():
+                        out.sequence.fail(str(out.error), now_s=self.clock())
         self.scheduler.commit(schedule)
         seconds = self.clock() - began
         self.step_time.observe(schedule.num_rows, schedule.num_kv_tokens, schedule.num_out_rows, seconds)
-        if self._speculator is not None:
-            self._speculator.settle(schedule, seconds)
+        self._speculator.settle(schedule, seconds)
         for chunk in schedule.chunks:
             if chunk.sequence.siblings:
                 self._branch(chunk.sequence)
@@ -270,95 +278,5 @@ class EngineCore:
 
     def _remove(self, sequence: SequenceState) -> None:
         self.scheduler.remove(sequence, damaged=bool(sequence.error))
-        if self._speculator is not None and isinstance(sequence, GenerationState):
+        if isinstance(sequence, GenerationState):
             self._speculator.forget(sequence)
-
-    def _take(self, out: OutRows) -> None:
-        """Hand each row of logits to its sequence."""
-        sampled: list[_Sample] = []
-        scored: list[tuple[int, int, ScoringState]] = []
-        prompts: list[tuple[int, int, GenerationState]] = []
-        for index, (sequence, position) in enumerate(out.rows):
-            if isinstance(sequence, ScoringState):
-                scored.append((index, position, sequence))
-            elif isinstance(sequence, GenerationState) and position < sequence.num_prompt - 1:
-                prompts.append((index, position, sequence))
-            elif isinstance(sequence, GenerationState):
-                sampled += _samples(sequence, position, index)
-        if sampled:
-            self._sample(out.logits_LV, sampled)
-        if scored:
-            _score(out.logits_LV, scored)
-        if prompts:
-            _score_prompts(out.logits_LV, prompts)
-
-    def _sample(self, logits_LV: F32Array, samples: Sequence["_Sample"]) -> None:
-        """Choose a token for each row and append those that stand.
-
-        A row stands if every guess before it was right. Rows come in order, so it is enough to look at the
-        last: its position must be the sequence's last, and it must have been computed from that token.
-        """
-        result = sample(logits_LV, [each.row for each in samples])
-        now_s = self.clock()
-        for each in samples:
-            each.state.num_drafted += each.is_draft
-        for each, token_id, valid, logprobs in zip(
-            samples, result.token_ids.tolist(), result.valid.tolist(), result.logprobs, strict=True
-        ):
-            state, position = each.state, each.row.position
-            if state.finished or position != state.num_total or each.last_token != state.tokens[-1]:
-                continue
-            if each.is_draft:
-                state.num_accepted += 1
-            if valid:
-                state.append(token_id, logprobs, now_s=now_s)
-            else:
-                state.fail(_NOT_FINITE, now_s=now_s)
-
-
-class _Sample(NamedTuple):
-    """A row to be sampled, for whom, and the token that it was computed from."""
-
-    row: SamplingRow
-    state: GenerationState
-    last_token: int
-    is_draft: bool
-
-
-def _samples(state: GenerationState, position: int, logits_row: int) -> Iterator[_Sample]:
-    """The samples taken from the logits at one position: one, or where the prompt ends one a completion."""
-    # Tokens of an earlier row of this step may be appended already; drafts follow the last computed token.
-    known = state.num_computed + 1 if state.drafts else state.num_total
-    tokens = state.tokens[:known] + state.drafts if state.drafts else state.tokens
-    family = (state, *state.siblings) if position == state.num_prompt - 1 else (state,)
-    for each in family:
-        row = SamplingRow(
-            params=each.params,
-            seed=each.seed,
-            position=position + 1,
-            logits_row=logits_row,
-            tokens=tokens,
-            num_prompt=each.num_prompt,
-            banned=each.banned_at(position + 1),
-            bad_words=each.bad_words,
-        )
-        yield _Sample(row, each, tokens[position], position >= known)
-
-
-def _score(logits_LV: F32Array, rows: Sequence[tuple[int, int, ScoringState]]) -> None:
-    targets = [state.target(position) for _, position, state in rows]
-    logprobs = logprobs_of(_select(logits_LV, [index for index, _, _ in rows]), targets)
-    for (_, position, state), logprob in zip(rows, logprobs, strict=True):
-        state.append(position, logprob)
-
-
-def _score_prompts(logits_LV: F32Array, rows: Sequence[tuple[int, int, GenerationState]]) -> None:
-    for index, position, state in rows:
-        num_top = state.params.prompt_logprobs or 0
-        target = state.tokens[position + 1]
-        state.append_prompt(position, top_logprobs(logits_LV[index : index + 1], [target], num_top)[0])
-
-
-def _select(logits_LV: F32Array, indices: list[int]) -> F32Array:
-    """These rows; the buffer itself, not a copy, where that is all of them."""
-    return logits_LV if len(indices) == logits_LV.shape[0] else logits_LV[indices]

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tokenmill.core import UsageError
-from tokenmill.engine.proposers import Draft, DraftRow, SequenceKey
+from tokenmill.engine.proposers import NO_DRAFT, Draft, DraftRow, SequenceKey
 from tokenmill.engine.sampler import SamplingRow, logprobs_of, sample
 from tokenmill.kernels import KV_BLOCK, Executor, I32Array, StepBatch
 from tokenmill.kvcache import BlockPool, BlockTable
@@ -55,7 +55,11 @@ class DraftModel:
         return self._pool.num_in_use
 
     def propose(self, rows: Sequence[DraftRow]) -> list[Draft]:
-        """Draft greedily or with each row's noise. A row that is still behind gets no draft."""
+        """Draft greedily or with each row's noise. A row that is still behind, or wants none, gets none."""
+        drafts = iter(self._propose([row for row in rows if row.max_tokens > 0]))
+        return [next(drafts) if row.max_tokens > 0 else NO_DRAFT for row in rows]
+
+    def _propose(self, rows: Sequence[DraftRow]) -> list[Draft]:
         for row in reversed(rows):
             self._sequences.setdefault(row.key, _Sequence()).begin(row, self._num_wanted(row))
             self._sequences.move_to_end(row.key)
@@ -128,7 +132,18 @@ class DraftModel:
     def _sample(self, sequences: list["_Sequence"]) -> list["_Sequence"]:
         """Give each a token, unless its logits are broken; returns those that got one."""
         logits_LV = self._executor.buffer("logits")[: len(sequences)]
-        result = sample(logits_LV, [SamplingRow(s.row.params, s.row.seed, s.num_total) for s in sequences])
+        rows = [
+            SamplingRow(
+                s.row.params,
+                s.row.seed,
+                s.num_total,
+                i,
+                s.row.tokens + array("i", s.tokens),
+                s.row.num_prompt,
+            )
+            for i, s in enumerate(sequences)
+        ]
+        result = sample(logits_LV, rows)
         token_ids, valid = result.token_ids.tolist(), result.valid.tolist()
         logprobs = logprobs_of(logits_LV, token_ids)
         for sequence, token_id, logprob, is_valid in zip(sequences, token_ids, logprobs, valid, strict=True):

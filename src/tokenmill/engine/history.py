@@ -75,6 +75,7 @@ class SuffixProposer:
             if row.key not in self._states:
                 self._states[row.key] = _State(row, self._config.sequence_tokens)
             state = self._states[row.key]
+            state.tokens = row.tokens
             budget -= state.own.extend(row.tokens, state.own.num_seen, budget)
             drafts.append(self._draft(row, state))
         while self._finished and budget > 0:

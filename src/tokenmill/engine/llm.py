@@ -7,8 +7,9 @@ once is not covered: one `LLM` belongs to one thread.
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from tokenmill.core import (
     Completion,
@@ -19,12 +20,15 @@ from tokenmill.core import (
     Score,
     UsageError,
 )
+from tokenmill.engine.calibration import InputStats
 from tokenmill.engine.config import LLMConfig
 from tokenmill.engine.core import StepStats
-from tokenmill.engine.local import ExecutorFactory, LocalEngine
+from tokenmill.engine.embedding import Pooling, embeddings
+from tokenmill.engine.local import LocalEngine
 from tokenmill.engine.sequence import GenerationState, ScoringState, SequenceState
-from tokenmill.kernels import StepPlan
-from tokenmill.models.compile import create_executor
+from tokenmill.engine.taps import Tap
+from tokenmill.kernels import F32Array, StepPlan
+from tokenmill.models.compile import ExecutorFactory, create_executor
 from tokenmill.models.directory import ModelDirectory
 
 __all__ = ["LLM", "Progress", "ProgressCallback"]
@@ -95,48 +99,56 @@ class LLM:
         prompts: Sequence[str],
         params: SamplingParams | Sequence[SamplingParams],
         *,
+        adapter: str = "",
+        taps: Sequence[Tap] = (),
         on_progress: ProgressCallback | None = None,
     ) -> list[Completion]:
         """Continue each prompt, in order; `n` completions a prompt, one unless its parameters say more.
 
+        `adapter` names a loaded adapter; `taps` read or change what the model computes for these prompts.
         Raises `UsageError` for a prompt that is empty or leaves no room in the context, and `ResourceError`
         for one that the KV cache could never hold; then nothing was generated.
         """
         if isinstance(prompts, str):
             raise UsageError("prompts is one string", hint="give a list of prompts")
         ids = [self.encode(prompt) for prompt in prompts]
-        return self.generate_tokens(ids, params, on_progress=on_progress)
+        return self.generate_tokens(ids, params, adapter=adapter, taps=taps, on_progress=on_progress)
 
     def chat(
         self,
         conversations: Sequence[Sequence[Message]],
         params: SamplingParams | Sequence[SamplingParams],
         *,
+        adapter: str = "",
         on_progress: ProgressCallback | None = None,
     ) -> list[Completion]:
-        """Answer each conversation with the model's chat template; errors as in `generate`."""
+        """Answer each conversation with the model's chat template; the rest as in `generate`."""
         ids = [self.encode_chat(conversation) for conversation in conversations]
-        return self.generate_tokens(ids, params, on_progress=on_progress)
+        return self.generate_tokens(ids, params, adapter=adapter, on_progress=on_progress)
 
     def generate_tokens(
         self,
         prompts: Sequence[Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams],
         *,
+        adapter: str = "",
+        taps: Sequence[Tap] = (),
         on_progress: ProgressCallback | None = None,
     ) -> list[Completion]:
-        """Continue prompts given as token ids; errors as in `generate`."""
+        """Continue prompts given as token ids; the rest as in `generate`."""
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise UsageError(
                 f"{len(prompts)} prompts and {len(each)} sampling parameters",
                 hint="give one set of parameters, or one a prompt",
             )
-        families = [self._prepare(ids, one) for ids, one in zip(prompts, each, strict=True)]
+        families = [self._prepare(ids, one, adapter, taps) for ids, one in zip(prompts, each, strict=True)]
         self._drive([state for family in families for state in family], on_progress)
         return [state.completion() for family in families for state in family]
 
-    def stream(self, prompt: str | Sequence[int], params: SamplingParams) -> Iterator[str | Completion]:
+    def stream(
+        self, prompt: str | Sequence[int], params: SamplingParams, *, adapter: str = ""
+    ) -> Iterator[str | Completion]:
         """Yield the answer's text piece by piece as it is made, and last the whole `Completion`.
 
         Errors as in `generate`, at the call. Closing the iterator early cancels the request.
@@ -144,7 +156,7 @@ class LLM:
         if params.n > 1:
             raise UsageError(f"n is {params.n} in a stream", hint="stream one completion, or use generate")
         ids = self.encode(prompt) if isinstance(prompt, str) else prompt
-        return self._stream(self._prepare(ids, params)[0])
+        return self._stream(self._prepare(ids, params, adapter)[0])
 
     def score(
         self,
@@ -186,6 +198,42 @@ class LLM:
         windows = [token_ids[first : first + window] for first in range(0, len(token_ids), window)]
         return self._score([(ids, 0) for ids in windows if len(ids) > 1], on_progress)
 
+    def embed(
+        self,
+        texts: Sequence[str],
+        *,
+        pooling: Pooling = "mean",
+        normalize: bool = True,
+        on_progress: ProgressCallback | None = None,
+    ) -> F32Array:
+        """Embeddings [N, D] of texts: the final norm's rows, their mean or the last one.
+
+        `normalize` scales each to length 1. Raises `UsageError` for a text that is empty or longer than the
+        model's context.
+        """
+        ids = [self.encode(text) for text in texts]
+        states = [self._engine.prepare_embedding(self._next_id(), each, pooling) for each in ids]
+        self._drive(states, on_progress)
+        return embeddings(states, hidden_size=self.plan.shape.hidden_size, normalize=normalize)
+
+    def calibrate(
+        self, windows: Iterable[Sequence[int]], points: Sequence[str], *, second_moment: bool = False
+    ) -> Mapping[str, InputStats]:
+        """Statistics of linears' inputs over token windows; see `tokenmill.engine.calibration`."""
+        return self._engine.calibrate(windows, points, second_moment=second_moment)
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Load a LoRA adapter in the layout of PEFT under a name. `max_adapters` of the configuration counts."""
+        self._engine.load_adapter(name, folder)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter."""
+        self._engine.unload_adapter(name)
+
+    def close(self) -> None:
+        """End what runs beside this process. The rest goes with the object."""
+        self._engine.close()
+
     def _score(
         self, pairs: Sequence[tuple[Sequence[int], int]], on_progress: ProgressCallback | None
     ) -> list[Score]:
@@ -202,10 +250,12 @@ class LLM:
             return None
         return self._engine.prepare_score(self._next_id(), ids, num_context)
 
-    def _prepare(self, ids: Sequence[int], params: SamplingParams) -> tuple[GenerationState, ...]:
+    def _prepare(
+        self, ids: Sequence[int], params: SamplingParams, adapter: str, taps: Sequence[Tap] = ()
+    ) -> tuple[GenerationState, ...]:
         """The states of a new request, not submitted yet."""
-        request = Request(request_id=self._next_id(), prompt=tuple(ids), params=params)
-        return self._engine.prepare(request)
+        request = Request(request_id=self._next_id(), prompt=tuple(ids), params=params, adapter=adapter)
+        return self._engine.prepare(request, taps)
 
     def _next_id(self) -> str:
         self._num_requests += 1

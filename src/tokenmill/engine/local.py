@@ -6,45 +6,31 @@ offline `LLM` in its own loop, the engine process between two looks at its socke
 
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Protocol
+from pathlib import Path
 
-from tokenmill.core import Message, Request, SamplingParams, UsageError
+from tokenmill.core import Grammar, Message, Request, SamplingParams, UsageError
+from tokenmill.engine.adapters import AdapterSlots
+from tokenmill.engine.calibration import InputStats, calibrate
 from tokenmill.engine.config import LLMConfig
 from tokenmill.engine.core import CoreConfig, EngineCore, StepResult
 from tokenmill.engine.detokenizer import Detokenizer
 from tokenmill.engine.draft_model import DraftModel
+from tokenmill.engine.embedding import EmbeddingState, Pooling
+from tokenmill.engine.grammar import GrammarCompiler
 from tokenmill.engine.history import SuffixProposer
 from tokenmill.engine.ngram import NgramProposer
 from tokenmill.engine.proposers import CombinedProposer, Proposer
 from tokenmill.engine.sequence import GenerationState, ScoringState, SequenceState
 from tokenmill.engine.swap import SwapFile
-from tokenmill.kernels import KV_BLOCK, Executor, KvDtype, StepPlan
+from tokenmill.engine.taps import Tap
+from tokenmill.kernels import KV_BLOCK, Executor, StepPlan
 from tokenmill.models.chat_template import ChatTemplate, encode_chat
-from tokenmill.models.compile import create_executor
+from tokenmill.models.compile import ExecutorConfig, ExecutorFactory, create_executor
 from tokenmill.models.directory import ModelDirectory
-from tokenmill.models.pack import WeightFormat
 
-__all__ = ["ExecutorFactory", "LocalEngine"]
-
-
-class ExecutorFactory(Protocol):
-    """Compiles a model directory to an executor; the default is `tokenmill.models.compile`."""
-
-    def __call__(
-        self,
-        directory: ModelDirectory,
-        *,
-        weights: WeightFormat,
-        max_rows: int,
-        max_out_rows: int,
-        num_blocks: int,
-        num_threads: int | None,
-        kv_dtype: KvDtype,
-    ) -> Executor:
-        """Compile; the executor has `num_blocks` KV blocks."""
-        ...
+__all__ = ["LocalEngine"]
 
 
 class LocalEngine:
@@ -64,9 +50,10 @@ class LocalEngine:
     ) -> None:
         self.config = config or LLMConfig()
         self.num_blocks = self.config.num_blocks(model.architecture)
-        executor = self._compile(model, create, self.num_blocks)
+        executor = self._compile(model, create, self.num_blocks, self.config.max_adapters)
         self.plan: StepPlan = executor.plan
         self.tokenizer = model.tokenizer()
+        self.adapters = AdapterSlots(executor, model.architecture, self.config.max_adapters)
         self._model = model
         self._core = EngineCore(
             executor,
@@ -116,20 +103,46 @@ class LocalEngine:
             raise UsageError("the model has no chat template", hint="it is a base model: use generate")
         return encode_chat(self.tokenizer, self._chat_template, conversation)
 
-    def submit(self, request: Request) -> tuple[GenerationState, ...]:
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Load a LoRA adapter, which requests then name. Errors as in `AdapterSlots.load`."""
+        self.adapters.load(name, folder)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter. Raises `NotFoundError` if it is not loaded, `UsageError` while it is used."""
+        slot = self.adapters.find(name)
+        scheduler = self._core.scheduler
+        if any(state.adapter == slot for state in (*scheduler.running, *scheduler.waiting)):
+            raise UsageError(f"requests are using the adapter {name!r}", hint="let them end first")
+        self.adapters.unload(name)
+
+    def check_grammar(self, grammar: Grammar, tenant: str = "") -> None:
+        """Compile a grammar, which may take two seconds, so that `submit` finds it compiled.
+
+        May be called from another thread. Raises `UsageError` for a grammar that is wrong, `ResourceError`
+        for one that costs too much.
+        """
+        self._grammars.check(grammar, tenant)
+
+    def submit(self, request: Request, taps: Sequence[Tap] = ()) -> tuple[GenerationState, ...]:
         """Queue a request; one state for each of its `n` completions.
 
-        Raises `UsageError` for one that cannot be run, `ResourceError` if the cache could never hold it or
-        the queue is full.
+        Raises `UsageError` for one that cannot be run, `NotFoundError` for an adapter that is not loaded,
+        `ResourceError` if the cache could never hold it or the queue is full.
         """
-        states = self.prepare(request)
+        states = self.prepare(request, taps)
         self.submit_state(states[0])
         return states
 
-    def prepare(self, request: Request) -> tuple[GenerationState, ...]:
+    def prepare(self, request: Request, taps: Sequence[Tap] = ()) -> tuple[GenerationState, ...]:
         """The states of a request, checked and not submitted. Errors as in `submit`, but for the queue."""
         self.check_tokens(request.prompt, "prompt", room=1)
         params = request.params
+        if params.n > 1 and any(tap.intervention is None for tap in taps):
+            raise UsageError(
+                f"n is {params.n} for a request that is read", hint="read one completion at a time"
+            )
+        adapter = self.adapters.find(request.adapter)
+        checked = params.grammar and self._grammars.check(params.grammar, request.tenant)
         seed = secrets.randbelow(1 << 62) if params.seed is None else params.seed
         submitted_s = self._core.clock()
         states = [
@@ -141,10 +154,13 @@ class LocalEngine:
                 detokenizer=Detokenizer(self._text_bytes, params.stop),
                 end_token_ids=self._end_token_ids(params),
                 bad_words=self._bad_words(params),
+                grammar=checked.start() if checked else None,
                 submitted_s=submitted_s,
             )
             for index in range(params.n)
         ]
+        for state in states:
+            state.adapter, state.taps = adapter, tuple(taps)
         states[0].branch(states[1:])
         self._core.scheduler.check_fits(states[0])
         return tuple(states)
@@ -154,6 +170,19 @@ class LocalEngine:
         state = ScoringState(request_id, ids, num_context)
         self._core.scheduler.check_fits(state)
         return state
+
+    def prepare_embedding(self, request_id: str, ids: Sequence[int], pooling: Pooling) -> EmbeddingState:
+        """The state of a text to be embedded, checked and not submitted."""
+        self.check_tokens(ids, "text", room=0)
+        state = EmbeddingState(request_id, ids, pooling)
+        self._core.scheduler.check_fits(state)
+        return state
+
+    def calibrate(
+        self, windows: Iterable[Sequence[int]], points: Sequence[str], *, second_moment: bool = False
+    ) -> Mapping[str, InputStats]:
+        """Statistics of what the linears at these points read; see `calibration`."""
+        return calibrate(self._core, windows, points, second_moment=second_moment)
 
     def submit_state(self, state: SequenceState) -> None:
         """Queue a prepared state. Raises `ResourceError` if the queue is full."""
@@ -165,6 +194,11 @@ class LocalEngine:
         Before a request's first token this ends all of its completions.
         """
         self._core.abort(state)
+
+    def close(self) -> None:
+        """End the process that compiles grammars, if there is one. The engine stays usable without them."""
+        if "_grammars" in self.__dict__:
+            self._grammars.close()
 
     def step(self) -> StepResult:
         """Compute one step."""
@@ -188,16 +222,19 @@ class LocalEngine:
         if not 0 <= min(ids) <= max(ids) < vocab_size:
             raise UsageError(f"a {what} has a token id outside the vocabulary of {vocab_size}")
 
-    def _compile(self, model: ModelDirectory, create: ExecutorFactory, num_blocks: int) -> Executor:
-        return create(
-            model,
+    def _compile(
+        self, model: ModelDirectory, create: ExecutorFactory, num_blocks: int, max_adapters: int = 0
+    ) -> Executor:
+        config = ExecutorConfig(
             weights=self.config.weights,
             max_rows=self.config.max_rows,
             max_out_rows=self.config.max_batch,
             num_blocks=num_blocks,
             num_threads=self.config.num_threads,
             kv_dtype=self.config.kv_dtype,
+            max_adapters=max_adapters,
         )
+        return create(model, config)
 
     def _swap_file(self, executor: Executor) -> SwapFile | None:
         num_slots = self.config.swap_tokens // KV_BLOCK
@@ -220,6 +257,11 @@ class LocalEngine:
                 )
             )
         return CombinedProposer(proposers) if proposers else None
+
+    @cached_property
+    def _grammars(self) -> GrammarCompiler:
+        architecture = self._model.architecture
+        return GrammarCompiler(self.tokenizer, architecture.vocab_size, architecture.eos_token_ids)
 
     @cached_property
     def _chat_template(self) -> ChatTemplate | None:

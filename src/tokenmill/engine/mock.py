@@ -37,6 +37,7 @@ from tokenmill.kernels import (
     BufferName,
     F32Array,
     KvDtype,
+    PackedAdapter,
     PlanShape,
     Select,
     StepBatch,
@@ -45,8 +46,8 @@ from tokenmill.kernels import (
 from tokenmill.models.architecture import Architecture
 from tokenmill.models.byte_tokenizer import END_TEXT, END_TOKEN, ByteTokenizer
 from tokenmill.models.chat_template import ChatTemplate
+from tokenmill.models.compile import ExecutorConfig
 from tokenmill.models.directory import ModelDirectory
-from tokenmill.models.pack import WeightFormat
 from tokenmill.models.weights import WeightSource
 
 __all__ = [
@@ -185,6 +186,10 @@ class MockExecutor:
         block: npt.NDArray[np.uint8] = self._kv[index].reshape(-1).view(np.uint8)
         return block
 
+    def set_adapter(self, slot: int, adapter: PackedAdapter | None) -> None:
+        """Raises ValueError: the mock has no slots."""
+        raise ValueError("adapter slot out of range")
+
     def _store(self, batch: StepBatch, view: "_View") -> None:
         """Write each row's token, and the digest of it and all before it, which the cache must know."""
         assert 0 < batch.num_rows <= self.max_rows, f"{batch.num_rows} rows"
@@ -267,23 +272,13 @@ class MockModel(ModelDirectory):
         """Raises NotFoundError: there are none."""
         raise NotFoundError("the mock model has no weights", hint="give `create=model.create` to the engine")
 
-    def create(
-        self,
-        directory: ModelDirectory,
-        *,
-        weights: WeightFormat,
-        max_rows: int,
-        max_out_rows: int,
-        num_blocks: int,
-        num_threads: int | None,
-        kv_dtype: KvDtype,
-    ) -> MockExecutor:
+    def create(self, directory: ModelDirectory, config: ExecutorConfig) -> MockExecutor:
         """Make the executor: the factory to give to `LLM`. Formats and threads mean nothing here."""
         self.executor = MockExecutor(
             self.script,
-            num_blocks=num_blocks,
-            max_rows=max_rows,
-            max_out_rows=max_out_rows,
+            num_blocks=config.num_blocks,
+            max_rows=config.max_rows,
+            max_out_rows=config.max_out_rows,
             sleep=self._sleep,
         )
         return self.executor

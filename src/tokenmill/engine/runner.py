@@ -1,22 +1,26 @@
 """From a schedule to logits: makes the flat batch of a step and runs the executor on it.
 
-A step may want logits of more rows than the executor has room for (scoring wants one for every token).
+A step may want the head for more rows than the executor has room for (scoring wants one for every token).
 Then the body of the plan runs once, and its head again for each further group of rows, so memory stays
-bounded at `max_out_rows` x vocabulary. What the logits mean is not decided here.
+bounded at `max_out_rows` x vocabulary. Rows that want the final norm only (embeddings, taps on it) are
+groups of their own, which stop before the vocabulary. Taps split the plan where they lie; a step without
+them is one call. What the rows mean is not decided here.
 """
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from itertools import groupby
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
 from tokenmill.engine.scheduler import Chunk, Schedule
 from tokenmill.engine.sequence import SequenceState
+from tokenmill.engine.tapping import FINAL_NORM, RowSpan, TapCall, TapPoints, tap_calls, tap_points
 from tokenmill.kernels import Executor, F32Array, I32Array, StepBatch
 
-__all__ = ["OutRow", "OutRows", "Runner"]
+__all__ = ["HiddenRows", "OutRow", "OutRows", "Runner", "StepOutput", "TapFailure"]
 
 
 class OutRow(NamedTuple):
@@ -34,51 +38,161 @@ class OutRows:
     logits_LV: F32Array
 
 
+@dataclass(frozen=True, kw_only=True)
+class HiddenRows:
+    """The final norm [L, D], in true units, of rows whose sequences want no logits. The array is a copy."""
+
+    rows: Sequence[OutRow]
+    hidden_LD: F32Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class TapFailure:
+    """A handler failed its request: nothing the step made of it counts, its blocks least of all."""
+
+    sequence: SequenceState
+    error: Exception
+
+
+StepOutput: TypeAlias = OutRows | HiddenRows | TapFailure
+
+_Wanted: TypeAlias = Literal["logits", "hidden", "tapped"]
+
+
+class _Group(NamedTuple):
+    """Rows that go through the head together, their numbers in the step, and what is wanted of them."""
+
+    wanted: _Wanted
+    rows: Sequence[OutRow]
+    numbers: I32Array
+
+
 class Runner:
     """Runs schedules on one executor, whose KV slots are those of the scheduler's pool."""
 
     def __init__(self, executor: Executor) -> None:
+        self.points: TapPoints = tap_points(executor.plan)
         self._executor = executor
         self._head_start = executor.plan.head_start
 
-    def run(self, schedule: Schedule) -> Iterator[OutRows]:
-        """Compute a step, and yield the logits that it wants in groups of at most `max_out_rows`.
+    def run(self, schedule: Schedule) -> Iterator[StepOutput]:
+        """Compute a step, and yield what it wants in groups of at most `max_out_rows`, then the failures.
 
-        The iterator must be used up: the step runs as it is read.
+        Rows of a sequence that has failed are left out. The iterator must be used up: the step runs as it is
+        read. The taps of every sequence must have passed `check_taps`.
         """
-        rows, out_rows = _out_rows(schedule.chunks)
-        batch = _step_batch(schedule.chunks, out_rows[: self._executor.max_out_rows])
-        if not rows:
-            self._executor.run(batch, last=self._head_start)
-            return
-        self._executor.run(batch)
-        for first in range(0, len(rows), self._executor.max_out_rows):
-            group = rows[first : first + self._executor.max_out_rows]
+        chunks = schedule.chunks
+        groups = _groups(chunks, self.points, self._executor.max_out_rows)
+        batch = _step_batch(chunks, groups[0].numbers if groups else _int32(array("i")))
+        calls = tap_calls(self.points, _body_spans(chunks), head=False)
+        failures: dict[SequenceState, Exception] = {}
+        if not groups:
+            self._advance(batch, 0, self._head_start, calls, failures)
+        first = 0
+        for group in groups:
             if first:
-                group_rows = _int32(out_rows[first : first + len(group)])
-                self._executor.run(replace(batch, out_rows=group_rows), first=self._head_start)
-            yield OutRows(rows=group, logits_LV=self._executor.buffer("logits")[: len(group)])
+                batch = replace(batch, out_rows=group.numbers)
+            calls = calls | tap_calls(self.points, _head_spans(group.rows), head=True)
+            last = None if group.wanted == "logits" else self.points[FINAL_NORM].stop
+            self._advance(batch, first, last, calls, failures)
+            first, calls = self._head_start, {}
+            yield from self._outputs(group, failures)
+        for chunk in chunks:
+            chunk.sequence.num_tapped = max(chunk.sequence.num_tapped, chunk.stop)
+        for sequence, error in failures.items():
+            yield TapFailure(sequence=sequence, error=error)
+
+    def _advance(
+        self,
+        batch: StepBatch,
+        first: int,
+        last: int | None,
+        calls: Mapping[int, Sequence[TapCall]],
+        failures: dict[SequenceState, Exception],
+    ) -> None:
+        """Run [first, last) of the plan, stopping for the calls; their stops are within, in order."""
+        for stop, here in calls.items():
+            self._executor.run(batch, first, stop)
+            first = stop
+            for call in here:
+                if call.sequence in failures:
+                    continue
+                try:
+                    call.run(self._executor)
+                except Exception as error:
+                    failures[call.sequence] = error
+        if first != last:
+            self._executor.run(batch, first, last)
+
+    def _outputs(self, group: _Group, failures: Mapping[SequenceState, Exception]) -> Iterator[StepOutput]:
+        """What the head has made of a group, without the sequences that failed."""
+        kept = [index for index, row in enumerate(group.rows) if row.sequence not in failures]
+        if not kept or group.wanted == "tapped":
+            return
+        rows = [group.rows[index] for index in kept]
+        if group.wanted == "hidden":
+            hidden_LD = self.points[FINAL_NORM].read(self._executor, np.array(kept, np.intp))
+            yield HiddenRows(rows=rows, hidden_LD=hidden_LD)
+            return
+        logits_LV = self._executor.buffer("logits")[: len(group.rows)]
+        yield OutRows(rows=rows, logits_LV=logits_LV if len(kept) == len(group.rows) else logits_LV[kept])
 
 
-def _out_rows(chunks: Sequence[Chunk]) -> tuple[list[OutRow], "array[int]"]:
-    """The rows that need logits, and their numbers in the step."""
-    rows: list[OutRow] = []
-    numbers = array("i")
+def _groups(chunks: Sequence[Chunk], points: TapPoints, size: int) -> list[_Group]:
+    """The rows that go through the head, in groups of at most `size` that want the same."""
+    rows: dict[_Wanted, list[OutRow]] = {"logits": [], "hidden": [], "tapped": []}
+    numbers: dict[_Wanted, array[int]] = {wanted: array("i") for wanted in rows}
+
+    def add(wanted: _Wanted, chunk: Chunk, end: int, positions: Sequence[int]) -> None:
+        rows[wanted] += [OutRow(chunk.sequence, position) for position in positions]
+        numbers[wanted].extend([end - chunk.stop + position for position in positions])
+
     end = 0
     for chunk in chunks:
         end += chunk.num_rows
-        numbers.extend(range(end - chunk.num_out_rows, end))
-        rows += [
-            OutRow(chunk.sequence, position)
-            for position in range(chunk.stop - chunk.num_out_rows, chunk.stop)
-        ]
-    return rows, numbers
+        first_out = chunk.stop - chunk.num_out_rows
+        add("logits" if chunk.sequence.wants_logits else "hidden", chunk, end, range(first_out, chunk.stop))
+        if chunk.sequence.taps:
+            add("tapped", chunk, end, _only_tapped(chunk, points, first_out))
+    return [
+        _Group(wanted, rows[wanted][first : first + size], _int32(numbers[wanted][first : first + size]))
+        for wanted in rows
+        for first in range(0, len(rows[wanted]), size)
+    ]
 
 
-def _step_batch(chunks: Sequence[Chunk], out_rows: "array[int]") -> StepBatch:
+def _only_tapped(chunk: Chunk, points: TapPoints, first_out: int) -> list[int]:
+    """Positions of a chunk before `first_out` at which the head's own point is tapped."""
+    positions_T = np.arange(chunk.start, first_out, dtype=np.int32)
+    span = RowSpan(chunk.sequence, positions_T, positions_T.astype(np.intp))
+    calls = [call for here in tap_calls(points, [span], head=True).values() for call in here]
+    return sorted({position for call in calls for position in call.positions_T.tolist()})
+
+
+def _body_spans(chunks: Sequence[Chunk]) -> Iterator[RowSpan]:
+    """The rows of each tapped chunk in the step."""
+    end = 0
+    for chunk in chunks:
+        end += chunk.num_rows
+        if chunk.sequence.taps:
+            positions_T = np.arange(chunk.start, chunk.stop, dtype=np.int32)
+            yield RowSpan(chunk.sequence, positions_T, np.arange(end - chunk.num_rows, end))
+
+
+def _head_spans(rows: Sequence[OutRow]) -> Iterator[RowSpan]:
+    """The rows of each tapped sequence in a group."""
+    for sequence, numbered in groupby(enumerate(rows), key=lambda each: each[1].sequence):
+        if sequence.taps:
+            mine = list(numbered)
+            positions_T = np.array([row.position for _, row in mine], np.int32)
+            yield RowSpan(sequence, positions_T, np.array([index for index, _ in mine], np.intp))
+
+
+def _step_batch(chunks: Sequence[Chunk], out_rows: I32Array) -> StepBatch:
     """The flat inputs of a step: the rows of all chunks one after the other."""
     tokens, positions, slots, blocks = array("i"), array("i"), array("i"), array("i")
     row_starts, block_starts = array("i", [0]), array("i", [0])
+    adapters = array("i", [chunk.sequence.adapter.number for chunk in chunks])
     for chunk in chunks:
         table = chunk.sequence.table
         tokens.extend(chunk.sequence.rows(chunk.start, chunk.stop))
@@ -94,7 +208,8 @@ def _step_batch(chunks: Sequence[Chunk], out_rows: "array[int]") -> StepBatch:
         row_starts=_int32(row_starts),
         block_starts=_int32(block_starts),
         blocks=_int32(blocks).reshape(-1, 3),
-        out_rows=_int32(out_rows),
+        out_rows=out_rows,
+        adapters=_int32(adapters if max(adapters) >= 0 else array("i")),
     )
 
 

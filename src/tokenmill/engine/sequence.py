@@ -11,8 +11,20 @@ from array import array
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from tokenmill.core import Completion, FinishReason, Request, Score, Tier, TokenLogprobs, Usage
+from tokenmill.core import (
+    Completion,
+    FinishReason,
+    Request,
+    Score,
+    Tier,
+    TokenLogprobs,
+    TokenmillError,
+    Usage,
+)
+from tokenmill.engine.adapters import NO_ADAPTER
 from tokenmill.engine.detokenizer import Detokenizer
+from tokenmill.engine.grammar import GrammarState
+from tokenmill.engine.taps import Tap, cacheable_prefix
 from tokenmill.kernels import KV_BLOCK
 from tokenmill.kvcache import BlockTable, PrefixChain
 
@@ -36,6 +48,9 @@ class SequenceState:
     rank_s: float = 0.0
     tenant: str = ""
     siblings: "tuple[GenerationState, ...]" = ()
+    taps: tuple[Tap, ...] = ()
+    wants_logits: bool = True
+    """False if the rows from `first_logits` on are wanted as the final norm gives them, without logits."""
 
     def __init__(self, request_id: str, tokens: Iterable[int], max_computed: int) -> None:
         self.request_id = request_id
@@ -46,12 +61,14 @@ class SequenceState:
         self.num_preemptions = 0
         self.num_cached = 0
         self.arrival = -1
+        # Reads have had the positions before this one.
+        self.num_tapped = 0
         self.table = BlockTable(KV_BLOCK)
         self.swap_slots: list[int] = []
         self.reserved = False
         self.chain: PrefixChain | None = None
         self.num_published = 0
-        self.adapter_slot = -1
+        self.adapter = NO_ADAPTER
         self.error = ""
 
     @property
@@ -82,7 +99,7 @@ class SequenceState:
     @property
     def num_skippable(self) -> int:
         """Leading tokens whose rows nobody needs to see: they may come from the prefix cache."""
-        return self.first_logits
+        return cacheable_prefix(self.taps, self.first_logits)
 
     @property
     def finished(self) -> bool:
@@ -129,6 +146,7 @@ class GenerationState(SequenceState):
         detokenizer: Detokenizer,
         end_token_ids: frozenset[int],
         bad_words: tuple[tuple[int, ...], ...] = (),
+        grammar: GrammarState | None = None,
         submitted_s: float,
     ) -> None:
         assert 0 < len(request.prompt) < max_total, "a prompt is not empty and leaves room for one token"
@@ -137,7 +155,6 @@ class GenerationState(SequenceState):
         self.index = index
         self.params = request.params
         self.tenant = request.tenant
-        self.adapter = request.adapter
         self.tier = request.tier
         self.rank_s = submitted_s + TIER_DELAY_S[request.tier]
         self.expires_s = None if request.timeout_s is None else submitted_s + request.timeout_s
@@ -145,6 +162,7 @@ class GenerationState(SequenceState):
         self.seed = seed
         self.max_total = max_total
         self.bad_words = bad_words
+        self.grammar = grammar
         self.finish_reason: FinishReason | None = None
         self.submitted_s = submitted_s
         self.first_token_s: float | None = None
@@ -176,8 +194,8 @@ class GenerationState(SequenceState):
 
     @property
     def can_draft(self) -> bool:
-        """False if nobody may see a row that holds a guess."""
-        return True
+        """False if nobody may see a row that holds a guess: a tap would."""
+        return not self.taps
 
     @property
     def finished(self) -> bool:
@@ -212,7 +230,9 @@ class GenerationState(SequenceState):
         self._pieces.append(piece.text)
         if piece.stopped:
             self.finish("stopped", now_s=now_s)
-        elif self.num_total == self.max_total:
+        elif self._follow_grammar(token_id, now_s):
+            self.finish("completed", now_s=now_s)
+        elif self.num_total == self.max_total and not self.finished:
             self.finish("length", now_s=now_s)
 
     def append_prompt(self, position: int, logprobs: TokenLogprobs) -> None:
@@ -270,6 +290,17 @@ class GenerationState(SequenceState):
         self.siblings = tuple(siblings)
         for sibling in siblings:
             sibling._prompt_logprobs = self._prompt_logprobs
+
+    def _follow_grammar(self, token_id: int, now_s: float) -> bool:
+        """Go on in the grammar; true if the text is complete. A limit that is reached fails the request."""
+        if self.grammar is None:
+            return False
+        try:
+            self.grammar.accept(token_id)
+            return self.grammar.finished
+        except TokenmillError as error:
+            self.fail(str(error), now_s=now_s)
+            return False
 
     @property
     def _scores_prompt(self) -> bool:

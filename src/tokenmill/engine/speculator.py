@@ -1,23 +1,26 @@
 """Guessing as part of the step loop: asks for drafts before a step is planned, settles them after it ran.
 
-    running sequences ─► proposer ─► controller: how many are worth their rows ─► state.drafts
+    running sequences ─► proposer, grammar ─► controller: how many are worth their rows ─► state.drafts
     step ─► tokens that stood ─► proposer and controller learn; the step's time is compared with a plain one
 
-Verification needs nothing from here: a guess stands if the model draws the same token (`core.py`), so
-answers are those of plain decoding whatever is guessed.
+Verification needs nothing from here: a guess stands if the model draws the same token (`outputs.py`), so
+answers are those of plain decoding whatever is guessed. Where a grammar leaves one text only, its tokens
+are guesses that cannot be wrong, and need no proposer.
 """
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from tokenmill.engine.proposers import Draft, DraftRow, Proposer
+from tokenmill.engine.proposers import NO_DRAFT, Draft, DraftRow, Proposer
 from tokenmill.engine.scheduler import Schedule, Scheduler
-from tokenmill.engine.sequence import GenerationState
+from tokenmill.engine.sequence import GenerationState, SequenceState
 from tokenmill.engine.speculation import Offer, SpeculationController, StepLoad
 from tokenmill.engine.step_time import StepTimeModel
 
 __all__ = ["Speculator"]
+
+_FORCED_CHANCE = 0.98
 
 
 class _Attached(NamedTuple):
@@ -26,40 +29,45 @@ class _Attached(NamedTuple):
     state: GenerationState
     draft: Draft
     num_accepted: int
+    is_forced: bool
 
 
 class Speculator:
-    """Guesses for one engine. `clock` returns seconds."""
+    """Guesses for one engine. `clock` returns seconds. `num_failures` counts proposals that raised."""
 
-    def __init__(self, proposer: Proposer, step_time: StepTimeModel, *, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, proposer: Proposer | None, step_time: StepTimeModel, *, clock: Callable[[], float]
+    ) -> None:
         self._proposer = proposer
         self._controller = SpeculationController(step_time)
         self._clock = clock
         self._attached: dict[int, _Attached] = {}
         self._propose_s = 0.0
+        self.num_failures = 0
 
     def guess(self, scheduler: Scheduler) -> None:
         """Attach drafts to running sequences, where they are expected to pay."""
+        self._attached, self._propose_s = {}, 0.0
+        decoding = [s for s in scheduler.running if isinstance(s, GenerationState) and s.num_pending == 1]
+        states = [
+            s for s in decoding if s.can_draft and (self._proposer is not None or s.grammar is not None)
+        ]
+        if not states:
+            return
         began_s = self._clock()
-        self._attached = {}
-        running = scheduler.running
-        decoding = [s for s in running if isinstance(s, GenerationState) and s.num_pending == 1]
-        states = [state for state in decoding if state.can_draft]
-        rows = [row for row in map(self._row, states) if row.max_tokens > 0]
-        if rows:
-            by_key = {state.arrival: state for state in states}
-            offers = [
-                Offer(row.key, draft) for row, draft in zip(rows, self._proposer.propose(rows), strict=True)
-            ]
-            load = StepLoad(
-                num_rows=min(scheduler.limits.max_rows, sum(state.num_pending for state in running)),
-                num_kv_tokens=sum(state.num_total for state in decoding),
-                num_out_rows=len(decoding),
-                num_decodes=len(decoding),
-            )
-            room = scheduler.limits.max_out_rows - len(decoding)
-            for offer, length in zip(offers, self._controller.choose(offers, load, room=room), strict=True):
-                self._attach(by_key[int(offer.key)], offer.draft.cut(length))
+        # Also those that want nothing now: a proposer learns from what it sees.
+        rows = [self._row(state) for state in states]
+        drafts = [
+            self._guided(s, row, draft)
+            for s, row, draft in zip(states, rows, self._propose(rows), strict=True)
+        ]
+        offers = [Offer(row.key, each.draft) for row, each in zip(rows, drafts, strict=True)]
+        room = scheduler.limits.max_out_rows - len(decoding)
+        lengths = self._controller.choose(offers, _load(scheduler, decoding), room=room)
+        for attached, length in zip(drafts, lengths, strict=True):
+            if length:
+                attached.state.drafts = array("i", attached.draft.tokens[:length])
+                self._attached[attached.state.arrival] = attached
         self._propose_s = self._clock() - began_s
 
     def settle(self, schedule: Schedule, seconds: float) -> None:
@@ -71,11 +79,12 @@ class Speculator:
                 continue
             accepted = attached.state.num_accepted - attached.num_accepted
             draft = attached.draft.cut(chunk.num_drafts)
-            self._proposer.observe(chunk.sequence.arrival, draft, accepted)
             self._controller.observe(chunk.sequence.arrival, draft, accepted)
+            if self._proposer is not None and not attached.is_forced:
+                self._proposer.observe(chunk.sequence.arrival, draft, accepted)
             num_drafts, num_accepted = num_drafts + chunk.num_drafts, num_accepted + accepted
         num_decodes = sum(chunk.num_rows - chunk.num_drafts == 1 for chunk in schedule.chunks)
-        if num_decodes:
+        if num_decodes and (num_drafts or self._propose_s):
             load = StepLoad(
                 num_rows=schedule.num_rows - num_drafts,
                 num_kv_tokens=schedule.num_kv_tokens - num_drafts,
@@ -92,8 +101,30 @@ class Speculator:
 
     def forget(self, state: GenerationState) -> None:
         """Drop what is kept of a sequence that ended."""
-        self._proposer.forget(state.arrival)
         self._controller.forget(state.arrival)
+        if self._proposer is not None:
+            self._proposer.forget(state.arrival)
+
+    def _propose(self, rows: Sequence[DraftRow]) -> list[Draft]:
+        """Drafts; none at all where the proposer fails, since nobody needs them."""
+        if self._proposer is None:
+            return [NO_DRAFT] * len(rows)
+        try:
+            return self._proposer.propose(rows)
+        except Exception:
+            self.num_failures += 1
+            return [NO_DRAFT] * len(rows)
+
+    def _guided(self, state: GenerationState, row: DraftRow, draft: Draft) -> _Attached:
+        """The draft under the sequence's grammar, or what that forces."""
+        if state.grammar is not None:
+            room = state.max_total - state.num_total - 1
+            if row.max_tokens and (forced := state.grammar.forced()[:room]):
+                return _Attached(
+                    state, Draft(forced, (_FORCED_CHANCE,) * len(forced)), state.num_accepted, True
+                )
+            draft = draft.cut(state.grammar.num_valid(draft.tokens))
+        return _Attached(state, draft, state.num_accepted, False)
 
     def _row(self, state: GenerationState) -> DraftRow:
         room = state.max_total - state.num_total - 1
@@ -107,7 +138,12 @@ class Speculator:
             seed=state.seed,
         )
 
-    def _attach(self, state: GenerationState, draft: Draft) -> None:
-        if draft.tokens:
-            state.drafts = array("i", draft.tokens)
-            self._attached[state.arrival] = _Attached(state, draft, state.num_accepted)
+
+def _load(scheduler: Scheduler, decoding: Sequence[SequenceState]) -> StepLoad:
+    """The next step without guesses, as far as it is known before it is planned."""
+    return StepLoad(
+        num_rows=min(scheduler.limits.max_rows, sum(state.num_pending for state in scheduler.running)),
+        num_kv_tokens=sum(state.num_total for state in decoding),
+        num_out_rows=len(decoding),
+        num_decodes=len(decoding),
+    )

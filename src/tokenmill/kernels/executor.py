@@ -20,6 +20,7 @@ from tokenmill.kernels.plan import (
     Linear,
     Norm,
     Op,
+    PackedAdapter,
     Quantize,
     RopeKv,
     StepBatch,
@@ -47,6 +48,7 @@ class NativeExecutor:
         num_threads: int,
         isa: str,
         kv_dtype: KvDtype = "bf16",
+        max_adapters: int = 0,
     ) -> None:
         shape = plan.shape
         if shape.head_dim > _MAX_HEAD_DIM:
@@ -68,6 +70,7 @@ class NativeExecutor:
                 max_outs=max_out_rows,
                 num_blocks=num_blocks,
                 max_inputs=max(linear.num_in for linear in plan.linears),
+                max_adapters=max_adapters,
                 hidden=shape.hidden_size,
                 heads=shape.num_heads,
                 kv_heads=shape.num_kv_heads,
@@ -103,6 +106,7 @@ class NativeExecutor:
             batch.block_starts,
             batch.blocks,
             batch.out_rows,
+            batch.adapters,
             first,
             len(self.plan.ops) if last is None else last,
         )
@@ -122,13 +126,27 @@ class NativeExecutor:
         view: npt.NDArray[np.uint8] = self._native.block(index)
         return view
 
+    def set_adapter(self, slot: int, adapter: PackedAdapter | None) -> None:
+        """Fill an adapter slot, or free it. ValueError: no such slot, or not made for this plan."""
+        linears = {} if adapter is None else adapter.linears
+        self._native.set_adapter(
+            slot,
+            list(linears),
+            [each.rank for each in linears.values()],
+            [each.scale for each in linears.values()],
+            [np.ascontiguousarray(each.down) for each in linears.values()],
+            [np.ascontiguousarray(each.up) for each in linears.values()],
+            [np.ascontiguousarray(each.pairs) for each in linears.values()],
+        )
+
     def _add(self, op: Op) -> None:
         native = self._native
         match op:
             case Embed():
                 native.add_embed(np.ascontiguousarray(op.table.data), np.ascontiguousarray(op.table.scales))
             case Norm():
-                native.add_norm(op.src, np.ascontiguousarray(op.weight), op.eps, op.act, op.src == "y")
+                act = op.act or "float32"
+                native.add_norm(op.src, np.ascontiguousarray(op.weight), op.eps, act, op.src == "y")
             case Linear():
                 w = op.weight
                 native.add_linear(
@@ -146,7 +164,7 @@ class NativeExecutor:
                     op.rows == "L",
                 )
             case Quantize():
-                native.add_quantize(op.src, op.act)
+                native.add_quantize(op.src, op.act, op.src == "y")
             case RopeKv():
                 native.add_rope_kv(op.layer)
             case Attend():
@@ -164,12 +182,18 @@ def create_executor(
     num_threads: int | None = None,
     isa: str | None = None,
     kv_dtype: KvDtype = "bf16",
+    max_adapters: int = 0,
 ) -> Executor:
     """The fastest executor available here for a plan; `isa` and `num_threads` default to the machine's."""
     isa = isa or choose_isa()
     if isa == NUMPY:
         return NumpyExecutor(
-            plan, max_rows=max_rows, max_out_rows=max_out_rows, num_blocks=num_blocks, kv_dtype=kv_dtype
+            plan,
+            kv_dtype=kv_dtype,
+            max_rows=max_rows,
+            max_out_rows=max_out_rows,
+            num_blocks=num_blocks,
+            max_adapters=max_adapters,
         )
     return NativeExecutor(
         plan,
@@ -179,6 +203,7 @@ def create_executor(
         num_threads=num_threads or default_threads(),
         isa=isa,
         kv_dtype=kv_dtype,
+        max_adapters=max_adapters,
     )
 
 

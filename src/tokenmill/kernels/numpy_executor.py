@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tokenmill.kernels import twin
+from tokenmill.kernels.lowrank import low_rank_delta
 from tokenmill.kernels.plan import (
     KV_BLOCK,
     Attend,
@@ -18,7 +19,7 @@ from tokenmill.kernels.plan import (
     KvDtype,
     Linear,
     Norm,
-    Op,
+    PackedAdapter,
     Quantize,
     RopeKv,
     StepBatch,
@@ -44,8 +45,10 @@ class NumpyExecutor:
         num_blocks: int,
         ordered: bool = False,
         kv_dtype: KvDtype = "bf16",
+        max_adapters: int = 0,
     ) -> None:
         shape = plan.shape
+        self._adapters: list[PackedAdapter | None] = [None] * max_adapters
         self.plan = plan
         self.kv_dtype = kv_dtype
         self._ordered = ordered
@@ -75,8 +78,8 @@ class NumpyExecutor:
 
     def run(self, batch: StepBatch, first: int = 0, last: int | None = None) -> None:
         """Run operations [first, last) of the plan."""
-        for op in self.plan.ops[first:last]:
-            self._step(batch, op)
+        for index in range(len(self.plan.ops))[first:last]:
+            self._step(batch, index)
 
     def buffer(self, name: BufferName) -> F32Array:
         """The live buffer; writable."""
@@ -93,28 +96,57 @@ class NumpyExecutor:
             raise ValueError("KV block out of range")
         return self._kv[index : index + 1].view(np.uint8)
 
-    def _step(self, batch: StepBatch, op: Op) -> None:
-        rows = batch.num_rows
+    def set_adapter(self, slot: int, adapter: PackedAdapter | None) -> None:
+        """Fill an adapter slot, or free it. ValueError: no such slot."""
+        if not 0 <= slot < len(self._adapters):
+            raise ValueError("adapter slot out of range")
+        self._adapters[slot] = adapter
+
+    def _step(self, batch: StepBatch, index: int) -> None:
+        rows, op = batch.num_rows, self.plan.ops[index]
         match op:
             case Embed():
                 self._buffers["x"][:rows] = _embed(op, batch)
             case Norm():
-                count = rows if op.src == "x" else len(batch.out_rows)
-                self._act = twin.rms_norm(self._buffers[op.src][:count], op.weight, op.eps)
+                src = self._rows(batch, op.src)
+                normed = twin.rms_norm(src, op.weight, op.eps)
+                if op.act is None:
+                    src[:] = normed
+                else:
+                    self._act = normed
             case Linear():
-                dst = self._buffers[op.dst][: self._act.shape[0]]
-                exact = self._ordered and op.weight.kind == "bf16"
-                product = (twin.linear_bf16_ordered if exact else twin.linear)(op.weight, self._act)
-                product = twin.gated_unit(product) if op.gated else product
-                dst[:] = dst + product if op.accumulate else product
+                self._linear(batch, index, op)
             case Quantize():
-                self._act = self._buffers[op.src][:rows].copy()
+                self._act = self._rows(batch, op.src).copy()
             case RopeKv():
                 self._rope_kv(batch, op.layer)
             case Attend():
                 self._attend(batch, op.layer)
             case _:
                 self._buffers["y"][: len(batch.out_rows)] = self._buffers["x"][batch.out_rows]
+
+    def _rows(self, batch: StepBatch, name: BufferName) -> F32Array:
+        """The rows of a buffer that this batch uses."""
+        return self._buffers[name][: len(batch.out_rows) if name == "y" else batch.num_rows]
+
+    def _linear(self, batch: StepBatch, index: int, op: Linear) -> None:
+        dst = self._buffers[op.dst][: self._act.shape[0]]
+        exact = self._ordered and op.weight.kind == "bf16"
+        product = (twin.linear_bf16_ordered if exact else twin.linear)(op.weight, self._act)
+        for s, slot in enumerate(batch.adapters):
+            adapter = self._adapter(slot)
+            if adapter is not None and (low_rank := adapter.linears.get(index)) is not None:
+                rows = slice(batch.row_starts[s], batch.row_starts[s + 1])
+                product[rows] += low_rank_delta(low_rank, op.weight, self._act[rows])
+        product = twin.gated_unit(product) if op.gated else product
+        dst[:] = dst + product if op.accumulate else product
+
+    def _adapter(self, slot: int) -> PackedAdapter | None:
+        if slot == -1:
+            return None
+        if not 0 <= slot < len(self._adapters) or self._adapters[slot] is None:
+            raise ValueError("adapter slot is not filled")
+        return self._adapters[slot]
 
     def _rope_kv(self, batch: StepBatch, layer: int) -> None:
         shape, rows = self.plan.shape, batch.num_rows

@@ -6,7 +6,7 @@ the other, whatever mixture of prefill chunks and single decode tokens they are.
 
     tokens ─Embed─► x ─Norm─► a ─Linear─► qkv ─RopeKv─► q, KV cache ─Attend─► z ─Quantize─► a
            ─Linear(+=)─► x ─Norm─► a ─Linear(gated)─► h ─Quantize─► a ─Linear(+=)─► x
-           ... ─Select─► y ─Norm─► a ─Linear─► logits
+           ... ─Select─► y ─Norm─► y ─Quantize─► a ─Linear─► logits
 
 Every operation may carry the name of the point it produces (`blocks.3.hook_resid_post`). A plan can be
 run from one operation to another, so a tap on a named point stops there, reads or replaces the
@@ -41,7 +41,9 @@ __all__ = [
     "LinearKind",
     "Norm",
     "Op",
+    "PackedAdapter",
     "PackedLinear",
+    "PackedLowRank",
     "PlanShape",
     "Quantize",
     "RopeKv",
@@ -101,6 +103,42 @@ class PackedLinear:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PackedLowRank:
+    """What an adapter adds to one linear [N, K], with R ranks in all, an even number. `lowrank.py` makes it.
+
+    `down`: bf16 bits [R/2, K up to 16s, 2]. `up`: bf16 bits [rows, 16, 2], for pairs of tiles of 16 outputs.
+    `pairs` [pairs, 4] gives for each the first rank of either tile, their number of ranks, and the row of
+    `up` that belongs to the first.
+    """
+
+    scale: float
+    down: npt.NDArray[np.uint16]
+    up: npt.NDArray[np.uint16]
+    pairs: I32Array
+
+    @property
+    def rank(self) -> int:
+        """Ranks of all matrices that are fused into this linear, rounded up to an even number."""
+        return 2 * len(self.down)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedAdapter:
+    """An adapter for one plan: what it adds, by the index of the linear among the plan's operations.
+
+    `digest` is the SHA-256 of its content, in hexadecimal digits.
+    """
+
+    digest: str
+    linears: Mapping[int, PackedLowRank]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that one pass over the adapter reads."""
+        return sum(each.down.nbytes + each.up.nbytes for each in self.linears.values())
+
+
+@dataclass(frozen=True, kw_only=True)
 class EmbedTable:
     """Token embeddings [V, D]: bf16 bits (`scales` empty), or int8 with a float16 scale a 32 inputs."""
 
@@ -139,12 +177,15 @@ class Embed:
 
 @dataclass(frozen=True, kw_only=True)
 class Norm:
-    """a = quantised RMSNorm(src) * weight. `src` is x, or y for the rows that need logits."""
+    """a = quantised RMSNorm(src) * weight; or src = RMSNorm(src) * weight in float32 where `act` is None.
+
+    `src` is x, or y for the selected rows.
+    """
 
     src: BufferName
     weight: F32Array
     eps: float
-    act: ActFormat
+    act: ActFormat | None
     name: str = ""
 
 
@@ -181,7 +222,7 @@ class Attend:
 
 @dataclass(frozen=True, kw_only=True)
 class Quantize:
-    """a = src in the format of the next linear."""
+    """a = src in the format of the next linear; y holds the selected rows only."""
 
     src: BufferName
     act: ActFormat
@@ -190,7 +231,7 @@ class Quantize:
 
 @dataclass(frozen=True, kw_only=True)
 class Select:
-    """y = x[out_rows]: only rows that need logits reach the head."""
+    """y = x[out_rows]: only rows that need the final norm or logits reach the head."""
 
     name: str = ""
 
@@ -200,7 +241,7 @@ Op: TypeAlias = Embed | Norm | Linear | RopeKv | Attend | Quantize | Select
 
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
-    """A whole model as operations. `ops[head_start:]` are the head: Select, Norm, Linear to logits.
+    """A whole model as operations. `ops[head_start:]` are the head: Select, Norm, Quantize, Linear to logits.
 
     `smoothing` gives, by the name of a linear's input (`blocks.3.mlp.hook_post`), the factors [K] by which
     that input was divided when the weights were packed; inputs that are not listed were left as they are.
@@ -227,7 +268,8 @@ class StepBatch:
 
     Sequence s owns rows [row_starts[s], row_starts[s+1]) and blocks [block_starts[s],
     block_starts[s+1]) of `blocks`. Each block is (block id, position of its first token, rows in use
-    after this step); attention sees exactly these, never an implied range.
+    after this step); attention sees exactly these, never an implied range. `adapters` has the adapter
+    slot of each sequence, -1 for none; it may be empty where no sequence has one.
     """
 
     tokens: I32Array
@@ -237,6 +279,7 @@ class StepBatch:
     block_starts: I32Array
     blocks: I32Array
     out_rows: I32Array
+    adapters: I32Array = field(default_factory=lambda: np.zeros(0, np.int32))
 
     @property
     def num_rows(self) -> int:
@@ -280,4 +323,8 @@ class Executor(Protocol):
         Bytes copied from it mean the same in any block of this executor. Raises ValueError if there is no
         such block.
         """
+        ...
+
+    def set_adapter(self, slot: int, adapter: PackedAdapter | None) -> None:
+        """Fill an adapter slot, or free it. ValueError: no such slot, or not made for this plan."""
         ...

@@ -6,7 +6,10 @@ ModelDirectory ─► pack_model (cached on disk) ─► compile_plan ─► Exe
 import hashlib
 import json
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from tokenmill.core import StorageError, UsageError
 from tokenmill.kernels import Executor, KvDtype
@@ -17,33 +20,40 @@ from tokenmill.models.layout import compile_plan
 from tokenmill.models.pack import WEIGHT_FORMATS, WeightFormat, pack_model
 from tokenmill.models.packed import PackedModel, read_packed, write_packed
 
-__all__ = ["create_executor", "forget_packed", "load_packed"]
+__all__ = ["ExecutorConfig", "ExecutorFactory", "create_executor", "forget_packed", "load_packed"]
 
-_LAYOUT_VERSION = 3
+_LAYOUT_VERSION = 4
 """Part of every cache file's name: raise it when packing or smoothing changes."""
 
 
-def create_executor(
-    directory: ModelDirectory,
-    *,
-    weights: WeightFormat,
-    max_rows: int,
-    max_out_rows: int,
-    num_blocks: int,
-    num_threads: int | None = None,
-    isa: str | None = None,
-    kv_dtype: KvDtype = "bf16",
-) -> Executor:
-    """An executor for a model directory in one weight format, with `num_blocks` KV blocks."""
-    plan = compile_plan(directory.architecture, load_packed(directory, weights))
+@dataclass(frozen=True, kw_only=True)
+class ExecutorConfig:
+    """The form and sizes of an executor: rows of a step, rows with logits, KV blocks, adapter slots."""
+
+    weights: WeightFormat
+    max_rows: int
+    max_out_rows: int
+    num_blocks: int
+    num_threads: int | None = None
+    kv_dtype: KvDtype = "bf16"
+    max_adapters: int = 0
+
+
+ExecutorFactory: TypeAlias = Callable[[ModelDirectory, ExecutorConfig], Executor]
+"""Compiles a model directory; `create_executor` is the one that does."""
+
+
+def create_executor(directory: ModelDirectory, config: ExecutorConfig) -> Executor:
+    """The fastest executor available here for a model directory."""
+    plan = compile_plan(directory.architecture, load_packed(directory, config.weights))
     return create_plan_executor(
         plan,
-        max_rows=max_rows,
-        max_out_rows=max_out_rows,
-        num_blocks=num_blocks,
-        num_threads=num_threads,
-        isa=isa,
-        kv_dtype=kv_dtype,
+        max_rows=config.max_rows,
+        max_out_rows=config.max_out_rows,
+        num_blocks=config.num_blocks,
+        num_threads=config.num_threads,
+        kv_dtype=config.kv_dtype,
+        max_adapters=config.max_adapters,
     )
 
 

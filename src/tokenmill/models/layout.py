@@ -1,7 +1,8 @@
 """The step plan of a decoder: its description and its packed weights as a list of operations.
 
 Named points are those of TransformerLens: `blocks.3.attn.hook_z`, `blocks.3.mlp.hook_post`,
-`blocks.3.hook_resid_mid`, `blocks.3.hook_resid_post`.
+`blocks.3.hook_resid_mid`, `blocks.3.hook_resid_post`. A `hook_normalized` (`blocks.3.ln1`, `blocks.3.ln2`,
+`ln_final`) is here the norm's output with its weight: what the next linear reads.
 """
 
 import numpy as np
@@ -12,6 +13,7 @@ from tokenmill.kernels import (
     Linear,
     Norm,
     Op,
+    PackedLinear,
     PlanShape,
     Quantize,
     RopeKv,
@@ -32,27 +34,39 @@ def compile_plan(architecture: Architecture, packed: PackedModel) -> StepPlan:
         ops += _block_ops(layer, architecture, packed)
     ops += [
         Select(),
-        Norm(src="y", weight=packed.norms["ln_final"], eps=architecture.norm_eps, act=head.act_format),
+        Norm(
+            src="y",
+            weight=packed.norms["ln_final"],
+            eps=architecture.norm_eps,
+            act=None,
+            name="ln_final.hook_normalized",
+        ),
+        Quantize(src="y", act=head.act_format),
         Linear(weight=head, dst="logits", rows="L"),
     ]
-    return StepPlan(shape=_plan_shape(architecture), ops=tuple(ops))
+    return StepPlan(shape=_plan_shape(architecture), ops=tuple(ops), smoothing=packed.smoothing)
 
 
 def _block_ops(layer: int, architecture: Architecture, packed: PackedModel) -> list[Op]:
     name, eps = f"blocks.{layer}", architecture.norm_eps
     qkv, out, gate_up, down = (packed.linears[f"{name}.{part}"] for part in ("qkv", "out", "gate_up", "down"))
     return [
-        Norm(src="x", weight=packed.norms[f"{name}.ln1"], eps=eps, act=qkv.act_format),
+        _norm(f"{name}.ln1", packed, eps, qkv),
         Linear(weight=qkv, dst="qkv"),
         RopeKv(layer=layer),
         Attend(layer=layer, name=f"{name}.attn.hook_z"),
         Quantize(src="z", act=out.act_format),
         Linear(weight=out, dst="x", accumulate=True, name=f"{name}.hook_resid_mid"),
-        Norm(src="x", weight=packed.norms[f"{name}.ln2"], eps=eps, act=gate_up.act_format),
+        _norm(f"{name}.ln2", packed, eps, gate_up),
         Linear(weight=gate_up, dst="h", gated=True, name=f"{name}.mlp.hook_post"),
         Quantize(src="h", act=down.act_format),
         Linear(weight=down, dst="x", accumulate=True, name=f"{name}.hook_resid_post"),
     ]
+
+
+def _norm(name: str, packed: PackedModel, eps: float, reader: PackedLinear) -> Norm:
+    weight = packed.norms[name]
+    return Norm(src="x", weight=weight, eps=eps, act=reader.act_format, name=f"{name}.hook_normalized")
 
 
 def _plan_shape(architecture: Architecture) -> PlanShape:

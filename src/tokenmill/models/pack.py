@@ -22,7 +22,7 @@ from tokenmill.models.packed import PackedModel
 from tokenmill.models.smoothing import activation_peaks, smoothing_factors
 from tokenmill.models.weights import WeightSource
 
-__all__ = ["WEIGHT_FORMATS", "WeightFormat", "pack_model"]
+__all__ = ["FUSED", "WEIGHT_FORMATS", "WeightFormat", "gate_up_turns", "pack_model"]
 
 WeightFormat: TypeAlias = Literal["w8a8", "w4a8", "bf16"]
 _RowOrder: TypeAlias = npt.NDArray[np.intp]
@@ -33,7 +33,7 @@ _GROUP = 32
 _NO_SCALES = np.zeros(0, np.float16)
 _EMBED = "model.embed_tokens.weight"
 
-_FUSED: Mapping[str, tuple[str, ...]] = {
+FUSED: Mapping[str, tuple[str, ...]] = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "out": ("self_attn.o_proj",),
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
@@ -57,7 +57,7 @@ def _linear_parts(architecture: Architecture) -> dict[str, list[str]]:
     parts = {
         f"blocks.{layer}.{name}": [f"model.layers.{layer}.{tensor}.weight" for tensor in tensors]
         for layer in range(architecture.num_layers)
-        for name, tensors in _FUSED.items()
+        for name, tensors in FUSED.items()
     }
     return parts | {"head": [_EMBED if architecture.tied_embeddings else "lm_head.weight"]}
 
@@ -77,11 +77,13 @@ def _pack_smoothed(architecture: Architecture, source: WeightSource) -> PackedMo
     peaks = dict(zip(plain.linears, activation_peaks(compile_plan(architecture, plain)), strict=True))
     parts, norms = _linear_parts(architecture), dict(plain.norms)
     linears: dict[str, PackedLinear] = {}
+    smoothing: dict[str, F32Array] = {}
 
     def smooth(linear: str, norm: str) -> F32Array:
         matrix_NK = _matrix(source, parts[linear])
         s_K = smoothing_factors(peaks[linear], matrix_NK)
         norms[norm] = norms[norm] / s_K
+        smoothing[f"{norm}.hook_normalized"] = s_K
         return matrix_NK * s_K
 
     for layer in range(architecture.num_layers):
@@ -91,10 +93,11 @@ def _pack_smoothed(architecture: Architecture, source: WeightSource) -> PackedMo
         gate_up_NK, down_NK = smooth(f"{name}.gate_up", f"{name}.ln2"), _matrix(source, parts[f"{name}.down"])
         s_K = smoothing_factors(peaks[f"{name}.down"], down_NK)
         gate_up_NK[architecture.intermediate_size :] /= s_K[:, None]
-        linears[f"{name}.gate_up"] = pack_i8c(gate_up_NK[_gate_up_turns(2 * len(s_K))])
+        smoothing[f"{name}.mlp.hook_post"] = s_K
+        linears[f"{name}.gate_up"] = pack_i8c(gate_up_NK[gate_up_turns(2 * len(s_K))])
         linears[f"{name}.down"] = pack_i8c(down_NK * s_K)
     linears["head"] = pack_i8c(smooth("head", "ln_final"))
-    return PackedModel(embed=plain.embed, linears=linears, norms=norms)
+    return PackedModel(embed=plain.embed, linears=linears, norms=norms, smoothing=smoothing)
 
 
 def _matrix(source: WeightSource, names: Sequence[str]) -> F32Array:
@@ -130,10 +133,10 @@ def _pack_grids(grids: Sequence[Grid], rows: _RowOrder) -> PackedLinear:
 def _row_order(source: WeightSource, names: Sequence[str]) -> _RowOrder:
     """The order of outputs in the packed matrix."""
     num_out = sum(source.shape(name)[0] for name in names)
-    return _gate_up_turns(num_out) if "gate_proj" in names[0] else np.arange(num_out)
+    return gate_up_turns(num_out) if "gate_proj" in names[0] else np.arange(num_out)
 
 
-def _gate_up_turns(num_out: int) -> _RowOrder:
+def gate_up_turns(num_out: int) -> _RowOrder:
     """Outputs stacked as gates, then ups, taken in turns of 16: what a gated linear wants."""
     if num_out % 32:
         raise UsageError(f"a gated unit of width {num_out // 2}", hint="the width must be a multiple of 16")

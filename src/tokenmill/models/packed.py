@@ -11,7 +11,7 @@ arrays, each on a 64-byte border. What the weights are packed *to* is decided in
 import json
 import mmap
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,13 @@ _ARRAYS = ("data", "scales", "mins")
 class PackedModel:
     """Everything a step plan points to. Linears: `blocks.0.qkv`, `.out`, `.gate_up`, `.down`, and `head`.
 
-    Norm weights, float32: `blocks.0.ln1`, `blocks.0.ln2`, `ln_final`.
+    Norm weights, float32: `blocks.0.ln1`, `blocks.0.ln2`, `ln_final`. `smoothing` is that of the `StepPlan`.
     """
 
     embed: EmbedTable
     linears: Mapping[str, PackedLinear]
     norms: Mapping[str, F32Array]
+    smoothing: Mapping[str, F32Array] = field(default_factory=dict)
 
     @property
     def num_linear_bytes(self) -> int:
@@ -90,7 +91,8 @@ def _named_arrays(model: PackedModel) -> dict[str, npt.NDArray[Any]]:
     arrays: dict[str, npt.NDArray[Any]] = {"embed.data": model.embed.data, "embed.scales": model.embed.scales}
     for name, linear in model.linears.items():
         arrays |= {f"{name}.{part}": getattr(linear, part) for part in _ARRAYS}
-    return arrays | {f"norm.{name}": weight for name, weight in model.norms.items()}
+    arrays |= {f"norm.{name}": weight for name, weight in model.norms.items()}
+    return arrays | {f"smoothing.{name}": factors for name, factors in model.smoothing.items()}
 
 
 def _from_header(header: dict[str, Any], mapped: mmap.mmap, start: int) -> PackedModel:
@@ -112,6 +114,10 @@ def _from_header(header: dict[str, Any], mapped: mmap.mmap, start: int) -> Packe
         )
         for name, (kind, num_out, num_in, group, symmetric) in header["linears"].items()
     }
-    norms = {name[5:]: array(name) for name in header["arrays"] if name.startswith("norm.")}
+
+    def group(prefix: str) -> dict[str, npt.NDArray[Any]]:
+        names = [name for name in header["arrays"] if name.startswith(prefix)]
+        return {name.removeprefix(prefix): array(name) for name in names}
+
     embed = EmbedTable(data=array("embed.data"), scales=array("embed.scales"))
-    return PackedModel(embed=embed, linears=linears, norms=norms)
+    return PackedModel(embed=embed, linears=linears, norms=group("norm."), smoothing=group("smoothing."))

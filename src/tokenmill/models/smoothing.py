@@ -38,7 +38,7 @@ def activation_peaks(plan: StepPlan) -> list[F32Array]:
     batch = _random_batch(plan.shape.vocab_size, num_tokens, num_blocks)
     peaks: list[F32Array] = []
     for i, op in enumerate(plan.ops):
-        if isinstance(op, Norm | Quantize):
+        if isinstance(op, Norm | Quantize) and op.act is not None:
             peaks.append(np.abs(_linear_input(executor, op, num_tokens)).max(axis=0))
         if not (isinstance(op, Linear) and op.dst == "logits"):
             executor.run(batch, i, i + 1)

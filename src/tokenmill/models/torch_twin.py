@@ -8,8 +8,9 @@ needs torch (the `train` extra); nothing else in `tokenmill.models` does.
 Shape legend: B sequences, T tokens of each, D model width, H query heads, G key-value heads, E head width,
 F inner width of the gated unit, V vocabulary, R rows (any number of tokens, flattened).
 
-Named points carry the names and the meaning they have in TransformerLens (a `hook_normalized` is taken
-before the norm's weight). For a model of N layers and each i < N:
+Named points carry the names they have in TransformerLens and the meaning they have in the engine: a
+`hook_normalized` is the norm's output with its weight, what the next linears read (TransformerLens takes
+it before the weight). For a model of N layers and each i < N:
 
     hook_embed                       BTD    blocks.i.ln1.hook_normalized   BTD
     blocks.i.hook_resid_pre          BTD    blocks.i.attn.hook_z           BTHE
@@ -87,7 +88,7 @@ class _RmsNorm(nn.Module):
     def forward(self, x_BTD: Tensor, taps: _Taps) -> Tensor:
         wide_BTD = x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32))
         wide_BTD = wide_BTD * torch.rsqrt(wide_BTD.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * taps("hook_normalized", wide_BTD.to(x_BTD.dtype))
+        return taps("hook_normalized", self.weight * wide_BTD.to(x_BTD.dtype))
 
 
 class _Attention(nn.Module):

@@ -1,0 +1,144 @@
+"""From a step's logits to tokens and scores: hands each row to the sequence that wanted it.
+
+A generated token is chosen under the request's parameters and its grammar, a given one is scored. A guess
+stands if the token drawn at its place is the same; nothing else is needed to verify it, because what is
+drawn depends on the sequence alone (`sampler.py`).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from tokenmill.core import TokenmillError
+from tokenmill.engine.embedding import EmbeddingState
+from tokenmill.engine.grammar import GrammarState, U32Array
+from tokenmill.engine.runner import HiddenRows, OutRows
+from tokenmill.engine.sampler import SamplingRow, logprobs_of, sample, top_logprobs
+from tokenmill.engine.sequence import GenerationState, ScoringState
+from tokenmill.kernels import F32Array
+
+__all__ = ["take_hidden", "take_logits"]
+
+_NOT_FINITE = "the model's logits are not finite numbers"
+_NOTHING_LEFT = "no token may come next: the grammar, bad words and biases leave none"
+
+
+def take_logits(out: OutRows, clock: Callable[[], float]) -> None:
+    """Sample, score, and append; a row that gives no token fails its own sequence only."""
+    samples: list[_Sample] = []
+    scored: list[tuple[int, int, ScoringState]] = []
+    prompts: list[tuple[int, int, GenerationState]] = []
+    for index, (sequence, position) in enumerate(out.rows):
+        if isinstance(sequence, ScoringState):
+            scored.append((index, position, sequence))
+        elif isinstance(sequence, GenerationState) and position < sequence.num_prompt - 1:
+            prompts.append((index, position, sequence))
+        elif isinstance(sequence, GenerationState):
+            samples += _samples(sequence, position, index)
+    if samples:
+        _sample(out.logits_LV, samples, clock)
+    if scored:
+        _score(out.logits_LV, scored)
+    for index, position, state in prompts:
+        num_top, target = state.params.prompt_logprobs or 0, state.tokens[position + 1]
+        state.append_prompt(position, top_logprobs(out.logits_LV[index : index + 1], [target], num_top)[0])
+
+
+def take_hidden(out: HiddenRows) -> None:
+    """Pool the final norm's rows."""
+    for row, hidden_D in zip(out.rows, out.hidden_LD, strict=True):
+        assert isinstance(row.sequence, EmbeddingState)
+        row.sequence.append(row.position, hidden_D)
+
+
+class _Sample(NamedTuple):
+    """A row to be sampled, for whom, and the token that it was computed from."""
+
+    row: SamplingRow
+    state: GenerationState
+    last_token: int
+    is_draft: bool
+
+
+def _samples(state: GenerationState, position: int, logits_row: int) -> Iterator[_Sample]:
+    """The samples taken from the logits at one position: one, or where the prompt ends one a completion."""
+    # Tokens of an earlier row of this step may be appended already; drafts follow the last computed token.
+    known = state.num_computed + 1 if state.drafts else state.num_total
+    tokens = state.tokens[:known] + state.drafts if state.drafts else state.tokens
+    family = (state, *state.siblings) if position == state.num_prompt - 1 else (state,)
+    for each in family:
+        row = SamplingRow(
+            params=each.params,
+            seed=each.seed,
+            position=position + 1,
+            logits_row=logits_row,
+            tokens=tokens,
+            num_prompt=each.num_prompt,
+            banned=each.banned_at(position + 1),
+            bad_words=each.bad_words,
+        )
+        yield _Sample(row, each, tokens[position], position >= known)
+
+
+def _sample(logits_LV: F32Array, samples: Sequence[_Sample], clock: Callable[[], float]) -> None:
+    """Choose a token for each row and append those that stand.
+
+    A row stands if every guess before it was right. Rows come in order, so it is enough to look at the
+    last: its position must be the sequence's last, and it must have been computed from that token.
+    """
+    samples = _with_masks(samples, clock)
+    result = sample(logits_LV, [each.row for each in samples])
+    now_s = clock()
+    chosen = zip(samples, result.token_ids.tolist(), result.valid.tolist(), result.logprobs, strict=True)
+    for each, token_id, valid, logprobs in chosen:
+        state, position = each.state, each.row.position
+        state.num_drafted += each.is_draft
+        if state.finished or position != state.num_total or each.last_token != state.tokens[-1]:
+            continue
+        state.num_accepted += each.is_draft
+        if valid:
+            state.append(token_id, logprobs, now_s=now_s)
+        else:
+            finite = np.isfinite(logits_LV[each.row.logits_row].max())
+            state.fail(_NOTHING_LEFT if finite else _NOT_FINITE, now_s=now_s)
+
+
+def _with_masks(samples: Sequence[_Sample], clock: Callable[[], float]) -> list[_Sample]:
+    """Add what the grammars allow. A grammar that fails ends its request here."""
+    masked: list[_Sample] = []
+    state, first, mask_RW = None, 0, np.zeros((0, 0), np.uint32)
+    for each in samples:
+        if each.state.grammar is None or each.state.finished:
+            masked.append(each)
+            continue
+        if each.state is not state:
+            state, first = each.state, each.row.position
+            mask_RW = _masks(each.state.grammar, each.row, clock, each.state)
+        masked.append(each._replace(row=each.row._replace(mask=mask_RW[each.row.position - first])))
+    return masked
+
+
+def _masks(
+    grammar: GrammarState, row: SamplingRow, clock: Callable[[], float], state: GenerationState
+) -> U32Array:
+    """Masks [R, W] of a sequence's rows: before each of its guesses, and after the last."""
+    drafts = row.tokens[row.position :]
+    mask_RW = np.zeros((len(drafts) + 1, grammar.num_words), np.uint32)
+    try:
+        grammar.masks(drafts, mask_RW)
+    except TokenmillError as error:
+        state.fail(str(error), now_s=clock())
+    return mask_RW
+
+
+def _score(logits_LV: F32Array, rows: Sequence[tuple[int, int, ScoringState]]) -> None:
+    targets = [state.target(position) for _, position, state in rows]
+    logprobs = logprobs_of(_select(logits_LV, [index for index, _, _ in rows]), targets)
+    for (_, position, state), logprob in zip(rows, logprobs, strict=True):
+        state.append(position, logprob)
+
+
+def _select(logits_LV: F32Array, indices: list[int]) -> F32Array:
+    """These rows; the buffer itself, not a copy, where that is all of them."""
+    return logits_LV if len(indices) == logits_LV.shape[0] else logits_LV[indices]
