@@ -61,7 +61,7 @@ async def started(
     """An engine, and after the test the check that nothing of it is left."""
     ends = Ends()
     engine = await AsyncEngine.start(which or spec(), config, max_requests=max_requests, on_end=ends)
-    async with engine:
+    async with engine, asyncio.timeout(60.0):
         yield engine, ends
     assert engine.state == "drained" and engine.stats.num_in_flight == 0
     assert asyncio.all_tasks() == {asyncio.current_task()}

@@ -138,14 +138,18 @@ def test_cancelling_ends_a_request_once_with_what_it_has(run: Run) -> None:
 
 
 async def break_off(engine: AsyncEngine, name: str) -> None:
-    async for _ in engine.submit(request(name, max_tokens=LONG)):
+    handle = engine.submit(request(name, max_tokens=LONG))
+    async for _ in handle:
         break
+    await until(lambda: handle.done)
 
 
 async def close_generator(engine: AsyncEngine, name: str) -> None:
-    news = aiter(engine.submit(request(name, max_tokens=LONG)))
+    handle = engine.submit(request(name, max_tokens=LONG))
+    news = aiter(handle)
     await anext(news)
     await news.aclose()
+    await until(lambda: handle.done)
 
 
 async def drop_handle(engine: AsyncEngine, name: str) -> None:
@@ -154,14 +158,23 @@ async def drop_handle(engine: AsyncEngine, name: str) -> None:
 
 
 async def cancel_reader(engine: AsyncEngine, name: str) -> None:
-    task = asyncio.create_task(read_all(engine, request(name, max_tokens=LONG)))
-    await asyncio.sleep(0.05)
-    task.cancel()
-    await asyncio.wait([task])
+    handle = engine.submit(request(name, max_tokens=LONG))
+
+    async def read() -> None:
+        async for _ in handle:
+            pass
+
+    await cancel_soon(asyncio.create_task(read()))
+    await until(lambda: handle.done)
 
 
 async def cancel_waiter(engine: AsyncEngine, name: str) -> None:
-    task = asyncio.create_task(engine.submit(request(name, max_tokens=LONG)).result())
+    handle = engine.submit(request(name, max_tokens=LONG))
+    await cancel_soon(asyncio.create_task(handle.result()))
+    await until(lambda: handle.done)
+
+
+async def cancel_soon(task: asyncio.Task[Any]) -> None:
     await asyncio.sleep(0.05)
     task.cancel()
     await asyncio.wait([task])

@@ -63,6 +63,17 @@ def test_a_process_that_is_gone_or_stopped_is_replaced(number: int) -> None:
     asyncio.run(body())
 
 
+def test_a_process_that_stops_is_noticed_without_work_too() -> None:
+    async def body() -> None:
+        async with started() as (engine, _):
+            os.kill(engine.stats.pid, signal.SIGSTOP)
+            await until(lambda: engine.state == "live")
+            assert (await engine.submit(request("a")).result())[0].finish_reason == "length"
+            assert "said nothing for 1.5 s" in engine.stats.failure
+
+    asyncio.run(body())
+
+
 @pytest.mark.parametrize(
     ("kind", "why"), [("hang", "made no step for 1.5 s"), ("exit", "ended with exit code 70")]
 )
@@ -342,7 +353,7 @@ class Broken(LocalEngine):
     def submit(self, request: Request, taps: Sequence[Tap] = ()) -> tuple[GenerationState, ...]:
         if request.request_id == "bad":
             raise RuntimeError("submit")
-        return super().submit(request)
+        return super().submit(request, taps)
 
 
 def test_an_engine_that_raises_ends_the_process_but_for_a_submission() -> None:

@@ -59,12 +59,13 @@ class _Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True
 class EngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which model an engine process runs, and how: a model folder, or a mock's script.
 
-    `draft` is the folder of a small model that guesses for it. On SIGTERM the process takes no more requests
-    and goes on for at most `drain_s` seconds.
+    `draft` is the folder of a small model that guesses for it; `adapters` are pairs of name and folder. On
+    SIGTERM the process takes no more requests and goes on for at most `drain_s` seconds.
     """
 
     model: str = ""
     draft: str = ""
+    adapters: tuple[tuple[str, str], ...] = ()
     mock: MockScript | None = None
     config: LLMConfig = LLMConfig()
     drain_s: float = 30.0

@@ -218,7 +218,10 @@ def open_engine(spec: EngineSpec) -> LocalEngine:
         model = MockModel(spec.mock)
         return LocalEngine(model, spec.config, create=model.create)
     draft = ModelDirectory.open(Path(spec.draft)) if spec.draft else None
-    return LocalEngine(ModelDirectory.open(Path(spec.model)), spec.config, draft=draft)
+    engine = LocalEngine(ModelDirectory.open(Path(spec.model)), spec.config, draft=draft)
+    for name, folder in spec.adapters:
+        engine.load_adapter(name, Path(folder))
+    return engine
 
 
 def main(argv: Sequence[str]) -> int:
