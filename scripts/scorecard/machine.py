@@ -19,15 +19,20 @@ import numpy as np
 import numpy.typing as npt
 
 from tokenmill.core import Request, ResourceError, SamplingParams, Tier
+from tokenmill.engine.adapters import NO_ADAPTER, AdapterSlot
 from tokenmill.engine.core import CoreConfig, EngineCore
 from tokenmill.engine.detokenizer import Detokenizer
 from tokenmill.engine.sampler import SamplingRow, sample
 from tokenmill.engine.scheduler import MAX_PREEMPTIONS
 from tokenmill.engine.sequence import GenerationState
+from tokenmill.engine.swap import SwapFile
+from tokenmill.engine.taps import Tap, TapRows
 from tokenmill.kernels import (
     KV_BLOCK,
     Attend,
     BufferName,
+    Embed,
+    EmbedTable,
     F32Array,
     KvDtype,
     PackedAdapter,
@@ -44,6 +49,7 @@ END = 0
 _TABLE_SIZE = 61
 _NUM_ADAPTERS = 2
 _MASK = (1 << 63) - 1
+_EDIT = 100
 _PATIENCE = 4000
 """Engine steps after which a request without progress counts as starved."""
 
@@ -62,6 +68,17 @@ class Sizes:
     num_swap_slots: int = 6
     max_waiting: int = 12
 
+    @classmethod
+    def drawn(cls, random: Random) -> "Sizes":
+        """Some sizes, most of them too small for comfort."""
+        return cls(
+            num_blocks=random.choice((6, 7, 9, 12, 16, 40)),
+            max_rows=random.choice((1, 8, 24, 40, 64)),
+            max_sequences=random.choice((1, 2, 3, 5, 8)),
+            num_swap_slots=random.choice((0, 2, 6, 20)),
+            max_waiting=random.choice((2, 12)),
+        )
+
 
 class Machine:
     """One engine and the requests it was given. Every public method is one thing that can happen."""
@@ -72,6 +89,12 @@ class Machine:
         self.now_s = 0.0
         self.counts: Counter[str] = Counter()
         self.executor = LedgerExecutor(self.sizes)
+        self.adapters = [NO_ADAPTER]
+        for slot in range(_NUM_ADAPTERS):
+            self.adapters.append(AdapterSlot(slot, f"{slot + 1:064x}"))
+            self.executor.set_adapter(slot, PackedAdapter(digest=self.adapters[-1].digest, linears={}))
+        num_slots = self.sizes.num_swap_slots
+        self.swap = SwapFile(None, num_slots, 8 * KV_BLOCK) if num_slots else None
         self.core = EngineCore(
             self.executor,
             CoreConfig(
@@ -79,8 +102,11 @@ class Machine:
                 max_sequences=self.sizes.max_sequences,
                 max_waiting=self.sizes.max_waiting,
             ),
+            swap=self.swap,
             clock=lambda: self.now_s,
         )
+        # Both ways of preemption, whatever they would cost here.
+        self.core.scheduler._prefer_swap = lambda num_tokens, num_blocks: self.random.random() < 0.7
         self.live: list[GenerationState] = []
         self._num_requests = 0
         self._num_steps = 0
@@ -100,19 +126,32 @@ class Machine:
         self._num_requests += 1
         name = f"r{self._num_requests}"
         tenant = self.random.choice(("", "other"))
+        adapter = self.random.choice(self.adapters)
+        taps = self._taps(n)
         request = Request(
             request_id=name, prompt=prompt, params=params, tier=tier, tenant=tenant, timeout_s=timeout_s
         )
         states = [self._state(request, index) for index in range(n)]
         states[0].branch(states[1:])
+        for state in states:
+            state.adapter, state.taps = adapter, taps
         try:
             self.core.submit(states[0])
         except ResourceError:
             self.counts["refused"] += 1
             return
         self.counts["submitted"] += n
+        self.counts["adapted"] += adapter is not NO_ADAPTER
+        self.counts["tapped"] += bool(taps)
         self.live += states
         self._watch(states)
+
+    def exhaust(self, num_requests: int) -> None:
+        """More long requests at once than there is room for."""
+        for _ in range(num_requests):
+            num_prompt = self.random.choice((8, 30, 100))
+            tier: Tier = self.random.choice(("standard", "batch", "batch"))
+            self.submit(num_prompt, 90, n=1, tier=tier, timeout_s=self.random.choice((None, None, 60.0)))
 
     def abort(self, which: int) -> None:
         """Cancel one of the live requests."""
@@ -138,6 +177,8 @@ class Machine:
         result = self.core.step()
         self.counts["steps"] += 1
         self.counts["preemptions"] += result.stats.num_preempted
+        swapped = sum(bool(state.swap_slots) for state in self.core.scheduler.waiting)
+        self.counts["steps with swapped requests"] += swapped > 0
         for state in result.finished:
             assert isinstance(state, GenerationState)
             self._end(state)
@@ -147,8 +188,12 @@ class Machine:
         """Run to the end of everything; nothing may be left."""
         while self.core.has_work:
             self.step()
-        _require(not self.live, f"{len(self.live)} requests never ended")
+        _require(not self.live, f"never ended ({len(self.live)})")
         _require(self.core.scheduler.pool.num_in_use == 0, "blocks are in use after the end")
+        if self.core.scheduler.swap is not None:
+            _require(self.core.scheduler.swap.num_in_use == 0, "swap slots are in use after the end")
+        if self.swap is not None:
+            self.swap.close()
 
     def check(self) -> None:
         """Assert what must hold at any moment."""
@@ -159,25 +204,27 @@ class Machine:
             if progress != before:
                 self._progress[id(state)] = progress, self._num_steps
             elif self._num_steps - since > _PATIENCE:
-                raise MachineFault(f"{state.request_id} has starved for {_PATIENCE} steps")
+                raise MachineFault(f"starved ({state.request_id})")
 
     def random_event(self) -> None:
         """One thing that can happen, drawn from the machine's own random numbers."""
         draw = self.random.random()
         if draw < 0.70:
             self.step()
+        elif draw < 0.72:
+            self.exhaust(self.random.choice((4, 20)))
         elif draw < 0.86:
             self.submit(
-                self.random.choice((1, 5, 31, 32, 33, 64, 70, 100)),
-                self.random.choice((1, 2, 8, 40, 90)),
+                self.random.choice((1, 5, 20, 31, 32, 33, 64, 100)),
+                self.random.choice((1, 2, 40, 90, 90)),
                 n=self.random.choice((1, 1, 1, 2, 4)),
-                tier=self.random.choice(("fast", "standard", "batch")),
+                tier=self.random.choice(("fast", "fast", "standard", "batch")),
                 timeout_s=self.random.choice((None, None, None, 3.0, 40.0)),
             )
-        elif draw < 0.94:
+        elif draw < 0.88:
             self.abort(self.random.randrange(1 << 16))
         else:
-            self.wait(self.random.choice((0.0, 1.0, 30.0)))
+            self.wait(self.random.choice((0.0, 1.0, 3.0)))
 
     def _state(self, request: Request, index: int) -> GenerationState:
         seed = request.params.seed
@@ -192,6 +239,17 @@ class Machine:
             submitted_s=self.now_s,
         )
 
+    def _taps(self, n: int) -> tuple[Tap, ...]:
+        """Mostly none; else a read, an edit, or an edit that fails."""
+        kind = self.random.choice(("", "", "", "", "", "read", "edit", "edit", "failing"))
+        if kind == "read" and n == 1:
+            return (Tap(point="hook_embed", handler=_Reader()),)
+        if kind == "edit":
+            return (Tap(point="hook_embed", handler=_edit, intervention="edit"),)
+        if kind == "failing":
+            return (Tap(point="hook_embed", handler=_fail, intervention="fail", positions=range(20, 21)),)
+        return ()
+
     def _watch(self, states: Sequence[GenerationState]) -> None:
         for state in states:
             self._progress[id(state)] = (0, state.num_total), self._num_steps
@@ -203,7 +261,7 @@ class Machine:
             room = self.random.choice((0, 0, 1, 3, 6))
             assert isinstance(state, GenerationState)
             room = min(room, state.max_total - state.num_total - 1)
-            if state.num_pending != 1 or room <= 0:
+            if state.num_pending != 1 or room <= 0 or not state.can_draft:
                 continue
             oracle, drafts = self._oracles[id(state)], array("i")
             num_right = self.random.randrange(room + 1)
@@ -215,20 +273,28 @@ class Machine:
 
     def _end(self, state: GenerationState) -> None:
         """A request has ended: once, in one state, with what it had to answer."""
-        _require(state in self.live, f"{state.request_id} ended twice, or was never there")
+        _require(state in self.live, f"ended twice, or was never there ({state.request_id})")
         self.live.remove(state)
         del self._progress[id(state)]
         reason = state.finish_reason
-        _require(reason is not None, f"{state.request_id} is gone without a reason")
+        _require(reason is not None, f"gone without a reason ({state.request_id})")
         self.counts[str(reason)] += 1
-        _require(state.num_preemptions <= MAX_PREEMPTIONS, f"{state.num_preemptions} preemptions")
-        self.counts["swapped or recomputed"] += bool(state.num_preemptions)
+        _require(state.num_preemptions <= MAX_PREEMPTIONS, f"preempted too often ({state.num_preemptions})")
+        if state.num_preemptions:
+            self.counts[f"preempted {state.num_preemptions} times"] += 1
         oracle = self._oracles.pop(id(state))
         for position in range(state.num_prompt, state.num_total):
             expected = oracle.token(position)
-            _require(state.tokens[position] == expected, f"{state.request_id} answers another token")
+            _require(
+                state.tokens[position] == expected,
+                f"another answer than its tokens demand ({state.request_id})",
+            )
+        for tap in state.taps:
+            if isinstance(tap.handler, _Reader):
+                expected_reads = list(range(len(tap.handler.positions)))
+                _require(tap.handler.positions == expected_reads, "a read missed a position or saw it twice")
         if reason == "length":
-            _require(state.num_total == state.max_total, f"{state.request_id} ended early")
+            _require(state.num_total == state.max_total, f"ended early ({state.request_id})")
 
 
 class LedgerExecutor:
@@ -241,20 +307,23 @@ class LedgerExecutor:
         self.max_out_rows = sizes.max_sequences + 6
         self._digests = array("Q", bytes(8 * sizes.num_blocks * KV_BLOCK))
         self._roots = [_ROOT] * _NUM_ADAPTERS
-        self._x: list[int] = [0] * sizes.max_rows
+        self._x = np.zeros((sizes.max_rows, 1), np.float32)
+        self._ends: list[int] = [0] * sizes.max_rows
         self._logits = np.zeros((self.max_out_rows, VOCAB), np.float32)
 
     def run(self, batch: StepBatch, first: int = 0, last: int | None = None) -> None:
-        """Verify what each sequence finds, store its rows, and make logits."""
+        """Operations: tokens to x; verify what each sequence finds and store its rows; logits."""
         if first == 0:
+            self._x[: batch.num_rows, 0] = batch.tokens
+        if first <= 1 and (last is None or last > 1):
             self._store(batch)
         if last is None:
-            digests = [self._x[row] for row in batch.out_rows.tolist()]
+            digests = [self._ends[row] for row in batch.out_rows.tolist()]
             self._logits[: len(digests)] = _TABLE[[digest % _TABLE_SIZE for digest in digests]]
 
     def buffer(self, name: BufferName) -> F32Array:
-        """The logits."""
-        return self._logits
+        """x or the logits."""
+        return self._x if name == "x" else self._logits
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy blocks, in order."""
@@ -270,11 +339,13 @@ class LedgerExecutor:
 
     def set_adapter(self, slot: int, adapter: PackedAdapter | None) -> None:
         """The history of a sequence with an adapter begins at another root."""
-        self._roots[slot] = _ROOT if adapter is None else int(adapter.digest, 16) & _MASK
+        assert adapter is not None
+        self._roots[slot] = _root_of(adapter.digest)
 
     def _store(self, batch: StepBatch) -> None:
         starts, block_starts = batch.row_starts.tolist(), batch.block_starts.tolist()
-        tokens, positions, slots = batch.tokens.tolist(), batch.positions.tolist(), batch.kv_slots.tolist()
+        values = self._x[: batch.num_rows, 0].astype(int).tolist()
+        positions, slots = batch.positions.tolist(), batch.kv_slots.tolist()
         blocks = batch.blocks.tolist()
         _require(len(set(slots)) == len(slots), "two rows write one slot")
         for s in range(len(starts) - 1):
@@ -287,9 +358,9 @@ class LedgerExecutor:
                 block, place, rows = mine[position // KV_BLOCK]
                 _require(slots[row] == block * KV_BLOCK + position - place, "a row writes another slot")
                 _require(position - place < rows, "a row does not see itself")
-                digest = _mix(digest, tokens[row], position)
+                digest = _mix(digest, values[row], position)
                 self._digests[slots[row]] = digest
-                self._x[row] = digest
+                self._ends[row] = digest
 
     def _history(self, blocks: list[list[int]], start: int, root: int) -> int:
         """The digest before position `start`, after a look at every border between its blocks."""
@@ -328,15 +399,16 @@ class _Oracle:
     def __init__(self, state: GenerationState) -> None:
         self._state = state
         self._tokens = array("i", state.tokens)
-        self._digest = _ROOT
+        self._digest = _root_of(state.adapter.digest)
+        self._shift = _EDIT if any(tap.handler is _edit for tap in state.taps) else 0
         for position, token in enumerate(self._tokens):
-            self._digest = _mix(self._digest, token, position)
+            self._digest = _mix(self._digest, token + self._shift, position)
 
     def token(self, position: int) -> int:
         """The token at a position after the prompt."""
         while len(self._tokens) <= position:
             token = self._next()
-            self._digest = _mix(self._digest, token, len(self._tokens))
+            self._digest = _mix(self._digest, token + self._shift, len(self._tokens))
             self._tokens.append(token)
         return self._tokens[position]
 
@@ -353,6 +425,31 @@ class _Oracle:
             num_prompt=state.num_prompt,
         )
         return int(sample(logits_1V, [row]).token_ids[0])
+
+
+class _Reader:
+    """A tap that keeps the positions it is shown."""
+
+    def __init__(self) -> None:
+        self.positions: list[int] = []
+
+    def __call__(self, rows: TapRows) -> None:
+        """Keep them."""
+        self.positions += rows.positions_T.tolist()
+
+
+def _edit(rows: TapRows) -> F32Array:
+    """A tap that changes what every row is computed from."""
+    return rows.values_TD + np.float32(_EDIT)
+
+
+def _fail(rows: TapRows) -> F32Array:
+    raise RuntimeError("the tap was told to fail")
+
+
+def _root_of(adapter: str) -> int:
+    """Where the history of a sequence with this adapter begins."""
+    return _ROOT ^ int(adapter or "0", 16)
 
 
 def _prompt(family: int, num_tokens: int) -> tuple[int, ...]:
@@ -378,4 +475,6 @@ def _plan() -> StepPlan:
         cos=np.ones((1, 4), np.float32),
         sin=np.zeros((1, 4), np.float32),
     )
-    return StepPlan(shape=shape, ops=(Attend(layer=0), Select()))
+    table = EmbedTable(data=np.zeros((VOCAB, 8), np.uint16), scales=np.zeros(0, np.float16))
+    ops = (Embed(table=table, name="hook_embed"), Attend(layer=0), Select())
+    return StepPlan(shape=shape, ops=ops)

@@ -1,0 +1,75 @@
+"""S4: the engine's core under random histories (reliability.md F02, F03, F04, F06).
+
+`cases` are events: submissions of every kind, floods, cancellations, deadlines, guesses right and wrong,
+taps, adapters, forks, and steps of engines most of which are too small. A violation is what `machine.py`
+asserts: a block lost or shared wrongly, a request that ends twice, never, or with another answer than its
+own tokens demand, starvation, a fifth preemption.
+
+Without the guard two rules are broken, in turn: nobody is left alone after four preemptions, and the key of
+a block does not say what came before it.
+"""
+
+import hashlib
+import time
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from random import Random
+from unittest.mock import patch
+
+from scripts.scorecard import Line
+from scripts.scorecard.machine import Machine, Sizes
+from tokenmill.engine import scheduler
+from tokenmill.kvcache import PrefixChain
+
+__all__ = ["run"]
+
+_EVENTS_PER_MACHINE = 2000
+
+
+def run(*, cases: int, seed: int, guard: bool) -> Line:
+    """Run this many events; every machine that meets a violation counts once."""
+    began, counts, violations = time.perf_counter(), Counter[str](), Counter[str]()
+    breaks = [_nothing] if guard else [_no_end_of_preemption, _keys_without_a_past]
+    num_machines = max(len(breaks), -(-cases // _EVENTS_PER_MACHINE))
+    for number in range(num_machines):
+        machine_seed = seed * 1_000_003 + number
+        sizes = Sizes.drawn(Random(machine_seed)) if guard else Sizes(num_blocks=7, max_sequences=3)
+        with breaks[number % len(breaks)]():
+            machine = Machine(sizes, seed=machine_seed)
+            try:
+                for _ in range(min(cases, _EVENTS_PER_MACHINE)):
+                    machine.random_event()
+                machine.drain()
+            except AssertionError as error:
+                violations[str(error).partition(" (")[0]] += 1
+        counts += machine.counts
+    return Line(
+        name="S4",
+        what="random histories of the engine's core: blocks, answers, ends, starvation, preemptions",
+        cases=num_machines * min(cases, _EVENTS_PER_MACHINE),
+        violations=violations.total(),
+        seconds=time.perf_counter() - began,
+        figures={**dict(sorted(counts.items())), **{f"violation: {k}": n for k, n in violations.items()}},
+    )
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _no_end_of_preemption() -> Iterator[None]:
+    with patch.object(scheduler, "MAX_PREEMPTIONS", 1 << 30):
+        yield
+
+
+@contextmanager
+def _keys_without_a_past() -> Iterator[None]:
+    def key(chain: PrefixChain, index: int, tokens: "array[int]") -> bytes:
+        return hashlib.sha256(chain.tokens_of(index, tokens)).digest()
+
+    with patch.object(PrefixChain, "key", key):
+        yield

@@ -1,0 +1,1 @@
+"""Random histories of the engine's core, in some minutes; no weights."""
