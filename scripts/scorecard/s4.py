@@ -10,13 +10,18 @@ a block does not say what came before it.
 """
 
 import hashlib
+import sys
 import time
 from array import array
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from random import Random
+from typing import NamedTuple
 from unittest.mock import patch
+
+from tqdm import tqdm
 
 from scripts.scorecard import Line
 from scripts.scorecard.machine import Machine, Sizes
@@ -31,28 +36,45 @@ _EVENTS_PER_MACHINE = 2000
 def run(*, cases: int, seed: int, guard: bool) -> Line:
     """Run this many events; every machine that meets a violation counts once."""
     began, counts, violations = time.perf_counter(), Counter[str](), Counter[str]()
-    breaks = [_nothing] if guard else [_no_end_of_preemption, _keys_without_a_past]
-    num_machines = max(len(breaks), -(-cases // _EVENTS_PER_MACHINE))
-    for number in range(num_machines):
-        machine_seed = seed * 1_000_003 + number
-        sizes = Sizes.drawn(Random(machine_seed)) if guard else Sizes(num_blocks=7, max_sequences=3)
-        with breaks[number % len(breaks)]():
-            machine = Machine(sizes, seed=machine_seed)
-            try:
-                for _ in range(min(cases, _EVENTS_PER_MACHINE)):
-                    machine.random_event()
-                machine.drain()
-            except AssertionError as error:
-                violations[str(error).partition(" (")[0]] += 1
-        counts += machine.counts
+    num_machines = max(2, -(-cases // _EVENTS_PER_MACHINE))
+    num_events = min(cases, _EVENTS_PER_MACHINE)
+    histories = [_History(seed * 1_000_003 + i, num_events, guard) for i in range(num_machines)]
+    with ProcessPoolExecutor() as pool:
+        results = pool.map(_live, histories, chunksize=8)
+        for of_one, violation in tqdm(results, total=num_machines, unit="history", disable=None):
+            counts += of_one
+            violations += Counter([violation] if violation else [])
     return Line(
         name="S4",
         what="random histories of the engine's core: blocks, answers, ends, starvation, preemptions",
-        cases=num_machines * min(cases, _EVENTS_PER_MACHINE),
+        cases=num_machines * num_events,
         violations=violations.total(),
         seconds=time.perf_counter() - began,
         figures={**dict(sorted(counts.items())), **{f"violation: {k}": n for k, n in violations.items()}},
     )
+
+
+class _History(NamedTuple):
+    seed: int
+    num_events: int
+    guard: bool
+
+
+def _live(history: _History) -> tuple[Counter[str], str]:
+    """What one machine met, and the violation that ended it, if any."""
+    seed, num_events, guard = history
+    breaks = [_nothing] if guard else [_no_end_of_preemption, _keys_without_a_past]
+    sizes = Sizes.drawn(Random(seed)) if guard else Sizes(num_blocks=7, max_sequences=3)
+    with breaks[seed % len(breaks)]():
+        machine = Machine(sizes, seed=seed)
+        try:
+            for _ in range(num_events):
+                machine.random_event()
+            machine.drain()
+        except AssertionError as error:
+            print(f"seed {seed}: {error}", file=sys.stderr)
+            return machine.counts, str(error).partition(" (")[0]
+    return machine.counts, ""
 
 
 @contextmanager

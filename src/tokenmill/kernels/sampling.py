@@ -17,6 +17,8 @@ from tokenmill.kernels.sampling_twin import Choice
 __all__ = ["choose_tokens", "top_token_ids"]
 
 _NO_MASK = np.empty(0, np.uint32)
+_NO_IDS = np.empty(0, np.int32)
+_MAX_ID = (1 << 31) - 1
 
 
 def choose_tokens(logits_LV: F32Array, choices: Sequence[Choice], isa: str | None = None) -> I32Array:
@@ -69,4 +71,6 @@ def _reals(c: Choice) -> tuple[float, ...]:
 
 def _ids(token_ids: Sequence[int]) -> I32Array:
     """As 32 bits; an id that does not fit becomes one outside every vocabulary."""
-    return np.clip(np.array(token_ids, np.int64), -1, np.iinfo(np.int32).max).astype(np.int32)
+    if not token_ids:
+        return _NO_IDS
+    return np.clip(np.array(token_ids, np.int64), -1, _MAX_ID).astype(np.int32)
