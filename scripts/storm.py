@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -271,14 +271,14 @@ def _children() -> list[str]:
     ]
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run a storm and print its figures; exit code 1 if anything was wrong."""
     parser = argparse.ArgumentParser(description="Storm an engine process that keeps being killed.")
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--no-guard", action="store_true", help="the control, which must fail")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     config = StormConfig(
         num_requests=args.requests,
         num_kills=args.kills,

@@ -228,8 +228,9 @@ class EngineCore:
                         out.sequence.fail(str(out.error), now_s=self.clock())
         self.scheduler.commit(schedule)
         seconds = self.clock() - began
-        self.step_time.observe(schedule.num_rows, schedule.num_kv_tokens, schedule.num_out_rows, seconds)
-        self._speculator.settle(schedule, seconds)
+        if schedule.chunks:
+            self.step_time.observe(schedule.num_rows, schedule.num_kv_tokens, schedule.num_out_rows, seconds)
+            self._speculator.settle(schedule, seconds)
         for chunk in schedule.chunks:
             if chunk.sequence.siblings:
                 self._branch(chunk.sequence)
