@@ -264,8 +264,10 @@ class Scheduler:
         """Rows for guessed tokens: never at the cost of another sequence's blocks, rows or places."""
         for index, chunk in enumerate(plan.chunks):
             sequence = chunk.sequence
+            if not sequence.drafts:
+                continue
             missing = sequence.table.num_missing(chunk.stop + len(sequence.drafts))
-            if sequence.drafts and missing and self.pool.num_free >= missing + len(self._running):
+            if missing and self.pool.num_free >= missing + len(self._running):
                 sequence.table.extend(self.pool.allocate(missing))
             room = sequence.table.capacity - chunk.stop
             sequence.drafts = sequence.drafts[: max(0, min(room, plan.num_rows, plan.num_places))]
@@ -454,13 +456,14 @@ class _Plan:
     def take(self, sequence: SequenceState, most: int) -> None:
         """Spend up to `most` rows on the sequence's next tokens."""
         start = sequence.num_computed
+        first_sampled = sequence.first_sampled
         stop = min(sequence.num_total, start + min(most, self._num_rows))
-        if stop > sequence.first_sampled and self.num_places == 0:
-            stop = sequence.first_sampled
+        if stop > first_sampled and self.num_places == 0:
+            stop = first_sampled
         if stop > start:
             num_out_rows = max(0, min(stop - sequence.first_logits, stop - start))
             self.chunks.append(Chunk(sequence, start, stop, num_out_rows))
-            self._spend(stop - start, max(0, stop - max(start, sequence.first_sampled)))
+            self._spend(stop - start, max(0, stop - max(start, first_sampled)))
 
     def extend(self, index: int, num_drafts: int) -> None:
         """Add rows for drafts to a chunk; each is sampled."""
