@@ -82,7 +82,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def _bench(args: argparse.Namespace, out: Output) -> int:
-    model = open_model(args)
+    model = open_model(args.model)
 
     from tokenmill.engine.bench import bench
 
