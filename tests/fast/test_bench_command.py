@@ -69,7 +69,7 @@ def test_json_is_one_document_with_every_row(tiny: str, capsys: pytest.CaptureFi
     assert main(["bench", tiny, *SHORT, "--threads", "1", "--json"]) == 0
     out, err = capsys.readouterr()
     document: dict[str, Any] = json.loads(out)
-    assert set(document) == {"machine", "model", "versions", "rows"}
+    assert set(document) == {"machine", "model", "versions", "kv", "rows"}
     machine = document["machine"]
     assert machine["num_threads"] == 1 and machine["int8_tops"] > 0 and machine["read_gb_s"] > 0
     assert machine["read_gb_s"] == machine["read_gb_s_by_mb"]["2"], "the largest working set"
@@ -134,7 +134,13 @@ def test_the_defaults_are_those_of_the_engine() -> None:
         bench_command.DEFAULT_RUNS,
     )
     args = build_parser().parse_args(["bench", "m"])
-    assert (args.weights, args.batch, args.prompt, args.output, args.runs, args.threads) == (None,) * 6
+    flags = (args.weights, args.batch, args.prompt, args.output, args.runs, args.threads, args.kv)
+    assert flags == (None,) * 7
+
+
+def test_the_format_of_the_cache_is_the_engine_s(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", tiny, *SHORT, "--kv", "int8", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kv"] == "int8"
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,22 @@ import pytest
 from tests.fast.cli_tools import Runner, make_runner
 from tokenmill import __version__
 from tokenmill.cli import main as cli
-from tokenmill.cli.arguments import WEIGHTS, Subparsers, add_command, llm_config, sampling_params
+from tokenmill.cli.arguments import (
+    KV_DTYPES,
+    SPECULATIONS,
+    WEIGHTS,
+    Subparsers,
+    adapter_name,
+    add_command,
+    llm_config,
+)
+from tokenmill.cli.embed import POOLINGS
 from tokenmill.cli.output import Output
-from tokenmill.core import SamplingParams, TokenmillError, errors
-from tokenmill.engine import LLMConfig
+from tokenmill.cli.sampling import grammar, sampling_params
+from tokenmill.core import Grammar, SamplingParams, TokenmillError, errors
+from tokenmill.engine import LLMConfig, embedding
+from tokenmill.engine.config import SPECULATIONS as ENGINE_SPECULATIONS
+from tokenmill.kernels import KV_DTYPES as ENGINE_KV_DTYPES
 from tokenmill.models.pack import WEIGHT_FORMATS
 
 HEAVY = ("numpy", "tokenizers", "minijinja", "tqdm", "shtab", "tokenmill.models", "tokenmill.engine")
@@ -82,19 +94,58 @@ def test_module_and_version() -> None:
 
 
 def test_flags_have_the_defaults_of_what_they_configure() -> None:
-    args = cli.build_parser().parse_args(["run", "m", "p"])
-    assert sampling_params(args) == SamplingParams()
-    assert llm_config(args) == LLMConfig()
+    for words in (["run", "m", "p"], ["chat", "m"]):
+        args = cli.build_parser().parse_args(words)
+        assert sampling_params(args) == SamplingParams()
+        assert llm_config(args) == LLMConfig() and args.draft is None and adapter_name(args) == ""
+    for words in (["score", "m"], ["embed", "m"]):
+        assert llm_config(cli.build_parser().parse_args(words)) == LLMConfig()
     assert set(WEIGHTS) == set(WEIGHT_FORMATS) and WEIGHTS[0] == LLMConfig().weights
+    assert set(KV_DTYPES) == set(ENGINE_KV_DTYPES) and KV_DTYPES[0] == LLMConfig().kv_dtype
+    assert set(SPECULATIONS) == set(ENGINE_SPECULATIONS) and SPECULATIONS[0] == LLMConfig().speculation
+    assert POOLINGS == embedding.POOLINGS
 
 
 def test_flags_reach_what_they_configure() -> None:
     words = "run m p --max-tokens 3 --temperature 0.5 --top-p 0.9 --top-k 4 --seed 5 --stop a --stop b"
-    args = cli.build_parser().parse_args([*words.split(), "--weights", "bf16", "--threads", "1"])
-    assert sampling_params(args) == SamplingParams(
-        max_tokens=3, temperature=0.5, top_p=0.9, top_k=4, seed=5, stop=("a", "b")
+    words += " --min-tokens 2 --min-p 0.1 --repetition-penalty 1.1 --presence-penalty 0.2 --n 2 --logprobs 3"
+    words += (
+        " --frequency-penalty 0.3 --weights bf16 --threads 1 --kv int8 --speculation lookup --adapter a/b"
     )
-    assert llm_config(args) == LLMConfig(weights="bf16", num_threads=1)
+    args = cli.build_parser().parse_args(words.split())
+    assert sampling_params(args) == SamplingParams(
+        max_tokens=3,
+        min_tokens=2,
+        temperature=0.5,
+        top_p=0.9,
+        top_k=4,
+        min_p=0.1,
+        repetition_penalty=1.1,
+        presence_penalty=0.2,
+        frequency_penalty=0.3,
+        seed=5,
+        n=2,
+        stop=("a", "b"),
+        logprobs=3,
+    )
+    assert adapter_name(args) == "b"
+    assert llm_config(args) == LLMConfig(
+        weights="bf16", num_threads=1, kv_dtype="int8", speculation="lookup", max_adapters=1
+    )
+
+
+def test_grammars_come_from_flags_and_files(tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text('{"type": "integer"}')
+    (tmp_path / "a.lark").write_text('start: "a"')
+    for flag, given, kind, source in (
+        ("--regex", "a+", "regex", "a+"),
+        ("--json-schema", str(tmp_path / "schema.json"), "json_schema", '{"type": "integer"}'),
+        ("--grammar", str(tmp_path / "a.lark"), "lark", 'start: "a"'),
+    ):
+        args = cli.build_parser().parse_args(["run", "m", "p", flag, given])
+        expected = Grammar(kind=kind, source=source)  # type: ignore[arg-type]
+        assert grammar(args) == expected
+        assert sampling_params(args, grammar=expected).grammar == expected
 
 
 @pytest.mark.parametrize("kind", ERRORS, ids=lambda kind: kind.__name__)

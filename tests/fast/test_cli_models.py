@@ -181,7 +181,14 @@ def test_completion_is_a_script_that_the_shell_reads(run: Runner, shell: str) ->
 
 def test_bash_completes_commands_flags_and_models(run: Runner, home: Path) -> None:
     script = run("completion", "bash").out
-    lines = [("tokenmill sho", "show"), ("tokenmill run t", "tiny"), ("tokenmill run m --top-k", "--top-k")]
+    lines = [
+        ("tokenmill sho", "show"),
+        ("tokenmill run t", "tiny"),
+        ("tokenmill run m --top-k", "--top-k"),
+        ("tokenmill run m p --draft t", "tiny"),
+        ("tokenmill run m p --kv i", "int8"),
+        ("tokenmill embed m --pooling l", "last"),
+    ]
     for line, expected in lines:
         words = line.split()
         ask = (

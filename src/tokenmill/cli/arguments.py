@@ -6,32 +6,35 @@ returns the exit code (0) and imports what is heavy inside. Errors are raised, n
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias
 
 from tokenmill.cli.output import Output
-from tokenmill.core import NotFoundError, SamplingParams, UsageError
+from tokenmill.core import NotFoundError, UsageError
 
 if TYPE_CHECKING:
     from tokenmill.engine import LLM, LLMConfig
     from tokenmill.models.directory import ModelDirectory
 
 __all__ = [
+    "KV_DTYPES",
+    "SPECULATIONS",
     "WEIGHTS",
     "Handler",
     "Parser",
     "Subparsers",
+    "adapter_name",
     "add_command",
     "add_engine_flags",
+    "add_generator_flags",
     "add_model_argument",
-    "add_sampling_flags",
     "add_shared_flags",
     "llm_config",
-    "load_llm",
     "open_model",
+    "opened_llm",
     "positive",
-    "sampling_params",
     "text_argument",
 ]
 
@@ -40,6 +43,12 @@ Handler: TypeAlias = Callable[[argparse.Namespace, Output], int]
 
 WEIGHTS: Final = ("w8a8", "w4a8", "bf16")
 """The engine's weight formats, its default first, known here without importing it; a test compares."""
+
+KV_DTYPES: Final = ("bf16", "int8")
+"""What keys and values may be kept as; the rest as of `WEIGHTS`."""
+
+SPECULATIONS: Final = ("off", "lookup")
+"""Where guesses may come from; the rest as of `WEIGHTS`."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -108,105 +117,89 @@ def add_model_argument(parser: Parser) -> None:
     )
 
 
-def add_engine_flags(parser: Parser) -> None:
-    """`--weights` and `--threads`; not given, the engine's own defaults hold."""
-    engine = parser.add_argument_group("engine")
-    engine.add_argument("--weights", choices=WEIGHTS, help=f"format of the weights (default: {WEIGHTS[0]})")
-    engine.add_argument("--threads", type=positive, metavar="N", help="threads (default: one a processor)")
+def add_engine_flags(parser: Parser) -> "argparse._ArgumentGroup":
+    """`--weights`, `--kv` and `--threads`; not given, the engine's own defaults hold."""
+    group = parser.add_argument_group("engine")
+    group.add_argument("--weights", choices=WEIGHTS, help=f"format of the weights (default: {WEIGHTS[0]})")
+    group.add_argument(
+        "--kv", choices=KV_DTYPES, help=f"format of the KV cache; int8 is half (default: {KV_DTYPES[0]})"
+    )
+    group.add_argument("--threads", type=positive, metavar="N", help="threads (default: one a processor)")
+    return group
 
 
-def add_sampling_flags(parser: Parser) -> None:
-    """The fields of SamplingParams, with their defaults."""
-    default = SamplingParams()
-    group = parser.add_argument_group("sampling")
+def add_generator_flags(parser: Parser) -> None:
+    """The engine flags, and those for what only a generation has: speculation and an adapter."""
+    group = add_engine_flags(parser)
     group.add_argument(
-        "--max-tokens",
-        type=int,
-        default=default.max_tokens,
-        metavar="N",
-        help="longest answer, in tokens (default: %(default)s)",
+        "--speculation",
+        choices=SPECULATIONS,
+        help=f"guess tokens from the text so far; same answer, fewer steps (default: {SPECULATIONS[0]})",
     )
     group.add_argument(
-        "--temperature",
-        type=float,
-        default=default.temperature,
-        metavar="T",
-        help="0 takes the likeliest token (default: %(default)s)",
+        "--draft", metavar="MODEL", help="a small model with the same vocabulary that guesses for MODEL"
     )
     group.add_argument(
-        "--top-p",
-        type=float,
-        default=default.top_p,
-        metavar="P",
-        help="sample from the likeliest tokens that hold this probability (default: %(default)s)",
-    )
-    group.add_argument(
-        "--top-k",
-        type=int,
-        default=default.top_k,
-        metavar="K",
-        help="sample from the K likeliest tokens, 0: all (default: %(default)s)",
-    )
-    group.add_argument(
-        "--seed",
-        type=int,
-        default=default.seed,
-        metavar="N",
-        help="makes sampling reproducible (default: drawn)",
-    )
-    group.add_argument(
-        "--stop",
-        type=text_argument,
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="end before this text; may be given several times",
+        "--adapter", type=Path, metavar="FOLDER", help="use this LoRA adapter, as PEFT saves it"
     )
 
 
-def sampling_params(args: argparse.Namespace) -> SamplingParams:
-    """What the sampling flags say. Raises UsageError for a value out of bounds."""
-    return SamplingParams(
-        max_tokens=args.max_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        seed=args.seed,
-        stop=tuple(args.stop),
-    )
+def adapter_name(args: argparse.Namespace) -> str:
+    """What the adapter of `--adapter` is called: its folder's name; empty if there is none."""
+    folder: Path | None = getattr(args, "adapter", None)
+    return "" if folder is None else folder.expanduser().resolve().name or "adapter"
 
 
 def llm_config(args: argparse.Namespace) -> "LLMConfig":
     """What the engine flags say; imports the engine."""
     from tokenmill.engine import LLMConfig
 
-    given = {"weights": args.weights, "num_threads": args.threads}
+    given = {
+        "weights": args.weights,
+        "kv_dtype": args.kv,
+        "num_threads": args.threads,
+        "speculation": getattr(args, "speculation", None),
+        "max_adapters": 1 if adapter_name(args) else None,
+    }
     return LLMConfig(**{name: value for name, value in given.items() if value is not None})
 
 
-def open_model(args: argparse.Namespace) -> "ModelDirectory":
-    """The model that MODEL names. Raises NotFoundError with the way to get it."""
+def open_model(name: str) -> "ModelDirectory":
+    """The model of this name or path. Raises NotFoundError with the way to get it."""
     from tokenmill.models.library import Library
 
     try:
-        return Library().find(args.model)
+        return Library().find(name)
     except NotFoundError as error:
-        path = Path(args.model).expanduser()
+        path = Path(name).expanduser()
         if path.is_file():
-            hint = f"take it into the store first: tokenmill pull {args.model}"
+            hint = f"take it into the store first: tokenmill pull {name}"
             raise UsageError(f"{path} is a file, not a model directory", hint=hint) from error
         raise NotFoundError(
             error.message, hint=error.hint or "`tokenmill models` lists what is here"
         ) from error
 
 
-def load_llm(model: "ModelDirectory", args: argparse.Namespace, out: Output) -> "LLM":
-    """The model, ready to run as the engine flags say; imports the engine."""
+@contextmanager
+def opened_llm(model: "ModelDirectory", args: argparse.Namespace, out: Output) -> "Iterator[LLM]":
+    """The model, ready to run as the engine flags say, and closed at the end; imports the engine.
+
+    The adapter of `--adapter` is loaded under `adapter_name`.
+    """
     from tokenmill.engine import LLM
 
     config = llm_config(args)
+    draft_name: str | None = getattr(args, "draft", None)
+    draft = None if draft_name is None else open_model(draft_name)
+    name = adapter_name(args)
+    if name and not args.adapter.expanduser().is_dir():
+        raise NotFoundError(f"{args.adapter} is no folder", hint="give the folder of a LoRA adapter")
     with out.busy(f"loading {model.name}, {config.weights}"):
-        return LLM(model, config)
+        llm = LLM(model, config, draft=draft)
+    with closing(llm):
+        if name:
+            llm.load_adapter(name, args.adapter.expanduser())
+        yield llm
 
 
 def positive(text: str) -> int:

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
 
 from tokenmill.cli.arguments import (
+    KV_DTYPES,
     WEIGHTS,
     Subparsers,
     add_command,
@@ -78,11 +79,12 @@ def add_parser(subparsers: Subparsers) -> None:
         ("--runs", DEFAULT_RUNS, "measured runs of each row"),
     ):
         parser.add_argument(flag, type=positive, metavar="N", help=f"{what} (default: {default})")
+    parser.add_argument("--kv", choices=KV_DTYPES, help=f"format of the KV cache (default: {KV_DTYPES[0]})")
     parser.add_argument("--threads", type=positive, metavar="N", help="threads (default: one a processor)")
 
 
 def _bench(args: argparse.Namespace, out: Output) -> int:
-    model = open_model(args)
+    model = open_model(args.model)
 
     from tokenmill.engine.bench import bench
 
@@ -103,6 +105,7 @@ def _bench(args: argparse.Namespace, out: Output) -> int:
             "machine": machine_fields(machine),
             "model": _model_fields(model),
             "versions": version_fields(),
+            "kv": config.kv_dtype,
             "rows": [asdict(row) for row in rows],
         }
     )
@@ -120,6 +123,7 @@ def _config(args: argparse.Namespace) -> "BenchConfig":
         "output": args.output,
         "num_runs": args.runs,
         "num_threads": args.threads,
+        "kv_dtype": args.kv,
     }
     return BenchConfig(**{name: value for name, value in given.items() if value is not None})
 

@@ -5,20 +5,20 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from tokenmill.cli.answers import check_answers, completion_fields, summary
 from tokenmill.cli.arguments import (
     Subparsers,
+    adapter_name,
     add_command,
-    add_engine_flags,
+    add_generator_flags,
     add_model_argument,
-    add_sampling_flags,
-    load_llm,
     open_model,
-    sampling_params,
+    opened_llm,
 )
 from tokenmill.cli.inputs import stdin_is_terminal
 from tokenmill.cli.output import Output
-from tokenmill.cli.run import completion_fields, summary
-from tokenmill.core import Completion, Message, SamplingParams, UsageError
+from tokenmill.cli.sampling import add_sampling_flags, sampling_params
+from tokenmill.core import Completion, Message, SamplingParams, StorageError, TokenmillError, UsageError
 
 if TYPE_CHECKING:
     from tokenmill.engine import LLM
@@ -37,25 +37,30 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = add_command(subparsers, "chat", _chat, summary="talk to a model", description=_DESCRIPTION)
     add_model_argument(parser)
     add_sampling_flags(parser)
-    add_engine_flags(parser)
+    add_generator_flags(parser)
 
 
 class Conversation:
     """The messages of a chat, and what each answer took."""
 
-    def __init__(self, llm: "LLM", params: SamplingParams, out: Output) -> None:
+    def __init__(self, llm: "LLM", params: SamplingParams, out: Output, adapter: str = "") -> None:
         self.messages: list[Message] = []
         self.turns: list[dict[str, Any]] = []
         self._llm = llm
         self._params = params
         self._out = out
+        self._adapter = adapter
 
     def forget(self) -> None:
         """Start anew; what was answered stays on record."""
         self.messages.clear()
 
     def say(self, text: str) -> None:
-        """One turn: the answer is streamed and remembered, also if Ctrl-C cut it short."""
+        """One turn: the answer is streamed and remembered, also if Ctrl-C cut it short.
+
+        Raises UsageError for a text that does not fit, TokenmillError for an answer that failed; then the
+        turn is forgotten.
+        """
         self.messages.append(Message(role="user", content=text))
         try:
             ids = self._fitting_prompt()
@@ -65,7 +70,7 @@ class Conversation:
         pieces: list[str] = []
         completion = None
         try:
-            for piece in self._llm.stream(ids, self._params):
+            for piece in self._llm.stream(ids, self._params, adapter=self._adapter):
                 if isinstance(piece, Completion):
                     completion = piece
                 else:
@@ -76,8 +81,11 @@ class Conversation:
         answer = "".join(pieces)
         if completion is not None and not answer.endswith("\n"):
             self._out.text("")
-        self.messages.append(Message(role="assistant", content=answer))
         self._record(text, answer, completion)
+        if completion is not None and completion.finish_reason == "failed":
+            self.messages.pop()
+            check_answers([completion])
+        self.messages.append(Message(role="assistant", content=answer))
 
     def _record(self, text: str, answer: str, completion: Completion | None) -> None:
         if completion is None:
@@ -107,20 +115,20 @@ class Conversation:
 
 def _chat(args: argparse.Namespace, out: Output) -> int:
     params = sampling_params(args)
-    model = open_model(args)
+    model = open_model(args.model)
     if model.chat_template() is None:
         raise UsageError(
             f"{model.name} has no chat template: it is a base model",
             hint=f'continue a text instead: tokenmill run {args.model} "text"',
         )
-    llm = load_llm(model, args, out)
-    conversation = Conversation(llm, params, out)
-    if not stdin_is_terminal():
-        _talk_through_pipe(conversation)
-    else:
-        out.note(f"{model.name}, {llm.config.weights}. Ctrl-C stops an answer, /new forgets, /exit ends.")
-        _talk(conversation, out)
-    out.document({"model": model.name, "weights": llm.config.weights, "turns": conversation.turns})
+    with opened_llm(model, args, out) as llm:
+        conversation = Conversation(llm, params, out, adapter_name(args))
+        if not stdin_is_terminal():
+            _talk_through_pipe(conversation)
+        else:
+            out.note(f"{model.name}, {llm.config.weights}. Ctrl-C stops an answer, /new forgets, /exit ends.")
+            _talk(conversation, out)
+        out.document({"model": model.name, "weights": llm.config.weights, "turns": conversation.turns})
     return 0
 
 
@@ -149,7 +157,9 @@ def _talk(conversation: Conversation, out: Output) -> None:
         try:
             if not _obey(line, conversation):
                 break
-        except UsageError as error:
+        except StorageError:
+            raise
+        except TokenmillError as error:
             out.note(f"error: {error}")
 
 

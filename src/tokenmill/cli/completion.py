@@ -43,10 +43,12 @@ def _completion(args: argparse.Namespace, out: Output) -> int:
 
     parser = build_parser()
     for action in _all_actions(parser):
-        if action.metavar in ("MODEL", "NAME") and not action.option_strings:
+        if action.metavar == "MODEL" or (action.metavar == "NAME" and not action.option_strings):
             _complete_with(action, _MODELS)
         elif action.metavar in ("F", "NAME|PATH"):
             _complete_with(action, shtab.FILE)
+        elif action.metavar == "FOLDER":
+            _complete_with(action, shtab.DIRECTORY)
     script = shtab.complete(parser, args.shell, preamble=_PREAMBLES[args.shell])
     if not out.as_json:
         out.text(script)

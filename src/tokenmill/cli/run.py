@@ -1,32 +1,40 @@
-"""`tokenmill run`: one prompt, one answer, streamed as it is made."""
+"""`tokenmill run`: one prompt, one answer, streamed as it is made; or several answers."""
 
 import argparse
-import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from tokenmill.cli.answers import check_answers, completion_fields, logprob_table, summary
 from tokenmill.cli.arguments import (
     Subparsers,
+    adapter_name,
     add_command,
-    add_engine_flags,
+    add_generator_flags,
     add_model_argument,
-    add_sampling_flags,
-    load_llm,
     open_model,
-    sampling_params,
+    opened_llm,
     text_argument,
 )
 from tokenmill.cli.inputs import STDIN, read_stdin, stdin_is_terminal
 from tokenmill.cli.output import Output
+from tokenmill.cli.sampling import (
+    add_grammar_flags,
+    add_sampling_flags,
+    grammar,
+    reads_stdin,
+    sampling_params,
+)
 from tokenmill.core import Completion, Message, SamplingParams, UsageError
 
 if TYPE_CHECKING:
     from tokenmill.engine import LLM
 
-__all__ = ["add_parser", "completion_fields", "stream_answer", "summary"]
+__all__ = ["add_parser"]
 
 _DESCRIPTION = """\
 Answer one prompt. The model's chat template is applied if it has one; with --raw, and for a model without
 a template, the text is continued as it is. A prompt that comes through a pipe loses one newline at its end.
+With --n above 1 the answers are shown when all are done, and are `completions` in the JSON document.
 """
 
 
@@ -44,65 +52,64 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--raw", action="store_true", help="continue the prompt as it is, without the chat template"
     )
-    add_sampling_flags(parser)
-    add_engine_flags(parser)
+    default = SamplingParams()
+    sampling = add_sampling_flags(parser)
+    sampling.add_argument(
+        "--n", type=int, default=default.n, metavar="N", help="answers to make (default: %(default)s)"
+    )
+    sampling.add_argument(
+        "--logprobs",
+        type=int,
+        metavar="N",
+        help="show the log-probability of each token, and the N likeliest",
+    )
+    add_grammar_flags(parser)
+    add_generator_flags(parser)
 
 
-def stream_answer(llm: "LLM", prompt: str | list[int], params: SamplingParams, out: Output) -> Completion:
-    """Write an answer for people piece by piece, with a newline at its end; returns the whole of it."""
-    stream = llm.stream(prompt, params)
+def _run(args: argparse.Namespace, out: Output) -> int:
+    if reads_stdin(args) and args.prompt in (None, STDIN):
+        raise UsageError("standard input is the grammar", hint="give the prompt as an argument")
+    params = sampling_params(args, grammar=grammar(args))
+    prompt = _prompt(args.prompt)
+    model = open_model(args.model)
+    with opened_llm(model, args, out) as llm:
+        is_raw = args.raw or model.chat_template() is None
+        ids = llm.encode(prompt) if is_raw else llm.encode_chat([Message(role="user", content=prompt)])
+        completions = _answers(llm, ids, params, adapter_name(args), out)
+        weights = llm.config.weights
+    tokenizer = None if params.logprobs is None else model.tokenizer()
+    for completion in completions:
+        if params.n > 1:
+            out.text(f"--- {completion.index + 1} of {params.n}\n{completion.text}")
+        if tokenizer is not None:
+            logprob_table(out, completion, tokenizer)
+    if out.stderr.isatty():
+        out.note(summary(*completions))
+    each = [completion_fields(completion, tokenizer) for completion in completions]
+    what: dict[str, Any] = each[0] if params.n == 1 else {"completions": each}
+    out.document({"model": model.name, "weights": weights, "template": not is_raw, **what})
+    check_answers(completions)
+    return 0
+
+
+def _answers(
+    llm: "LLM", ids: Sequence[int], params: SamplingParams, adapter: str, out: Output
+) -> list[Completion]:
+    """One answer is written for people piece by piece, with a newline at its end; several are not."""
+    if params.n > 1:
+        return llm.generate_tokens([ids], params, adapter=adapter)
     ends_line = True
     try:
-        for piece in stream:
+        for piece in llm.stream(ids, params, adapter=adapter):
             if isinstance(piece, Completion):
-                return piece
+                return [piece]
             out.text(piece, end="")
             ends_line = piece.endswith("\n")
     finally:
         if not ends_line:
             out.text("")
     raise AssertionError("a stream ends with its completion")
-
-
-def completion_fields(completion: Completion) -> dict[str, Any]:
-    """A completion as JSON fields, without the engine's own request id."""
-    fields = dataclasses.asdict(completion)
-    del fields["request_id"]
-    return fields
-
-
-def summary(completion: Completion) -> str:
-    """One line of figures about an answer."""
-    usage = completion.usage
-    parts = [f"{usage.num_prompt_tokens} tokens in, {usage.num_output_tokens} out"]
-    decode_s = completion.total_s - completion.ttft_s
-    if usage.num_output_tokens > 1 and decode_s > 0:
-        parts.append(f"{(usage.num_output_tokens - 1) / decode_s:.0f} tokens/s")
-    parts.append(f"first after {completion.ttft_s * 1000:.0f} ms")
-    if completion.finish_reason == "length":
-        parts.append("ended by --max-tokens or the model's context")
-    return f"[{', '.join(parts)}]"
-
-
-def _run(args: argparse.Namespace, out: Output) -> int:
-    params = sampling_params(args)
-    prompt = _prompt(args.prompt)
-    model = open_model(args)
-    llm = load_llm(model, args, out)
-    is_raw = args.raw or model.chat_template() is None
-    ids = prompt if is_raw else llm.encode_chat([Message(role="user", content=prompt)])
-    completion = stream_answer(llm, ids, params, out)
-    if out.stderr.isatty():
-        out.note(summary(completion))
-    out.document(
-        {
-            "model": model.name,
-            "weights": llm.config.weights,
-            "template": not is_raw,
-            **completion_fields(completion),
-        }
-    )
-    return 0
 
 
 def _prompt(given: str | None) -> str:

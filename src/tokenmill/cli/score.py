@@ -11,8 +11,8 @@ from tokenmill.cli.arguments import (
     add_command,
     add_engine_flags,
     add_model_argument,
-    load_llm,
     open_model,
+    opened_llm,
     positive,
     text_argument,
 )
@@ -62,19 +62,20 @@ def _score(args: argparse.Namespace, out: Output) -> int:
     if args.context is not None and (args.window or args.windows):
         raise UsageError("--context goes with no windows", hint="leave out --window and --windows")
     text = _text(args)
-    model = open_model(args)
-    llm = load_llm(model, args, out)
-    if args.context is not None:
-        scores = llm.score([args.context], [text])
-        num_tokens = len(scores[0].logprobs)
-    else:
-        window = args.window or min(DEFAULT_WINDOW, llm.context_length)
-        tokens = llm.encode(text)
-        tokens = tokens[: args.windows * window] if args.windows else tokens
-        num_tokens = len(tokens)
-        with out.progress("tok") as bar:
-            scores = llm.score_tokens(tokens, window=window, on_progress=_drawer(bar, num_tokens))
-    _report(out, {"model": model.name, "weights": llm.config.weights, "num_tokens": num_tokens}, scores)
+    model = open_model(args.model)
+    with opened_llm(model, args, out) as llm:
+        if args.context is not None:
+            scores = llm.score([args.context], [text])
+            num_tokens = len(scores[0].logprobs)
+        else:
+            window = args.window or min(DEFAULT_WINDOW, llm.context_length)
+            tokens = llm.encode(text)
+            tokens = tokens[: args.windows * window] if args.windows else tokens
+            num_tokens = len(tokens)
+            with out.progress("tok") as bar:
+                scores = llm.score_tokens(tokens, window=window, on_progress=_drawer(bar, num_tokens))
+        weights = llm.config.weights
+    _report(out, {"model": model.name, "weights": weights, "num_tokens": num_tokens}, scores)
     return 0
 
 

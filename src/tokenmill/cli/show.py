@@ -53,7 +53,7 @@ def _grid_bytes(model: "ModelDirectory") -> int | None:
 
 
 def _show(args: argparse.Namespace, out: Output) -> int:
-    model = open_model(args)
+    model = open_model(args.model)
     fields = _fields(model)
     out.text(format_table([], list(_rows(model, fields))))
     out.document(fields)

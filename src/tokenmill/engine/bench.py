@@ -32,7 +32,7 @@ from tokenmill.costs import (
 )
 from tokenmill.engine.config import LLMConfig
 from tokenmill.engine.llm import LLM, Progress
-from tokenmill.kernels import KV_BLOCK, StepPlan
+from tokenmill.kernels import KV_BLOCK, KvDtype, StepPlan
 from tokenmill.kernels.probe import MachineLimits
 from tokenmill.models.architecture import Architecture
 from tokenmill.models.compile import ExecutorFactory, create_executor
@@ -61,6 +61,7 @@ class BenchConfig:
     output: int = 64
     num_runs: int = 3
     num_threads: int | None = None
+    kv_dtype: KvDtype = "bf16"
 
     def __post_init__(self) -> None:
         if not self.weights or not self.batches:
@@ -147,7 +148,7 @@ def machine_rates(limits: MachineLimits) -> MachineRates:
     )
 
 
-def decoder_cost(architecture: Architecture, plan: StepPlan) -> DecoderCost:
+def decoder_cost(architecture: Architecture, plan: StepPlan, kv_dtype: KvDtype = "bf16") -> DecoderCost:
     """What a token costs in the plan's own weights; the last matrix of a plan is the head."""
     *blocks, head = plan.linears
     return DecoderCost(
@@ -156,7 +157,7 @@ def decoder_cost(architecture: Architecture, plan: StepPlan) -> DecoderCost:
         attention_ops=architecture.attention_flops(1),
         block_bytes=sum(linear.num_bytes for linear in blocks),
         head_bytes=head.num_bytes,
-        kv_bytes=architecture.kv_bytes_per_token(),
+        kv_bytes=architecture.kv_bytes_per_token(1 if kv_dtype == "int8" else 2),
         integer=head.act_format != "bf16",
     )
 
@@ -189,7 +190,7 @@ def _measure(setup: _Setup, weights: WeightFormat, batch: int) -> Iterator[Bench
     _run(llm, _prompts(setup, batch, run=0), min(config.output, _WARM_UP_TOKENS), setup.clock)
     numbers = range(1, config.num_runs + 1)
     runs = [_run(llm, _prompts(setup, batch, number), config.output, setup.clock) for number in numbers]
-    cost = decoder_cost(setup.model.architecture, llm.plan)
+    cost = decoder_cost(setup.model.architecture, llm.plan, config.kv_dtype)
     step_batch = runs[0].step_batch
     work = prefill_work(cost, batch=batch, prompt=config.prompt, rows_per_step=llm.config.max_rows)
     speeds = [work.num_tokens / run.prefill_s for run in runs]
@@ -208,6 +209,7 @@ def _llm_config(config: BenchConfig, weights: WeightFormat, batch: int) -> LLMCo
         max_rows=max(batch, default.max_rows),
         max_batch=batch,
         num_threads=config.num_threads,
+        kv_dtype=config.kv_dtype,
         kv_tokens=batch * blocks_each * KV_BLOCK,
     )
 
