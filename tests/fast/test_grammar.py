@@ -387,3 +387,19 @@ def test_the_cache_forgets_the_least_recently_used() -> None:
 def test_pieces_are_pieces() -> None:
     """The twin above means nothing if no token is longer than a byte."""
     assert [TOKENS.token_bytes(258 + i).decode() for i in range(len(PIECES))] == list(PIECES)
+
+
+@pytest.mark.parametrize("source", ['{"type": "array"}', "{}", '  {"type": "array", "minItems": 2} '])
+def test_white_space_between_json_tokens_is_bounded(compiler: GrammarCompiler, source: str) -> None:
+    state = compiler.start(grammar("json_schema", source))
+    for token in b"[" + b" " * 12:
+        assert token in mask_of(compiler, state)
+        state.accept(token)
+    assert ord(" ") not in mask_of(compiler, state)
+
+
+def test_a_schema_may_say_itself_what_white_space_it_wants(compiler: GrammarCompiler) -> None:
+    source = '{"type": "array", "x-guidance": {"whitespace_flexible": false}}'
+    state = compiler.start(grammar("json_schema", source))
+    state.accept(ord("["))
+    assert ord(" ") not in mask_of(compiler, state)

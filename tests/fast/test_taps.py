@@ -394,7 +394,8 @@ def test_after_a_preemption_reads_come_once_and_edits_again() -> None:
 def test_taps_that_cannot_be_are_refused_at_once() -> None:
     core = engine(executor())
     with pytest.raises(
-        UsageError, match=r"no point is named blocks\.2\.hook_resid_post; use one of hook_embed"
+        UsageError,
+        match=r"no point is named blocks\.2\.hook_resid_post; there are blocks\.1\.hook_resid_post",
     ):
         core.submit(generation("a", [1], 1, ablate("blocks.2.hook_resid_post")))
     with pytest.raises(UsageError, match=r"blocks\.0\.ln1\.hook_normalized can only be read"):

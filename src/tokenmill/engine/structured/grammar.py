@@ -32,6 +32,7 @@ __all__ = ["CheckedGrammar", "GrammarCompiler", "GrammarLimits", "GrammarState",
 U32Array: TypeAlias = npt.NDArray[np.uint32]
 
 _ANY_OBJECT: Final = '{"type": "object"}'
+_GUIDANCE: Final = r'"x-guidance": {"whitespace_pattern": "[ \n]{0,12}"}'
 _MAX_FORCED: Final = 64
 # Where the child's allocator reused what was free, it sees less than this; a small grammar holds 150 KiB.
 _MIN_ENTRY_BYTES: Final = 64 << 10
@@ -342,14 +343,26 @@ def _normal_form(grammar: Grammar, limits: GrammarLimits) -> tuple[str, str]:
     except UnicodeEncodeError as error:
         raise UsageError(f"has half a surrogate pair at character {error.start}", hint="send UTF-8") from None
     if grammar.kind == "json_object":
-        return "json_schema", _ANY_OBJECT
+        return "json_schema", _with_guidance(_ANY_OBJECT)
     if grammar.kind == "json_schema":
-        _check_schema(grammar.source, limits)
+        schema = _check_schema(grammar.source, limits)
+        bounded = isinstance(schema, dict) and "x-guidance" not in schema
+        return grammar.kind, _with_guidance(grammar.source) if bounded else grammar.source
     return grammar.kind, grammar.source
 
 
-def _check_schema(source: str, limits: GrammarLimits) -> None:
-    """Refuse what is no JSON, no schema, too deep or too long."""
+def _with_guidance(source: str) -> str:
+    """The schema with a bound on white space between tokens, in which weak models lose themselves.
+
+    It is put into the text: a schema's numbers may be such that decoding and encoding would change them.
+    """
+    rest = source.strip()[1:]
+    comma = "" if rest.strip() == "}" else ", "
+    return "{" + _GUIDANCE + comma + rest
+
+
+def _check_schema(source: str, limits: GrammarLimits) -> Any:
+    """The schema. Refuses what is no JSON, no schema, too deep or too long."""
     too_deep = f"is nested more than {limits.schema_depth} deep"
     try:
         schema = msgspec.json.decode(source)
@@ -369,6 +382,7 @@ def _check_schema(source: str, limits: GrammarLimits) -> None:
         if depth > limits.schema_depth + 1:
             raise UsageError(too_deep, hint="use $defs and $ref")
         level = [each for value in level for each in _inside(value)]
+    return schema
 
 
 def _inside(value: Any) -> list[Any]:

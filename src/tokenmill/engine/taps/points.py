@@ -6,6 +6,7 @@ fails its own request: its rows go on with the values they had, and whoever runs
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -144,7 +145,8 @@ def check_taps(points: TapPoints, taps: Iterable[Tap]) -> None:
     for tap in taps:
         point = points.get(tap.point)
         if point is None:
-            raise UsageError(f"no point is named {tap.point}", hint=f"use one of {', '.join(points)}")
+            close = get_close_matches(tap.point, points, n=3, cutoff=0.3) or list(points)[:3]
+            raise UsageError(f"no point is named {tap.point}", hint=f"there are {', '.join(close)}, ...")
         if point.norm is not None and tap.intervention is not None:
             raise UsageError(
                 f"{tap.point} can only be read: it is quantised as it is computed",
