@@ -121,13 +121,13 @@ class EngineCore:
             each.chain = self._chain(each)
         self._watch(sequence)
 
-    def abort(self, sequence: SequenceState) -> None:
-        """Give up a sequence between two steps: its blocks are free at once. No-op if it is finished.
+    def abort(self, sequence: SequenceState, reason: FinishReason = "cancelled") -> None:
+        """End a sequence between two steps: its blocks are free at once. No-op if it is finished.
 
         Before its first token this ends all completions of the request.
         """
         if not sequence.finished:
-            self._end(sequence, "cancelled")
+            self._end(sequence, reason)
 
     def step(self) -> StepResult:
         """Compute one step. Exceptions of the model fail one request; what is not an `Exception` is raised,
