@@ -162,7 +162,7 @@ class LocalEngine:
                 index=index,
                 seed=_seed(seed, index),
                 max_total=min(len(request.prompt) + params.max_tokens, self.context_length),
-                detokenizer=Detokenizer(self._text_bytes, params.stop),
+                detokenizer=Detokenizer(self._text_bytes, params.stop, params.min_tokens),
                 end_token_ids=self._end_token_ids(params),
                 bad_words=self._bad_words(params),
                 submitted_s=submitted_s,
@@ -195,7 +195,11 @@ class LocalEngine:
         return calibrate(self._core, windows, points, second_moment=second_moment)
 
     def submit_state(self, state: SequenceState) -> None:
-        """Queue a prepared state. Raises `ResourceError` if the queue is full."""
+        """Queue a prepared state.
+
+        Raises `ResourceError` if the queue is full, `NotFoundError` if its adapter was unloaded since.
+        """
+        self.adapters.check(state.adapter)
         self._core.submit(state)
 
     def abort(self, state: SequenceState, reason: Literal["cancelled", "expired"] = "cancelled") -> None:
