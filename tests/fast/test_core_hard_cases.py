@@ -3,17 +3,22 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 
+from tests.fast import tap_tools
 from tests.fast.engine_fakes import FakeModel, fake_adapter, fake_model
 from tests.fast.test_core import GREEDY, PROMPTS, Bench, guess, sampled
-from tokenmill.core import Grammar, NotFoundError, Request, SamplingParams
+from tokenmill.core import Grammar, NotFoundError, Request, ResourceError, SamplingParams
 from tokenmill.engine.adapters import AdapterSlot
 from tokenmill.engine.config import LLMConfig
 from tokenmill.engine.local import LocalEngine
 from tokenmill.engine.mock import MockScript
 from tokenmill.engine.sequence import GenerationState
 from tokenmill.engine.speculation.proposers import Draft, DraftRow
+from tokenmill.engine.taps.points import FINAL_NORM
+from tokenmill.engine.taps.tap import TapRows
 from tokenmill.kernels import StepBatch
 
 
@@ -215,3 +220,52 @@ def test_an_adapter_that_was_unloaded_since_is_not_used() -> None:
     with pytest.raises(NotFoundError, match="adapter"):
         engine.submit_state(states[0])
     assert not engine.has_work
+
+
+class Grumpy:
+    """A grammar state that reaches a limit while somebody guesses."""
+
+    num_words = 9
+    finished = False
+
+    def forced(self) -> tuple[int, ...]:
+        raise ResourceError("too much to follow")
+
+    def num_valid(self, tokens: Sequence[int]) -> int:
+        raise ResourceError("too much to follow")
+
+    def masks(self, drafts: Sequence[int], mask_rw: npt.NDArray[np.uint32]) -> int:
+        mask_rw[:] = 0xFFFFFFFF
+        return 1 + len(drafts)
+
+    def accept(self, token_id: int) -> None:
+        pass
+
+
+def test_a_limit_that_is_reached_while_guessing_ends_nothing() -> None:
+    bench = Bench()
+    (state,) = bench.submit([3, 4], SamplingParams(max_tokens=5, ignore_eos=True))
+    state.grammar = Grumpy()  # type: ignore[assignment]
+    bench.run()
+    assert (state.finish_reason, state.num_output) == ("length", 5)
+
+
+def test_what_was_cancelled_alone_may_be_cancelled_with_its_family() -> None:
+    bench = Bench(max_rows=16)
+    states = bench.submit([1] * 100, sampled(1, n=3))
+    bench.engine.step()
+    for index in (2, 0, 1):
+        bench.engine.abort(states[index])
+    assert [state.finish_reason for state in states] == ["cancelled"] * 3 and not bench.engine.has_work
+
+
+def test_a_read_of_the_head_that_fails_fails_a_request_that_would_end_in_that_step() -> None:
+    def refuse(rows: TapRows) -> None:
+        if 8 in rows.positions_T:
+            raise RuntimeError("no")
+
+    core = tap_tools.engine(tap_tools.executor())
+    state = tap_tools.generation("a", tap_tools.tokens(1, 20), 1, tap_tools.read(FINAL_NORM, refuse))
+    other = tap_tools.generation("b", tap_tools.tokens(2, 5), 3)
+    tap_tools.drive(core, [state, other])
+    assert (state.finish_reason, state.error) == ("failed", "no") and other.finish_reason == "length"

@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+from tokenmill.core import TokenmillError
 from tokenmill.engine.scheduler import Schedule, Scheduler
 from tokenmill.engine.sequence import GenerationState, SequenceState
 from tokenmill.engine.speculation.controller import Offer, SpeculationController, StepLoad
@@ -129,11 +130,13 @@ class Speculator:
         """The draft under the sequence's grammar, or what that forces."""
         if state.grammar is not None:
             room = state.max_total - state.num_total - 1
-            if row.max_tokens and (forced := state.grammar.forced()[:room]):
-                return _Attached(
-                    state, Draft(forced, (_FORCED_CHANCE,) * len(forced)), state.num_accepted, True
-                )
-            draft = draft.cut(state.grammar.num_valid(draft.tokens))
+            try:
+                if row.max_tokens and (forced := state.grammar.forced()[:room]):
+                    sure = Draft(forced, (_FORCED_CHANCE,) * len(forced))
+                    return _Attached(state, sure, state.num_accepted, True)
+                draft = draft.cut(state.grammar.num_valid(draft.tokens))
+            except TokenmillError:  # a limit, which sampling will meet
+                draft = NO_DRAFT
         return _Attached(state, draft, state.num_accepted, False)
 
     def _row(self, state: GenerationState) -> DraftRow:
