@@ -10,9 +10,10 @@ import pytest
 from tests.fast import tap_tools
 from tests.fast.engine_fakes import FakeModel, fake_adapter, fake_model
 from tests.fast.test_core import GREEDY, PROMPTS, Bench, guess, sampled
-from tokenmill.core import Grammar, NotFoundError, Request, ResourceError, SamplingParams
+from tokenmill.core import Grammar, ModelFormatError, NotFoundError, Request, ResourceError, SamplingParams
 from tokenmill.engine.adapters import AdapterSlot
 from tokenmill.engine.config import LLMConfig
+from tokenmill.engine.llm import LLM, Progress
 from tokenmill.engine.local import LocalEngine
 from tokenmill.engine.mock import MockScript
 from tokenmill.engine.sequence import GenerationState
@@ -269,3 +270,25 @@ def test_a_read_of_the_head_that_fails_fails_a_request_that_would_end_in_that_st
     other = tap_tools.generation("b", tap_tools.tokens(2, 5), 3)
     tap_tools.drive(core, [state, other])
     assert (state.finish_reason, state.error) == ("failed", "no") and other.finish_reason == "length"
+
+
+def test_a_text_whose_scoring_failed_has_no_score() -> None:
+    fake = FakeModel(256)
+    llm = LLM(fake_model(fake), create=fake.create)
+    assert fake.executor is not None
+    fake.executor.fail_at = {1: RuntimeError("bad")}
+    with pytest.raises(ModelFormatError, match="has no score: RuntimeError: bad"):
+        llm.score(["ab"], ["cd"])
+
+
+def test_a_call_that_is_broken_off_before_the_first_token_ends_every_completion() -> None:
+    model = MockModel()
+    llm = LLM(model, LLMConfig(max_rows=16), create=model.create)
+
+    def stop(_: Progress) -> None:
+        raise KeyboardInterrupt
+
+    for _ in range(8):  # in whatever order they are ended
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate_tokens([[1] * 100], sampled(1, n=4), on_progress=stop)
+    assert not llm._engine.has_work
