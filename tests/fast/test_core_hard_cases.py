@@ -15,7 +15,7 @@ from tokenmill.engine.adapters import AdapterSlot
 from tokenmill.engine.config import LLMConfig
 from tokenmill.engine.llm import LLM, Progress
 from tokenmill.engine.local import LocalEngine
-from tokenmill.engine.mock import MockScript
+from tokenmill.engine.mock import MockModel, MockScript
 from tokenmill.engine.sequence import GenerationState
 from tokenmill.engine.speculation.proposers import Draft, DraftRow
 from tokenmill.engine.taps.points import FINAL_NORM
@@ -292,3 +292,32 @@ def test_a_call_that_is_broken_off_before_the_first_token_ends_every_completion(
         with pytest.raises(KeyboardInterrupt):
             llm.generate_tokens([[1] * 100], sampled(1, n=4), on_progress=stop)
     assert not llm._engine.has_work
+
+
+def test_a_block_that_cannot_be_copied_is_not_read() -> None:
+    bench = Bench()
+    states = bench.submit([7] * 40, sampled(1, n=2))
+    bench.submit([8] * 40)
+    bench.engine.step()
+
+    def broken(_: object) -> None:
+        raise RuntimeError("copy")
+
+    bench.model.executor.copy_blocks = broken  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="copy"):
+        bench.engine.step()
+    assert [state.num_output for state in states] == [1, 1]
+
+
+def test_guesses_may_go_on_in_a_new_block_though_the_cache_is_full_of_what_is_kept() -> None:
+    bench = Bench(kv_tokens=320)
+    for i in range(4):
+        bench.answer([i] * 128, SamplingParams(max_tokens=1))
+    pool = bench.engine._core.scheduler.pool
+    assert pool.num_free <= 1
+    prompt = [5] * 30
+    (state,) = bench.submit(prompt)
+    bench.engine.step()
+    guess(state, bench.reference(prompt)[1:7])
+    bench.engine.step()
+    assert state.num_output == 8

@@ -138,6 +138,8 @@ class EngineCore:
         began = self.clock()
         finished = self._expire(began)
         schedule = self._plan()
+        # If this fails, blocks are without their content, and nobody can go on.
+        self._move(schedule.moves)
         touched = [each for c in schedule.chunks for each in (c.sequence, *c.sequence.siblings)]
         try:
             self._run(schedule)
@@ -228,7 +230,6 @@ class EngineCore:
 
     def _run(self, schedule: Schedule) -> None:
         began = self.clock()
-        self._move(schedule.moves)
         if schedule.chunks:
             for out in self._runner.run(schedule):
                 match out:

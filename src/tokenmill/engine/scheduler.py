@@ -265,7 +265,7 @@ class Scheduler:
         for index, chunk in enumerate(plan.chunks):
             sequence = chunk.sequence
             missing = sequence.table.num_missing(chunk.stop + len(sequence.drafts))
-            if sequence.drafts and missing and self.pool.num_free >= missing + len(self._running):
+            if sequence.drafts and missing and self.pool.num_available >= missing + len(self._running):
                 sequence.table.extend(self.pool.allocate(missing))
             room = sequence.table.capacity - chunk.stop
             sequence.drafts = sequence.drafts[: max(0, min(room, plan.num_rows, plan.num_places))]

@@ -35,8 +35,8 @@ class _Attached(NamedTuple):
 
 
 class Speculator:
-    """Guesses for one engine. `clock` returns seconds. `num_failures` counts exceptions of the proposer, after
-    which the engine goes on without its guess.
+    """Guesses for one engine. `clock` returns seconds. `num_failures` counts exceptions of the proposer,
+    after which the engine goes on without it.
     """
 
     def __init__(
