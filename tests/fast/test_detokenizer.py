@@ -157,3 +157,19 @@ def test_the_reference_of_the_scorecard_decodes_as_python_does() -> None:
     for data in ("aé€😀\U0010ffff\ud7ff".encode(), b"\xff\xe0\x80\xf4\x90a", b"\xe2\x82a", b"\xed\xa0\x80"):
         assert "".join(text for text, _ in s13.characters(data)) == data.decode(errors="replace")
     assert list(s13.characters(b"a\xe2\x82")) == [("a", 1)]
+
+
+def test_a_stop_string_among_the_first_tokens_is_text() -> None:
+    def text_of(min_tokens: int, stop: tuple[str, ...]) -> str:
+        pushed = "xabzab"
+        detokenizer = Detokenizer(lambda index: pushed[index].encode(), stop, min_tokens)
+        pieces = []
+        for index in range(len(pushed)):
+            pieces.append(detokenizer.push(index))
+            if pieces[-1].stopped:
+                break
+        return "".join(piece.text for piece in pieces) + detokenizer.finish()
+
+    assert [text_of(count, ("ab",)) for count in range(7)] == ["x"] * 3 + ["xabz"] * 3 + ["xabzab"]
+    assert text_of(3, ("ab", "xabc")) == "xabz", "what was withheld for another stop string does not count"
+    assert text_of(2, ("abz",)) == "x", "a stop string may begin among them"

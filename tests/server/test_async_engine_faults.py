@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from tests.server.async_tools import BOUNDS, CONFIG, MARKS, answer, is_running, request, spec, started, until
-from tokenmill.core import Completion, Request, ResourceError, Usage
+from tokenmill.core import Completion, ResourceError, Usage
 from tokenmill.engine.core import StepResult
 from tokenmill.engine.local import LocalEngine
 from tokenmill.engine.mock import MockFault, MockModel, MockScript
-from tokenmill.engine.sequence import GenerationState
+from tokenmill.engine.sequence import SequenceState
 from tokenmill.engine.serving import supervisor
 from tokenmill.engine.serving.async_engine import AsyncEngine
 from tokenmill.engine.serving.messages import (
@@ -36,7 +36,6 @@ from tokenmill.engine.serving.messages import (
 )
 from tokenmill.engine.serving.process import EngineServer, Link
 from tokenmill.engine.serving.supervisor import EngineProcess
-from tokenmill.engine.taps import Tap
 
 LONG = 3000
 
@@ -350,10 +349,10 @@ class Broken(LocalEngine):
     def step(self) -> StepResult:
         raise RuntimeError("step")
 
-    def submit(self, request: Request, taps: Sequence[Tap] = ()) -> tuple[GenerationState, ...]:
-        if request.request_id == "bad":
+    def submit_state(self, state: SequenceState) -> None:
+        if state.request_id == "bad":
             raise RuntimeError("submit")
-        return super().submit(request, taps)
+        super().submit_state(state)
 
 
 def test_an_engine_that_raises_ends_the_process_but_for_a_submission() -> None:

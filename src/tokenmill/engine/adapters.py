@@ -68,6 +68,11 @@ class AdapterSlots:
         self._executor.set_adapter(slot, None)
         self._free.append(slot)
 
+    def check(self, slot: AdapterSlot) -> None:
+        """Raise NotFoundError unless this is still loaded there."""
+        if slot != NO_ADAPTER and slot not in self._loaded.values():
+            raise NotFoundError("the adapter of a request was unloaded", hint="send the request again")
+
     def find(self, name: str) -> AdapterSlot:
         """The slot of an adapter; the empty name is the plain model. Raises NotFoundError if not loaded."""
         if not name:

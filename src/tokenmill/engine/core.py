@@ -9,11 +9,10 @@ that the one it belongs to fails alone.
 """
 
 import time
-from array import array
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 
 from tokenmill.core import FinishReason
 from tokenmill.engine.outputs import take_hidden, take_logits
@@ -31,14 +30,16 @@ from tokenmill.kvcache import BlockPool, PrefixChain, prefix_root
 
 __all__ = ["CoreConfig", "EngineCore", "StepResult", "StepStats"]
 
-_NOT_FINITE = "the model's logits are not finite numbers"
+# Deadlines that are kept before those of sequences that have ended are looked for.
+_MIN_EXPIRIES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class CoreConfig:
     """Sizes of an engine. `model` names the model's content in prefix keys; None switches the cache off.
 
-    A step lasts about `fast_step_s` seconds at most while requests of the fast tier run.
+    A step lasts about `fast_step_s` seconds at most while requests of the fast tier run, or twice as long as
+    it would without prompts.
     """
 
     num_blocks: int
@@ -104,6 +105,7 @@ class EngineCore:
         self._executor = executor
         self._runner = Runner(executor)
         self._expiries: list[tuple[float, int, GenerationState]] = []
+        self._max_expiries = _MIN_EXPIRIES
         self._suspects: deque[SequenceState] = deque()
 
     @property
@@ -121,13 +123,13 @@ class EngineCore:
             each.chain = self._chain(each)
         self._watch(sequence)
 
-    def abort(self, sequence: SequenceState) -> None:
-        """Give up a sequence between two steps: its blocks are free at once. No-op if it is finished.
+    def abort(self, sequence: SequenceState, reason: FinishReason = "cancelled") -> None:
+        """End a sequence between two steps: its blocks are free at once. No-op if it is finished.
 
         Before its first token this ends all completions of the request.
         """
         if not sequence.finished:
-            self._end(sequence, "cancelled")
+            self._end(sequence, reason)
 
     def step(self) -> StepResult:
         """Compute one step. Exceptions of the model fail one request; what is not an `Exception` is raised,
@@ -136,14 +138,17 @@ class EngineCore:
         began = self.clock()
         finished = self._expire(began)
         schedule = self._plan()
+        # If this fails, blocks are without their content, and nobody can go on.
+        self._move(schedule.moves)
         touched = [each for c in schedule.chunks for each in (c.sequence, *c.sequence.siblings)]
         try:
             self._run(schedule)
         except Exception as error:
             self._suspect(schedule, error)
         finally:
-            for chunk in schedule.chunks:
-                chunk.sequence.drafts = array("i")
+            # Also of those that found no room in the step.
+            for sequence in self.scheduler.running:
+                sequence.drafts = sequence.drafts[:0]
             finished += self._collect(touched)
         if not self.has_work:
             self.check_integrity()
@@ -174,8 +179,13 @@ class EngineCore:
         return PrefixChain(root, KV_BLOCK)
 
     def _watch(self, sequence: SequenceState) -> None:
-        if isinstance(sequence, GenerationState) and sequence.expires_s is not None:
-            heappush(self._expiries, (sequence.expires_s, sequence.arrival, sequence))
+        if not isinstance(sequence, GenerationState) or sequence.expires_s is None:
+            return
+        if len(self._expiries) >= self._max_expiries:
+            self._expiries = [each for each in self._expiries if not each[2].finished]
+            heapify(self._expiries)
+            self._max_expiries = max(_MIN_EXPIRIES, 2 * len(self._expiries))
+        heappush(self._expiries, (sequence.expires_s, sequence.arrival, sequence))
 
     def _expire(self, now_s: float) -> list[SequenceState]:
         """End what has waited or run until its deadline."""
@@ -191,7 +201,7 @@ class EngineCore:
         """End a sequence from outside; with it those that would begin where it was going to."""
         self._remove(sequence)
         for each in (sequence, *sequence.siblings):
-            if isinstance(each, GenerationState):
+            if isinstance(each, GenerationState) and not each.finished:
                 each.finish(reason, now_s=self.clock())
         sequence.siblings = ()
 
@@ -209,14 +219,17 @@ class EngineCore:
         if not any(sequence.tier == "fast" for sequence in running):
             return None
         num_kv_tokens = sum(sequence.num_total for sequence in running)
-        return self.step_time.rows_within(self._config.fast_step_s, num_kv_tokens, len(running))
+        # Where a step takes that long without any prompt, prompts get as much time again: they must get on.
+        num_decodes = sum(sequence.num_pending == 1 for sequence in running)
+        least_s = 2.0 * self.step_time.predict(num_decodes, num_kv_tokens, len(running))
+        seconds = max(self._config.fast_step_s, least_s)
+        return self.step_time.rows_within(seconds, num_kv_tokens, len(running))
 
     def _swap_is_cheaper(self, num_tokens: int, num_blocks: int) -> bool:
         return num_blocks * self._swap_s < self.step_time.predict(num_tokens, num_tokens, 1)
 
     def _run(self, schedule: Schedule) -> None:
         began = self.clock()
-        self._move(schedule.moves)
         if schedule.chunks:
             for out in self._runner.run(schedule):
                 match out:
@@ -246,7 +259,7 @@ class EngineCore:
 
     def _branch(self, parent: SequenceState) -> None:
         """Start the other completions of a request once their first token is chosen."""
-        if not (parent.siblings[0].num_output or parent.siblings[0].finished):
+        if not any(child.num_output for child in parent.siblings):
             return
         for child in parent.siblings:
             if not child.finished:
@@ -267,11 +280,13 @@ class EngineCore:
         """Remove what has finished, and end what would begin where a failed sequence was going to."""
         touched = list(touched)
         for sequence in touched:
-            if sequence.finished and sequence.siblings:
-                for child in sequence.siblings:
-                    if not child.finished:
-                        child.fail(sequence.error, now_s=self.clock())
-                sequence.siblings = ()
+            if sequence.finished and not sequence.error:
+                self._branch(sequence)  # the step broke off after its first token
+            going_on = tuple(child for child in sequence.siblings if not child.finished)
+            sequence.siblings = () if sequence.finished else going_on
+            if sequence.finished:
+                for child in going_on:
+                    child.fail(sequence.error, now_s=self.clock())
         finished = [sequence for sequence in touched if sequence.finished]
         for sequence in finished:
             self._remove(sequence)

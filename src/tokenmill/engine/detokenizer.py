@@ -25,7 +25,8 @@ class StopMatcher:
     """Cuts a stream of text before the stop string that is complete first (of two, the longer one).
 
     The rule speaks of characters only, so the outcome does not depend on how the text was split. Text
-    is withheld only while it is a proper prefix of a stop string.
+    is withheld only while it is a proper prefix of a stop string. A stop string that becomes complete while
+    it may not stop the text is text.
     """
 
     def __init__(self, stop: tuple[str, ...]) -> None:
@@ -33,12 +34,14 @@ class StopMatcher:
         self._held = ""
         self._stopped = False
 
-    def push(self, text: str) -> Piece:
+    def push(self, text: str, *, may_stop: bool = True) -> Piece:
         """Add text; get back what can be shown."""
         assert not self._stopped, "text after a stop string"
-        text = self._held + text
-        ends = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
-        if ends:
+        num_before, text = len(self._held), self._held + text
+        # What was complete before this text did not stop it then.
+        found = [(text.find(stop, max(0, num_before - len(stop) + 1)), len(stop)) for stop in self._stop]
+        ends = [(at + size, at) for at, size in found if at >= 0]
+        if ends and may_stop:
             self._held, self._stopped = "", True
             return Piece(text[: min(ends)[1]], True)
         num_held = max((_overlap(text, stop) for stop in self._stop), default=0)
@@ -52,12 +55,18 @@ class StopMatcher:
 
 
 class Detokenizer:
-    """Turns the tokens of one sequence into text. `token_bytes` gives the bytes of one token."""
+    """Turns the tokens of one sequence into text. `token_bytes` gives the bytes of one token.
 
-    def __init__(self, token_bytes: Callable[[int], bytes], stop: tuple[str, ...] = ()) -> None:
+    Stop strings that are complete within the first `min_tokens` tokens do not count.
+    """
+
+    def __init__(
+        self, token_bytes: Callable[[int], bytes], stop: tuple[str, ...] = (), min_tokens: int = 0
+    ) -> None:
         self._token_bytes = token_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._matcher = StopMatcher(stop) if stop else None
+        self._num_unstoppable = min_tokens
 
     def push(self, token_id: int) -> Piece:
         """Add a token; get back the text that can be shown now."""
@@ -66,7 +75,9 @@ class Detokenizer:
         if held[:1] == b"\xed" and held[1:] >= b"\xa0":
             # The first half of an encoded surrogate: no character, but Python's decoder waits for the rest.
             text += self._decoder.decode(b"", True)
-        return self._matcher.push(text) if self._matcher else Piece(text, False)
+        may_stop = self._num_unstoppable == 0
+        self._num_unstoppable -= not may_stop
+        return self._matcher.push(text, may_stop=may_stop) if self._matcher else Piece(text, False)
 
     def finish(self) -> str:
         """The text that waited for a stop string; an incomplete character is dropped."""

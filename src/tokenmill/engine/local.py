@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 from tokenmill.core import Grammar, Message, Request, SamplingParams, UsageError
 from tokenmill.engine.adapters import AdapterSlots
@@ -22,7 +23,7 @@ from tokenmill.engine.speculation.history import SuffixProposer
 from tokenmill.engine.speculation.ngram import NgramProposer
 from tokenmill.engine.speculation.proposers import CombinedProposer, Proposer
 from tokenmill.engine.step_time import ROW_TILE
-from tokenmill.engine.structured.grammar import GrammarCompiler
+from tokenmill.engine.structured.grammar import CheckedGrammar, GrammarCompiler
 from tokenmill.engine.swap import SwapFile
 from tokenmill.engine.taps.calibration import InputStats, calibrate
 from tokenmill.engine.taps.tap import Tap
@@ -31,7 +32,7 @@ from tokenmill.models.chat_template import ChatTemplate, encode_chat
 from tokenmill.models.compile import ExecutorConfig, ExecutorFactory, create_executor
 from tokenmill.models.directory import ModelDirectory
 
-__all__ = ["LocalEngine"]
+__all__ = ["LocalEngine", "guide"]
 
 
 class LocalEngine:
@@ -116,13 +117,17 @@ class LocalEngine:
             raise UsageError(f"requests are using the adapter {name!r}", hint="let them end first")
         self.adapters.unload(name)
 
-    def check_grammar(self, grammar: Grammar, tenant: str = "") -> None:
-        """Compile a grammar, which may take two seconds, so that `submit` finds it compiled.
+    def check_grammar(self, grammar: Grammar, tenant: str = "") -> CheckedGrammar:
+        """Compile a grammar, which may take two seconds, or find it compiled.
 
         May be called from another thread. Raises `UsageError` for a grammar that is wrong, `ResourceError`
         for one that costs too much.
         """
-        self._grammars.check(grammar, tenant)
+        return self._grammars.check(grammar, tenant)
+
+    def find_grammar(self, grammar: Grammar, tenant: str = "") -> CheckedGrammar | None:
+        """The grammar if it was compiled before, at once. Raises `UsageError` if it was refused then."""
+        return self._grammars.find(grammar, tenant) if "_grammars" in self.__dict__ else None
 
     def submit(self, request: Request, taps: Sequence[Tap] = ()) -> tuple[GenerationState, ...]:
         """Queue a request; one state for each of its `n` completions.
@@ -136,6 +141,13 @@ class LocalEngine:
 
     def prepare(self, request: Request, taps: Sequence[Tap] = ()) -> tuple[GenerationState, ...]:
         """The states of a request, checked and not submitted. Errors as in `submit`, but for the queue."""
+        states = self.prepare_unguided(request, taps)
+        if request.params.grammar is not None:
+            guide(states, self.check_grammar(request.params.grammar, request.tenant))
+        return states
+
+    def prepare_unguided(self, request: Request, taps: Sequence[Tap] = ()) -> tuple[GenerationState, ...]:
+        """As `prepare`, but for the grammar, which is for the caller to check and to `guide` them by."""
         self.check_tokens(request.prompt, "prompt", room=1)
         params = request.params
         if params.n > 1 and any(tap.intervention is None for tap in taps):
@@ -143,7 +155,6 @@ class LocalEngine:
                 f"n is {params.n} for a request that is read", hint="read one completion at a time"
             )
         adapter = self.adapters.find(request.adapter)
-        checked = params.grammar and self._grammars.check(params.grammar, request.tenant)
         seed = secrets.randbelow(1 << 62) if params.seed is None else params.seed
         submitted_s = self._core.clock()
         states = [
@@ -152,10 +163,9 @@ class LocalEngine:
                 index=index,
                 seed=_seed(seed, index),
                 max_total=min(len(request.prompt) + params.max_tokens, self.context_length),
-                detokenizer=Detokenizer(self._text_bytes, params.stop),
+                detokenizer=Detokenizer(self._text_bytes, params.stop, params.min_tokens),
                 end_token_ids=self._end_token_ids(params),
                 bad_words=self._bad_words(params),
-                grammar=checked.start() if checked else None,
                 submitted_s=submitted_s,
             )
             for index in range(params.n)
@@ -186,15 +196,23 @@ class LocalEngine:
         return calibrate(self._core, windows, points, second_moment=second_moment)
 
     def submit_state(self, state: SequenceState) -> None:
-        """Queue a prepared state. Raises `ResourceError` if the queue is full."""
+        """Queue a prepared state.
+
+        Raises `ResourceError` if the queue is full, `NotFoundError` if its adapter was unloaded since.
+        """
+        self.adapters.check(state.adapter)
         self._core.submit(state)
 
-    def abort(self, state: SequenceState) -> None:
-        """Cancel between two steps: blocks are free at once. No-op if it is finished.
+    def abort(self, state: SequenceState, reason: Literal["cancelled", "expired"] = "cancelled") -> None:
+        """End it between two steps: blocks are free at once. No-op if it is finished.
 
-        Before a request's first token this ends all of its completions.
+        Before a request's first token this ends all of its completions, submitted or not.
         """
-        self._core.abort(state)
+        self._core.abort(state, reason)
+
+    def is_late(self, state: GenerationState) -> bool:
+        """True if its time is up. What is submitted ends by itself then."""
+        return state.expires_s is not None and state.expires_s <= self._core.clock()
 
     def close(self) -> None:
         """End the process that compiles grammars, if there is one. The engine stays usable without them."""
@@ -286,6 +304,12 @@ class LocalEngine:
     def _text_bytes(self, token_id: int) -> bytes:
         """The bytes of a token as text; a control token stands for none, as in `Tokenizer.decode`."""
         return b"" if self.tokenizer.is_special(token_id) else self.tokenizer.token_bytes(token_id)
+
+
+def guide(states: Sequence[GenerationState], grammar: CheckedGrammar) -> None:
+    """Make these completions, which have no token yet, follow a grammar."""
+    for state in states:
+        state.grammar = grammar.start()
 
 
 def _seed(seed: int, index: int) -> int:

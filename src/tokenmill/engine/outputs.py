@@ -107,15 +107,16 @@ def _sample(logits_LV: F32Array, samples: Sequence[_Sample], clock: Callable[[],
 def _with_masks(samples: Sequence[_Sample], clock: Callable[[], float]) -> list[_Sample]:
     """Add what the grammars allow. A grammar that fails ends its request here."""
     masked: list[_Sample] = []
-    state, first, mask_RW = None, 0, np.zeros((0, 0), np.uint32)
+    # The first position of each sequence, and its masks from there on: siblings come between its rows.
+    masks: dict[GenerationState, tuple[int, U32Array]] = {}
     for each in samples:
-        if each.state.grammar is None or each.state.finished:
-            masked.append(each)
-            continue
-        if each.state is not state:
-            state, first = each.state, each.row.position
-            mask_RW = _masks(each.state.grammar, each.row, clock, each.state)
-        masked.append(each._replace(row=each.row._replace(mask=mask_RW[each.row.position - first])))
+        state, row = each.state, each.row
+        if state.grammar is not None and not state.finished:
+            if state not in masks:
+                masks[state] = row.position, _masks(state.grammar, row, clock, state)
+            first, mask_RW = masks[state]
+            each = each._replace(row=row._replace(mask=mask_RW[row.position - first]))
+        masked.append(each)
     return masked
 
 

@@ -140,7 +140,8 @@ class Runner:
 
 def _groups(chunks: Sequence[Chunk], points: TapPoints, size: int) -> list[_Group]:
     """The rows that go through the head, in groups of at most `size` that want the same."""
-    rows: dict[_Wanted, list[OutRow]] = {"logits": [], "hidden": [], "tapped": []}
+    # A tap that fails must be known before its sequence can end by what is sampled.
+    rows: dict[_Wanted, list[OutRow]] = {"tapped": [], "hidden": [], "logits": []}
     numbers: dict[_Wanted, array[int]] = {wanted: array("i") for wanted in rows}
 
     def add(wanted: _Wanted, chunk: Chunk, end: int, positions: Sequence[int]) -> None:

@@ -267,7 +267,7 @@ class Scheduler:
             if not sequence.drafts:
                 continue
             missing = sequence.table.num_missing(chunk.stop + len(sequence.drafts))
-            if missing and self.pool.num_free >= missing + len(self._running):
+            if missing and self.pool.num_available >= missing + len(self._running):
                 sequence.table.extend(self.pool.allocate(missing))
             room = sequence.table.capacity - chunk.stop
             sequence.drafts = sequence.drafts[: max(0, min(room, plan.num_rows, plan.num_places))]
@@ -278,14 +278,17 @@ class Scheduler:
 
         In a step that preempted somebody nobody else starts: the blocks were needed.
         """
-        pending = [s.num_pending for s in self._running if s.num_pending > 1]
-        while self._waiting and not plan.preempted:
-            wanted = min(plan.num_rows // 2, *pending[:1]) + sum(pending[1:]) if pending else 0
+        filling = [s for s in self._running if s.num_pending > 1]
+        while self._waiting and plan.num_rows and not plan.preempted:
             sequence = self._waiting[0]
-            if wanted >= plan.num_rows or not self._can_start(sequence):
+            gets_rows = not filling or sequence.place < filling[0].place
+            if not gets_rows:
+                first, *others = [each.num_pending for each in filling]
+                gets_rows = min(plan.num_rows // 2, first) + sum(others) < plan.num_rows
+            if not gets_rows or not self._can_start(sequence):
                 break
             self._start(sequence, plan)
-            pending.append(sequence.num_pending)
+            insort(filling, sequence, key=lambda each: each.place)
 
     def _fill(self, plan: "_Plan") -> None:
         """Hand out the rows that are left: half to the first in line, the rest to those that lack least."""
@@ -456,8 +459,9 @@ class _Plan:
     def take(self, sequence: SequenceState, most: int) -> None:
         """Spend up to `most` rows on the sequence's next tokens."""
         start = sequence.num_computed
+        # After a step that broke off more tokens may be known than there is room for.
+        stop = min(sequence.num_total, sequence.table.capacity, start + min(most, self._num_rows))
         first_sampled = sequence.first_sampled
-        stop = min(sequence.num_total, start + min(most, self._num_rows))
         if stop > first_sampled and self.num_places == 0:
             stop = first_sampled
         if stop > start:

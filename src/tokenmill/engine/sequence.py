@@ -14,6 +14,7 @@ from typing import NamedTuple
 from tokenmill.core import (
     Completion,
     FinishReason,
+    ModelFormatError,
     Request,
     Score,
     Tier,
@@ -343,5 +344,7 @@ class ScoringState(SequenceState):
         self.error = error
 
     def score(self) -> Score:
-        """The scored tokens and their log-probabilities."""
+        """The scored tokens and their log-probabilities. Raises `ModelFormatError` if the sequence failed."""
+        if self.error:
+            raise ModelFormatError(f"{self.request_id} has no score: {self.error}")
         return Score(token_ids=self._token_ids[self.num_context :], logprobs=tuple(self._logprobs))

@@ -138,9 +138,12 @@ class Refused(_Message, frozen=True, kw_only=True):
 
 
 class Beat(_Message, frozen=True, kw_only=True):
-    """The process is alive. Whether it also works shows in `num_steps`, which grows while there is work."""
+    """The process is alive. Whether it also works shows in `num_steps`, which grows while there is work,
+    and `num_pauses`, which grows while there is none but to check grammars.
+    """
 
     num_steps: _Count = 0
+    num_pauses: _Count = 0
     num_waiting: _Count = 0
     num_running: _Count = 0
     num_blocks: _Count = 0

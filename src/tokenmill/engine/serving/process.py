@@ -7,8 +7,9 @@ it never repairs itself. The engine fails a request that makes a step raise; any
 of blocks that does not add up, a message that is none: it prints why and ends, and the supervisor starts
 another.
 
-A second thread sends beats. They say that the process is alive, and carry the step counter and the counts
-of the last step; whether the engine makes progress is for the front end to judge.
+Grammars that are not known yet are compiled in other threads (`grammar_checks.py`); until then a request
+waits here. One more thread sends beats. They say that the process is alive, and carry the step counter and
+the counts of the last step; whether the engine makes progress is for the front end to judge.
 
 It ends with its parent, at once: the kernel kills it, and the socket closes. SIGTERM drains it.
 """
@@ -28,9 +29,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tokenmill.core import Request, ResourceError, TokenmillError
-from tokenmill.engine.local import LocalEngine
+from tokenmill.engine.local import LocalEngine, guide
 from tokenmill.engine.mock import MockModel
 from tokenmill.engine.sequence import GenerationState
+from tokenmill.engine.serving.grammar_checks import GrammarChecks
 from tokenmill.engine.serving.messages import (
     Advance,
     Beat,
@@ -49,11 +51,13 @@ from tokenmill.engine.serving.messages import (
     decode_to_engine,
     encode,
 )
+from tokenmill.engine.structured.grammar import CheckedGrammar
 from tokenmill.models.directory import ModelDirectory
 
 __all__ = ["EngineServer", "Link", "main", "open_engine"]
 
 _READ_BYTES = 1 << 18
+_CHECK_POLL_S = 0.002
 _PR_SET_PDEATHSIG = 1
 
 
@@ -121,7 +125,10 @@ class EngineServer:
         self._drain_s = drain_s
         self._open: dict[int, list[_Open]] = {}
         self._beat = Beat()
+        self._checks = GrammarChecks(engine.check_grammar)
+        self._checking: dict[int, tuple[GenerationState, ...]] = {}
         self._num_steps = 0
+        self._num_pauses = 0
         self._told_to_end = False
         self._ends_at: float | None = None
 
@@ -137,16 +144,23 @@ class EngineServer:
         beats.start()
         try:
             while not self._drained():
-                busy = self._engine.has_work
-                for message in self._link.receive(0.0 if busy else self._beat_s):
+                for message in self._link.receive(self._patience()):
                     self._take(message)
+                self._take_checked()
                 if self._engine.has_work:
                     self._engine.step()
                     self._num_steps += 1
+                elif self._checking:
+                    self._num_pauses += 1
                 self._report()
         finally:
+            self._checks.close()
             stop.set()
             beats.join(1.0)
+
+    @property
+    def _has_work(self) -> bool:
+        return self._engine.has_work or bool(self._checking)
 
     def _take(self, message: ToEngine) -> None:
         if isinstance(message, Submit):
@@ -157,19 +171,63 @@ class EngineServer:
         else:
             raise ValueError("a second Start")
 
+    def _patience(self) -> float:
+        """Seconds to wait for a message when none is there."""
+        if self._engine.has_work:
+            return 0.0
+        return _CHECK_POLL_S if self._checking else self._beat_s
+
     def _submit(self, key: int, request: Request) -> None:
         if self._ends_at is not None:
             self._link.send([Refused(key=key, kind="", message="", hint="", again=True)])
             return
+        with self._refusing(key):
+            states = self._engine.prepare_unguided(request)
+            grammar = request.params.grammar
+            found = None if grammar is None else self._engine.find_grammar(grammar, request.tenant)
+            if grammar is None or found is not None:
+                self._begin(states, found)
+            else:
+                self._checks.put(key, grammar, request.tenant)
+                self._checking[key] = states
+            self._open[key] = [_Open(key, state, len(state.tokens)) for state in states]
+
+    def _begin(self, states: tuple[GenerationState, ...], grammar: CheckedGrammar | None) -> None:
+        if grammar is not None:
+            guide(states, grammar)
+        self._engine.submit_state(states[0])
+
+    def _take_checked(self) -> None:
+        """Submit what had its grammar checked, or refuse it; forget who was cancelled or is too late."""
+        for key, found in self._checks.collect():
+            states = self._checking.pop(key, ())
+            if not states or states[0].finished:
+                continue
+            with self._refusing(key):
+                if isinstance(found, TokenmillError):
+                    raise found
+                self._begin(states, found)
+        for key, states in list(self._checking.items()):
+            if self._engine.is_late(states[0]):
+                self._engine.abort(states[0], "expired")
+            if states[0].finished:
+                self._checks.drop(key)
+                del self._checking[key]
+
+    @contextlib.contextmanager
+    def _refusing(self, key: int) -> Iterator[None]:
+        """What is raised here refuses the request."""
         try:
-            states = self._engine.submit(request)
+            yield
         except TokenmillError as error:
-            self._link.send([_refusal(key, error)])
+            refusal = _refusal(key, error)
         except Exception as error:
             traceback.print_exc()
-            self._link.send([_refusal(key, TokenmillError(f"the engine failed to take it ({error!r})"))])
+            refusal = _refusal(key, TokenmillError(f"the engine failed to take it ({error!r})"))
         else:
-            self._open[key] = [_Open(key, state, len(state.tokens)) for state in states]
+            return
+        self._open.pop(key, None)
+        self._link.send([refusal])
 
     def _report(self) -> None:
         """Send what every request has gained, and what has ended."""
@@ -182,7 +240,7 @@ class EngineServer:
                 if not self._open[each.key]:
                     del self._open[each.key]
         self._count()
-        if messages and not self._engine.has_work:
+        if messages and not self._has_work:
             self._engine.check_integrity()
             messages.append(self._beat)
         if messages:
@@ -192,7 +250,8 @@ class EngineServer:
         engine = self._engine
         self._beat = Beat(
             num_steps=self._num_steps,
-            num_waiting=engine.num_waiting,
+            num_pauses=self._num_pauses,
+            num_waiting=engine.num_waiting + len(self._checking),
             num_running=engine.num_running,
             num_blocks=engine.num_blocks,
             num_blocks_in_use=engine.num_blocks_in_use,
@@ -209,7 +268,7 @@ class EngineServer:
         if self._ends_at is None:
             self._ends_at = time.monotonic() + self._drain_s
             self._link.send([Draining()])
-        return not self._engine.has_work or time.monotonic() >= self._ends_at
+        return not self._has_work or time.monotonic() >= self._ends_at
 
 
 def open_engine(spec: EngineSpec) -> LocalEngine:
@@ -246,7 +305,10 @@ def _serve(link: Link) -> int:
     server = EngineServer(engine, link, beat_s=start.beat_s, drain_s=start.spec.drain_s)
     signal.signal(signal.SIGTERM, lambda *_: server.tell_to_end())
     link.send([Ready(context_length=engine.context_length, num_blocks=engine.num_blocks)])
-    server.run()
+    try:
+        server.run()
+    finally:
+        engine.close()
     return 0
 
 

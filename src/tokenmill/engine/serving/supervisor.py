@@ -147,7 +147,7 @@ class EngineProcess(asyncio.Protocol):
 
     def _take(self, message: FromEngine) -> None:
         if isinstance(message, Beat):
-            if message.num_steps != self.beat.num_steps:
+            if (message.num_steps, message.num_pauses) != (self.beat.num_steps, self.beat.num_pauses):
                 self._stalled_s = 0.0
             self.beat = message
             return

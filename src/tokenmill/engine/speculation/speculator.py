@@ -8,10 +8,12 @@ answers are those of plain decoding whatever is guessed. Where a grammar leaves 
 are guesses that cannot be wrong, and need no proposer.
 """
 
+import contextlib
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+from tokenmill.core import TokenmillError
 from tokenmill.engine.scheduler import Schedule, Scheduler
 from tokenmill.engine.sequence import GenerationState, SequenceState
 from tokenmill.engine.speculation.controller import Offer, SpeculationController, StepLoad
@@ -33,7 +35,9 @@ class _Attached(NamedTuple):
 
 
 class Speculator:
-    """Guesses for one engine. `clock` returns seconds. `num_failures` counts proposals that raised."""
+    """Guesses for one engine. `clock` returns seconds. `num_failures` counts exceptions of the proposer,
+    after which the engine goes on without it.
+    """
 
     def __init__(
         self, proposer: Proposer | None, step_time: StepTimeModel, *, clock: Callable[[], float]
@@ -81,7 +85,8 @@ class Speculator:
             draft = attached.draft.cut(chunk.num_drafts)
             self._controller.observe(chunk.sequence.arrival, draft, accepted)
             if self._proposer is not None and not attached.is_forced:
-                self._proposer.observe(chunk.sequence.arrival, draft, accepted)
+                with self._tolerating():
+                    self._proposer.observe(chunk.sequence.arrival, draft, accepted)
             num_drafts, num_accepted = num_drafts + chunk.num_drafts, num_accepted + accepted
         num_decodes = sum(chunk.num_rows - chunk.num_drafts == 1 for chunk in schedule.chunks)
         if num_decodes and (num_drafts or self._propose_s):
@@ -103,27 +108,35 @@ class Speculator:
         """Drop what is kept of a sequence that ended."""
         self._controller.forget(state.arrival)
         if self._proposer is not None:
-            self._proposer.forget(state.arrival)
+            with self._tolerating():
+                self._proposer.forget(state.arrival)
 
     def _propose(self, rows: Sequence[DraftRow]) -> list[Draft]:
         """Drafts; none at all where the proposer fails, since nobody needs them."""
-        if self._proposer is None:
-            return [NO_DRAFT] * len(rows)
+        drafts = [NO_DRAFT] * len(rows)
+        if self._proposer is not None:
+            with self._tolerating():
+                drafts = self._proposer.propose(rows)
+        return drafts
+
+    @contextlib.contextmanager
+    def _tolerating(self) -> Iterator[None]:
         try:
-            return self._proposer.propose(rows)
+            yield
         except Exception:
             self.num_failures += 1
-            return [NO_DRAFT] * len(rows)
 
     def _guided(self, state: GenerationState, row: DraftRow, draft: Draft) -> _Attached:
         """The draft under the sequence's grammar, or what that forces."""
         if state.grammar is not None:
             room = state.max_total - state.num_total - 1
-            if row.max_tokens and (forced := state.grammar.forced()[:room]):
-                return _Attached(
-                    state, Draft(forced, (_FORCED_CHANCE,) * len(forced)), state.num_accepted, True
-                )
-            draft = draft.cut(state.grammar.num_valid(draft.tokens))
+            try:
+                if row.max_tokens and (forced := state.grammar.forced()[:room]):
+                    sure = Draft(forced, (_FORCED_CHANCE,) * len(forced))
+                    return _Attached(state, sure, state.num_accepted, True)
+                draft = draft.cut(state.grammar.num_valid(draft.tokens))
+            except TokenmillError:  # a limit, which sampling will meet
+                draft = NO_DRAFT
         return _Attached(state, draft, state.num_accepted, False)
 
     def _row(self, state: GenerationState) -> DraftRow:

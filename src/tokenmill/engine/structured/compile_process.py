@@ -55,7 +55,10 @@ class CompileProcess:
             self._lock.release()
 
     def close(self) -> None:
-        """End the child. The next grammar would start another one."""
+        """End the child, also while it compiles. The next grammar would start another one."""
+        child = self._child
+        if child is not None:
+            child.kill()
         with self._lock:
             self._stop()
 

@@ -301,15 +301,17 @@ class GrammarCompiler:
         Raises UsageError if it is wrong, not supported or nothing satisfies it; ResourceError if it takes too
         much time or memory, which may be different another time and is not remembered.
         """
-        name = "\0".join((tenant, grammar.kind, grammar.source))
-        key = hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
-        found = self._cache.get(key)
-        if found is None:
-            found, num_bytes = self._compile(grammar)
-            self._cache.put(key, found, num_bytes + len(grammar.source), tenant)
-        if isinstance(found, UsageError):
-            raise UsageError(found.message, hint=found.hint)
-        return found
+        found = self.find(grammar, tenant)
+        if found is not None:
+            return found
+        made, num_bytes = self._compile(grammar)
+        self._cache.put(_key(grammar, tenant), made, num_bytes + len(grammar.source), tenant)
+        return _accepted(made)
+
+    def find(self, grammar: Grammar, tenant: str = "") -> CheckedGrammar | None:
+        """The grammar if it is kept, else None. Quick. Raises UsageError if its refusal is kept."""
+        kept = self._cache.get(_key(grammar, tenant))
+        return None if kept is None else _accepted(kept)
 
     def start(self, grammar: Grammar, tenant: str = "") -> GrammarState:
         """The state of a new sequence; quick after `check`, as long as the grammar is kept."""
@@ -334,6 +336,17 @@ class GrammarCompiler:
             ), _REFUSAL_BYTES
         except ResourceError as error:
             raise ResourceError(f"the grammar ({grammar.kind}) {error.message}", hint=error.hint) from None
+
+
+def _key(grammar: Grammar, tenant: str) -> bytes:
+    name = "\0".join((tenant, grammar.kind, grammar.source))
+    return hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
+
+
+def _accepted(made: CheckedGrammar | UsageError) -> CheckedGrammar:
+    if isinstance(made, UsageError):
+        raise UsageError(made.message, hint=made.hint)
+    return made
 
 
 def _normal_form(grammar: Grammar, limits: GrammarLimits) -> tuple[str, str]:
