@@ -108,6 +108,7 @@ class Machine:
         # Both ways of preemption, whatever they would cost here.
         self.core.scheduler._prefer_swap = lambda num_tokens, num_blocks: self.random.random() < 0.7
         self.live: list[GenerationState] = []
+        self.num_events = 0
         self._num_requests = 0
         self._num_steps = 0
         self._oracles: dict[int, _Oracle] = {}
@@ -115,6 +116,7 @@ class Machine:
 
     def submit(self, num_prompt: int, num_new: int, *, n: int, tier: Tier, timeout_s: float | None) -> None:
         """A request; prompts have prefixes in common."""
+        self.num_events += 1
         prompt = _prompt(self.random.randrange(3), num_prompt)
         params = SamplingParams(
             max_tokens=num_new,
@@ -155,6 +157,7 @@ class Machine:
 
     def abort(self, which: int) -> None:
         """Cancel one of the live requests."""
+        self.num_events += 1
         if not self.live:
             return
         state = self.live[which % len(self.live)]
@@ -167,10 +170,12 @@ class Machine:
 
     def wait(self, seconds: float) -> None:
         """Time passes without a step."""
+        self.num_events += 1
         self.now_s += seconds
 
     def step(self) -> None:
         """One step of the engine, with guesses of every kind."""
+        self.num_events += 1
         self._guess()
         self.now_s += 0.25
         self._num_steps += 1

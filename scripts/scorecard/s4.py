@@ -35,19 +35,21 @@ _EVENTS_PER_MACHINE = 2000
 
 def run(*, cases: int, seed: int, guard: bool) -> Line:
     """Run this many events; every machine that meets a violation counts once."""
-    began, counts, violations = time.perf_counter(), Counter[str](), Counter[str]()
+    began, counts, violations, done = time.perf_counter(), Counter[str](), Counter[str](), 0
+    # A history ends with some steps more, in which everything comes to its end.
     num_machines = max(2, -(-cases // _EVENTS_PER_MACHINE))
     num_events = min(cases, _EVENTS_PER_MACHINE)
     histories = [_History(seed * 1_000_003 + i, num_events, guard) for i in range(num_machines)]
     with ProcessPoolExecutor() as pool:
         results = pool.map(_live, histories, chunksize=8)
-        for of_one, violation in tqdm(results, total=num_machines, unit="history", disable=None):
+        for num_done, of_one, violation in tqdm(results, total=num_machines, unit="history", disable=None):
             counts += of_one
+            done += num_done
             violations += Counter([violation] if violation else [])
     return Line(
         name="S4",
         what="random histories of the engine's core: blocks, answers, ends, starvation, preemptions",
-        cases=num_machines * num_events,
+        cases=done,
         violations=violations.total(),
         seconds=time.perf_counter() - began,
         figures={**dict(sorted(counts.items())), **{f"violation: {k}": n for k, n in violations.items()}},
@@ -60,21 +62,21 @@ class _History(NamedTuple):
     guard: bool
 
 
-def _live(history: _History) -> tuple[Counter[str], str]:
-    """What one machine met, and the violation that ended it, if any."""
+def _live(history: _History) -> tuple[int, Counter[str], str]:
+    """How many events one machine went through, what it met, and the violation that ended it, if any."""
     seed, num_events, guard = history
     breaks = [_nothing] if guard else [_no_end_of_preemption, _keys_without_a_past]
     sizes = Sizes.drawn(Random(seed)) if guard else Sizes(num_blocks=7, max_sequences=3)
     with breaks[seed % len(breaks)]():
         machine = Machine(sizes, seed=seed)
         try:
-            for _ in range(num_events):
+            while machine.num_events < num_events:
                 machine.random_event()
             machine.drain()
         except AssertionError as error:
             print(f"seed {seed}: {error}", file=sys.stderr)
-            return machine.counts, str(error).partition(" (")[0]
-    return machine.counts, ""
+            return machine.num_events, machine.counts, str(error).partition(" (")[0]
+    return machine.num_events, machine.counts, ""
 
 
 @contextmanager

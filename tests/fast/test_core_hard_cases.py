@@ -38,7 +38,7 @@ class Breaking(Bench):
                 raise RuntimeError("once")
             run(batch, first, last)
 
-        executor.run = broken  # type: ignore[method-assign]
+        executor.run = broken  # type: ignore[method-assign, assignment]
 
 
 SCORED = SamplingParams(max_tokens=3, prompt_logprobs=0)
@@ -303,7 +303,7 @@ def test_a_block_that_cannot_be_copied_is_not_read() -> None:
     def broken(_: object) -> None:
         raise RuntimeError("copy")
 
-    bench.model.executor.copy_blocks = broken  # type: ignore[method-assign]
+    bench.model.executor.copy_blocks = broken  # type: ignore[method-assign, assignment]
     with pytest.raises(RuntimeError, match="copy"):
         bench.engine.step()
     assert [state.num_output for state in states] == [1, 1]
