@@ -38,7 +38,7 @@ class Breaking(Bench):
                 raise RuntimeError("once")
             run(batch, first, last)
 
-        executor.run = broken  # type: ignore[method-assign, assignment]
+        executor.run = broken  # type: ignore[method-assign]
 
 
 SCORED = SamplingParams(max_tokens=3, prompt_logprobs=0)
