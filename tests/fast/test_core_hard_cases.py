@@ -19,7 +19,7 @@ from tokenmill.engine.mock import MockModel, MockScript
 from tokenmill.engine.sequence import GenerationState
 from tokenmill.engine.speculation.proposers import Draft, DraftRow
 from tokenmill.engine.taps.points import FINAL_NORM
-from tokenmill.engine.taps.tap import TapRows
+from tokenmill.engine.taps.tap import Recording, TapRows
 from tokenmill.kernels import StepBatch
 
 
@@ -303,7 +303,7 @@ def test_a_block_that_cannot_be_copied_is_not_read() -> None:
     def broken(_: object) -> None:
         raise RuntimeError("copy")
 
-    bench.model.executor.copy_blocks = broken  # type: ignore[method-assign, assignment]
+    bench.model.executor.copy_blocks = broken  # type: ignore[assignment, method-assign]
     with pytest.raises(RuntimeError, match="copy"):
         bench.engine.step()
     assert [state.num_output for state in states] == [1, 1]
@@ -321,3 +321,23 @@ def test_guesses_may_go_on_in_a_new_block_though_the_cache_is_full_of_what_is_ke
     guess(state, bench.reference(prompt)[1:7])
     bench.engine.step()
     assert state.num_output == 8
+
+
+@pytest.mark.parametrize("at_run", [2, 3, 4])
+def test_what_was_read_in_a_step_that_breaks_off_is_not_read_again(at_run: int) -> None:
+    executor = tap_tools.executor()
+    recording, run, count = Recording(), executor.run, 0
+
+    def broken(batch: StepBatch, first: int = 0, last: int | None = None) -> None:
+        nonlocal count
+        count += 1
+        if count == at_run:
+            raise RuntimeError("once")
+        run(batch, first, last)
+
+    executor.run = broken  # type: ignore[method-assign]
+    reads = [tap_tools.read(point, recording) for point in (tap_tools.POST, FINAL_NORM)]
+    watched = tap_tools.scoring("s", tap_tools.tokens(1, 41), *reads)
+    tap_tools.drive(tap_tools.engine(executor), [watched, tap_tools.generation("g", [1, 2], 1)])
+    for read in reads:
+        assert recording.rows("s", read.point).positions_T.tolist() == list(range(40))

@@ -60,10 +60,10 @@ class SamplingParams:
     and `min_p` (share of the most likely token's probability).
 
     `seed` makes a request reproducible whatever else is in the batch; without it one is drawn. `n`
-    completions are made of one prompt. `stop` strings end the text before they appear; `stop_token_ids`
-    end it like the model's end tokens, also where `ignore_eos` is set. `logprobs` asks for the
-    log-probability of each token and of that many most likely ones, before any of the above; the same
-    for `prompt_logprobs` and the prompt.
+    completions are made of one prompt. `stop` strings end the text before they appear, but for those that
+    are complete within the first `min_tokens` tokens; `stop_token_ids` end it like the model's end tokens,
+    also where `ignore_eos` is set. `logprobs` asks for the log-probability of each token and of that many
+    most likely ones, before any of the above; the same for `prompt_logprobs` and the prompt.
     """
 
     max_tokens: int = 256

@@ -33,7 +33,7 @@ class LLMConfig:
     `swap_tokens` is the size of a file, in `swap_folder` (default: the system's for temporary files), that
     keeps what preempted requests had computed. `speculation` "lookup" guesses from what was seen before,
     where that pays. `max_adapters` is how many adapters may be loaded at a time. While requests of the fast
-    tier run, a step takes about `fast_step_s` seconds at most.
+    tier run, a step takes about `fast_step_s` seconds at most, or twice what it takes without prompts.
     """
 
     weights: WeightFormat = "w8a8"

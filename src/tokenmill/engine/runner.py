@@ -97,8 +97,6 @@ class Runner:
             self._advance(batch, first, last, calls, failures)
             first, calls = self._head_start, {}
             yield from self._outputs(group, failures)
-        for chunk in chunks:
-            chunk.sequence.num_tapped = max(chunk.sequence.num_tapped, chunk.stop)
         for sequence, error in failures.items():
             yield TapFailure(sequence=sequence, error=error)
 

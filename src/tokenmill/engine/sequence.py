@@ -62,8 +62,8 @@ class SequenceState:
         self.num_preemptions = 0
         self.num_cached = 0
         self.arrival = -1
-        # Reads have had the positions before this one.
-        self.num_tapped = 0
+        # By number of a read among the taps: the first position that it has not had.
+        self.num_tapped: dict[int, int] = {}
         self.table = BlockTable(KV_BLOCK)
         self.swap_slots: list[int] = []
         self.reserved = False

@@ -88,9 +88,10 @@ class RowSpan(NamedTuple):
 
 
 class TapCall(NamedTuple):
-    """One tap and the rows that it wants now."""
+    """One tap, its number among those of its sequence, and the rows that it wants now."""
 
     sequence: SequenceState
+    number: int
     tap: Tap
     point: TapPoint
     positions_T: I32Array
@@ -106,6 +107,8 @@ class TapCall(NamedTuple):
             values_TD=old_TD.copy(),
         )
         new_TD = self.tap.call(rows)
+        # At once: if the step breaks off later, its rows are computed again, and not to be read twice.
+        self.sequence.num_tapped[self.number] = int(self.positions_T[-1]) + 1
         if new_TD is not None:
             self.point.write(executor, self.rows_T, old_TD, new_TD)
 
@@ -161,15 +164,15 @@ def tap_calls(points: TapPoints, spans: Iterable[RowSpan], *, head: bool) -> dic
     """
     calls: dict[int, list[TapCall]] = {}
     for sequence, positions_T, rows_T in spans:
-        for tap in sequence.taps:
+        for number, tap in enumerate(sequence.taps):
             point = points[tap.point]
             if head != (point.buffer == "y"):
                 continue
             wanted_T = tap.selects(positions_T)
             if tap.intervention is None:
-                wanted_T &= positions_T >= sequence.num_tapped
+                wanted_T &= positions_T >= sequence.num_tapped.get(number, 0)
             if wanted_T.any():
-                call = TapCall(sequence, tap, point, positions_T[wanted_T], rows_T[wanted_T])
+                call = TapCall(sequence, number, tap, point, positions_T[wanted_T], rows_T[wanted_T])
                 calls.setdefault(point.stop, []).append(call)
     return dict(sorted(calls.items()))
 
