@@ -50,7 +50,10 @@ class CoreConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StepStats:
-    """What one step did, for measuring: rows computed, rows with logits, sequences, wall seconds."""
+    """What one step did, for measuring: rows computed, rows with logits, sequences, wall seconds.
+
+    Of the `num_preempted` sequences `num_swapped` kept what was computed.
+    """
 
     num_rows: int
     num_out_rows: int
@@ -58,6 +61,7 @@ class StepStats:
     num_waiting: int
     num_preempted: int
     seconds: float
+    num_swapped: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +157,7 @@ class EngineCore:
             num_sequences=len(schedule.chunks),
             num_waiting=len(self.scheduler.waiting),
             num_preempted=len(schedule.preempted),
+            num_swapped=sum(bool(victim.swap_slots) for victim in schedule.preempted),
             seconds=self.clock() - began,
         )
         return StepResult(stats=stats, finished=tuple(finished))

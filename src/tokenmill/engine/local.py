@@ -21,6 +21,7 @@ from tokenmill.engine.speculation.draft_model import DraftModel
 from tokenmill.engine.speculation.history import SuffixProposer
 from tokenmill.engine.speculation.ngram import NgramProposer
 from tokenmill.engine.speculation.proposers import CombinedProposer, Proposer
+from tokenmill.engine.step_time import ROW_TILE
 from tokenmill.engine.structured.grammar import GrammarCompiler
 from tokenmill.engine.swap import SwapFile
 from tokenmill.engine.taps.calibration import InputStats, calibrate
@@ -228,7 +229,8 @@ class LocalEngine:
         config = ExecutorConfig(
             weights=self.config.weights,
             max_rows=self.config.max_rows,
-            max_out_rows=self.config.max_batch,
+            # Guesses need logits too: a small batch has room for a tile of them.
+            max_out_rows=max(self.config.max_batch, ROW_TILE),
             num_blocks=num_blocks,
             num_threads=self.config.num_threads,
             kv_dtype=self.config.kv_dtype,
