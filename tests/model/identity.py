@@ -7,10 +7,13 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 
+from tests.fast.proposer_fakes import eager_guesses
 from tokenmill.core import Request, SamplingParams, Tier
+from tokenmill.engine import core
 from tokenmill.engine.config import LLMConfig
 from tokenmill.engine.local import LocalEngine
 from tokenmill.engine.sequence import GenerationState
@@ -42,7 +45,10 @@ class Guesses(NamedTuple):
 
 
 class Driven:
-    """An engine, driven step by step; counts preemptions and swaps, and checks its blocks as it goes."""
+    """An engine, driven step by step; counts preemptions and swaps, and checks its blocks as it goes.
+
+    Where there is a swap file it is used as long as it has room, whatever the machine's speed.
+    """
 
     def __init__(
         self,
@@ -52,7 +58,8 @@ class Driven:
         create: Callable[[ModelDirectory, ExecutorConfig], Executor] = create_executor,
         draft: ModelDirectory | None = None,
     ) -> None:
-        self.engine = LocalEngine(model, config, create=create, draft=draft)
+        with patch.object(core, "measure_swap", lambda file: 0.0):
+            self.engine = LocalEngine(model, config, create=create, draft=draft)
         self.num_preempted = self.num_swapped = self.num_steps = 0
         self._num_requests = 0
 
@@ -131,7 +138,8 @@ def check_lookup(model: ModelDirectory, *, num_prompts: int, num_tokens: int, ma
     asks = [Ask(prompt, params) for prompt in real_prompts(model, num_prompts)]
     assert len(asks) == num_prompts
     plain = Driven(model, LLMConfig(prefix_cache=False)).answers(asks)
-    states = Driven(model, LLMConfig(max_batch=max_batch, speculation="lookup")).finish(asks)
+    with eager_guesses():
+        states = Driven(model, LLMConfig(max_batch=max_batch, speculation="lookup")).finish(asks)
     guessed = [answer(state) for state in states]
     made = Guesses(
         num_tokens=sum(map(len, guessed)),

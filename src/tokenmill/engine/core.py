@@ -188,7 +188,7 @@ class EngineCore:
         while self._expiries and self._expiries[0][0] <= now_s:
             state = heappop(self._expiries)[2]
             if not state.finished:
-                expired += (state, *state.siblings)
+                expired += [each for each in (state, *state.siblings) if not each.finished]
                 self._end(state, "expired")
         return expired
 
@@ -196,7 +196,7 @@ class EngineCore:
         """End a sequence from outside; with it those that would begin where it was going to."""
         self._remove(sequence)
         for each in (sequence, *sequence.siblings):
-            if isinstance(each, GenerationState):
+            if isinstance(each, GenerationState) and not each.finished:
                 each.finish(reason, now_s=self.clock())
         sequence.siblings = ()
 
@@ -250,19 +250,21 @@ class EngineCore:
 
     def _branch(self, parent: SequenceState) -> None:
         """Start the other completions of a request once their first token is chosen."""
-        if not (parent.siblings[0].num_output or parent.siblings[0].finished):
+        children = [child for child in parent.siblings if not child.finished]
+        if children and not children[0].num_output:
             return
-        for child in parent.siblings:
-            if not child.finished:
-                self.scheduler.fork(parent, child)
-                self._watch(child)
+        for child in children:
+            self.scheduler.fork(parent, child)
+            self._watch(child)
         parent.siblings = ()
 
     def _suspect(self, schedule: Schedule, error: Exception) -> None:
-        """One of these sequences made the step fail: alone it fails; several are run one by one next."""
+        """One of these sequences made the step fail, or a guess did: next they are run one by one, without
+        guesses. What was alone already fails.
+        """
         if not schedule.chunks:
             raise error
-        if len(schedule.chunks) == 1:
+        if len(schedule.chunks) == 1 and not schedule.chunks[0].num_drafts:
             schedule.chunks[0].sequence.fail(f"{type(error).__name__}: {error}", now_s=self.clock())
         else:
             self._suspects = deque(chunk.sequence for chunk in schedule.chunks)
