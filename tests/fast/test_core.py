@@ -196,15 +196,12 @@ def test_preempted_both_ways_equals_undisturbed(
     assert num_preempted > 0 and num_swapped == (num_preempted if swap_tokens else 0)
 
 
-@pytest.mark.parametrize(("guard", "cases"), [(True, 200), (False, 1000)])
-def test_the_scorecard_finds_what_it_is_about(guard: bool, cases: int) -> None:
-    line = s14.run(cases=cases, seed=3, guard=guard)
-    if guard:
-        assert line.violations == 0
-        assert min(float(figure) for figure in line.figures.values()) > 0, line.figures
-    else:
-        assert {f"violations, {control}" for control in s14.CONTROLS} <= line.figures.keys()
-        assert all(line.figures[f"violations, {control}"] for control in s14.CONTROLS), line.figures
+def test_the_scorecard_finds_what_it_is_about() -> None:
+    """A short form; the long one, and each control for itself, are a slow test."""
+    line = s14.run(cases=100, seed=3, guard=True)
+    assert line.violations == 0
+    assert min(float(figure) for figure in line.figures.values()) > 0, line.figures
+    assert s14.run(cases=50, seed=3, guard=False).violations > 0
 
 
 def guess(state: GenerationState, tokens: Sequence[int]) -> None:

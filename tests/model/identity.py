@@ -4,7 +4,6 @@ import gzip
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -114,11 +113,11 @@ def answer(state: GenerationState) -> tuple[int, ...]:
 
 def drafting_in(weights: WeightFormat) -> Callable[[ModelDirectory, ExecutorConfig], Executor]:
     """A factory that gives the target its own weight format and the draft model, made second, another."""
-    formats = chain([None], iter(lambda: weights, None))
+    made: list[Executor] = []
 
     def create(model: ModelDirectory, config: ExecutorConfig) -> Executor:
-        other = next(formats)
-        return create_executor(model, config if other is None else replace(config, weights=other))
+        made.append(create_executor(model, replace(config, weights=weights) if made else config))
+        return made[-1]
 
     return create
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.fast.proposer_fakes import eager_guesses
 from tests.model.identity import Ask, Driven, check_lookup, drafting_in
-from tokenmill.core import Grammar, SamplingParams
+from tokenmill.core import Grammar, SamplingParams, Tier
 from tokenmill.engine.config import LLMConfig
 from tokenmill.engine.sequence import GenerationState
 from tokenmill.engine.structured.grammar import GrammarState
@@ -260,7 +260,7 @@ def test_all_of_it_at_once(model: ModelDirectory, asks: list[Ask], expected: Ans
     driven = Driven(model, config, create=drafting_in("w4a8"), draft=model)
     family = driven.submit(Ask(asks[1].prompt, replace(asks[1].params, n=3)))
     driven.submit(asks[4], blow_up(model))
-    tiers = ("batch", "standard", "fast")
+    tiers: tuple[Tier, ...] = ("batch", "standard", "fast")
     states = [driven.submit(ask, tier=tiers[i % 3])[0] for i, ask in enumerate(asks[:5])]
     for _ in range(9):
         driven.step()

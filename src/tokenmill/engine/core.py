@@ -140,7 +140,8 @@ class EngineCore:
         began = self.clock()
         finished = self._expire(began)
         schedule = self._plan()
-        touched = [each for c in schedule.chunks for each in (c.sequence, *c.sequence.siblings)]
+        every = [each for c in schedule.chunks for each in (c.sequence, *c.sequence.siblings)]
+        touched = [each for each in every if not each.finished]
         try:
             self._run(schedule)
         except Exception as error:
