@@ -2,13 +2,24 @@
 
 import random
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from unittest.mock import patch
 
 from tests.fast.engine_fakes import VOCAB, reference_tokens
 from tokenmill.core import SamplingParams
+from tokenmill.engine.speculation.controller import Offer, SpeculationController, StepLoad
 from tokenmill.engine.speculation.proposers import Draft, DraftRow, SequenceKey
 
-__all__ = ["ScriptedProposer", "always_right", "draft_row", "greedy_future", "never_right", "sometimes_right"]
+__all__ = [
+    "ScriptedProposer",
+    "always_right",
+    "draft_row",
+    "eager_guesses",
+    "greedy_future",
+    "never_right",
+    "sometimes_right",
+]
 
 Future = Callable[[DraftRow], Sequence[int]]
 
@@ -85,3 +96,23 @@ def draft_row(
     """A row; an array is taken as it is, anything else is copied."""
     kept = tokens if isinstance(tokens, array) else array("i", tokens)
     return DraftRow(key, tenant, kept, num_prompt, max_tokens, params or SamplingParams(), seed)
+
+
+@contextmanager
+def eager_guesses() -> Iterator[None]:
+    """Verify whatever is proposed: without this the machine's speed decides what is tried."""
+
+    def everything(
+        self: SpeculationController, offers: Sequence[Offer], load: StepLoad, *, room: int
+    ) -> list[int]:
+        lengths = list[int]()
+        for each in offers:
+            lengths.append(min(len(each.draft.tokens), room))
+            room -= lengths[-1]
+        return lengths
+
+    with (
+        patch.object(SpeculationController, "choose", everything),
+        patch.object(SpeculationController, "active", True),
+    ):
+        yield

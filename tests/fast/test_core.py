@@ -2,11 +2,15 @@
 
 from array import array
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from scripts.scorecard import s14
+from tests.fast.proposer_fakes import eager_guesses
 from tokenmill.core import Request, SamplingParams, Tier
+from tokenmill.engine import core
 from tokenmill.engine.config import LLMConfig
 from tokenmill.engine.local import LocalEngine
 from tokenmill.engine.mock import FaultKind, MockFault, MockModel, MockScript, reference_tokens
@@ -130,6 +134,25 @@ def test_cancelling_after_it_ends_one() -> None:
     assert [state.finish_reason for state in states] == ["cancelled", "length", "length"]
 
 
+def test_completions_cancelled_before_their_time_end_once() -> None:
+    """Also if the first that waits is cancelled the others begin where the prompt ends, not before."""
+    params = replace(sampled(1, n=3), prompt_logprobs=0)
+    bench = Bench(max_rows=16)
+    states = bench.submit([1] * 100, params)
+    bench.engine.step()
+    bench.engine.abort(states[1])
+    assert len(bench.run()) == 2
+    assert [state.finish_reason for state in states] == ["length", "cancelled", "length"]
+    for timeout_s, ended in ((None, "cancelled"), (1.5, "expired")):
+        bench = Bench(MockScript(step_s=1.0), max_rows=16)
+        states = bench.submit([1] * 100, params, timeout_s=timeout_s)
+        bench.engine.abort(states[2])
+        if timeout_s is None:
+            bench.engine.abort(states[0])
+        assert states[2] not in bench.run()
+        assert [state.finish_reason for state in states] == [ended, ended, "cancelled"]
+
+
 def test_a_deadline_ends_what_runs_and_what_waits() -> None:
     bench = Bench(MockScript(step_s=1.0), max_batch=2)
     slow = SamplingParams(max_tokens=100, ignore_eos=True)
@@ -156,14 +179,29 @@ def test_a_prefix_hit_gives_the_same_tokens_and_is_counted() -> None:
     assert bench.answer(longer) == plain.answer(longer), "what was generated is found too"
 
 
-def test_preempted_both_ways_equals_undisturbed() -> None:
-    undisturbed = [Bench().reference(prompt) for prompt in PROMPTS]
-    for prefix_cache in (False, True):
-        bench = Bench(kv_tokens=320, max_batch=6, max_rows=48, prefix_cache=prefix_cache)
-        states = [bench.submit(prompt)[0] for prompt in PROMPTS]
-        bench.run()
-        assert [state.completion().token_ids for state in states] == undisturbed
-        assert max(state.num_preemptions for state in states) > 0
+@pytest.mark.parametrize("prefix_cache", [False, True])
+@pytest.mark.parametrize("swap_tokens", [0, 1024])
+def test_preempted_both_ways_equals_undisturbed(
+    monkeypatch: pytest.MonkeyPatch, swap_tokens: int, prefix_cache: bool
+) -> None:
+    monkeypatch.setattr(core, "measure_swap", lambda file: 0.0)
+    bench = Bench(kv_tokens=320, max_batch=6, max_rows=48, prefix_cache=prefix_cache, swap_tokens=swap_tokens)
+    states = [bench.submit(prompt)[0] for prompt in PROMPTS]
+    num_preempted = num_swapped = 0
+    while bench.engine.has_work:
+        stats = bench.engine.step().stats
+        num_preempted, num_swapped = num_preempted + stats.num_preempted, num_swapped + stats.num_swapped
+        bench.engine.check_integrity()
+    assert [state.completion().token_ids for state in states] == [bench.reference(p) for p in PROMPTS]
+    assert num_preempted > 0 and num_swapped == (num_preempted if swap_tokens else 0)
+
+
+def test_the_scorecard_finds_what_it_is_about() -> None:
+    """A short form; the long one, and each control for itself, are a slow test."""
+    line = s14.run(cases=100, seed=3, guard=True)
+    assert line.violations == 0
+    assert min(float(figure) for figure in line.figures.values()) > 0, line.figures
+    assert s14.run(cases=50, seed=3, guard=False).violations > 0
 
 
 def guess(state: GenerationState, tokens: Sequence[int]) -> None:
@@ -189,6 +227,29 @@ def test_right_guesses_save_steps_and_no_guess_changes_an_answer(
     assert state.completion().token_ids == plain
     assert num_steps <= 8 + len(plain) // (num_right + 1)
     assert state.num_accepted % num_right == 0 if num_right else state.num_accepted == 0
+
+
+@pytest.mark.parametrize("kind", ["nan", "raise"])
+@pytest.mark.parametrize("num_others", [0, 3])
+def test_a_guess_at_which_the_model_fails_fails_nobody(kind: FaultKind, num_others: int) -> None:
+    bench = Bench(MockScript(faults=(MockFault(kind=kind, marker=(MARKER,)),)))
+    states = [bench.submit(prompt)[0] for prompt in PROMPTS[: num_others + 1]]
+    bench.engine.step()
+    guess(states[0], [MARKER, 1])
+    bench.run()
+    answers = [state.completion().token_ids for state in states]
+    assert answers == [bench.reference(prompt) for prompt in PROMPTS[: num_others + 1]]
+    assert states[0].num_accepted == 0
+
+
+def test_a_small_batch_has_room_for_guesses() -> None:
+    bench = Bench(max_batch=1, speculation="lookup")
+    with eager_guesses():
+        for _ in range(2):
+            (state,) = bench.submit(PROMPTS[1])
+            bench.run()
+            assert state.completion().token_ids == bench.reference(PROMPTS[1])
+    assert state.num_accepted > 10
 
 
 def test_an_exception_fails_its_own_request_and_neighbours_go_on() -> None:

@@ -51,7 +51,10 @@ class CoreConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StepStats:
-    """What one step did, for measuring: rows computed, rows with logits, sequences, wall seconds."""
+    """What one step did, for measuring: rows computed, rows with logits, sequences, wall seconds.
+
+    Of the `num_preempted` sequences `num_swapped` kept what was computed.
+    """
 
     num_rows: int
     num_out_rows: int
@@ -59,6 +62,7 @@ class StepStats:
     num_waiting: int
     num_preempted: int
     seconds: float
+    num_swapped: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +144,8 @@ class EngineCore:
         schedule = self._plan()
         # If this fails, blocks are without their content, and nobody can go on.
         self._move(schedule.moves)
-        touched = [each for c in schedule.chunks for each in (c.sequence, *c.sequence.siblings)]
+        every = [each for c in schedule.chunks for each in (c.sequence, *c.sequence.siblings)]
+        touched = [each for each in every if not each.finished]
         try:
             self._run(schedule)
         except Exception as error:
@@ -158,6 +163,7 @@ class EngineCore:
             num_sequences=len(schedule.chunks),
             num_waiting=len(self.scheduler.waiting),
             num_preempted=len(schedule.preempted),
+            num_swapped=sum(bool(victim.swap_slots) for victim in schedule.preempted),
             seconds=self.clock() - began,
         )
         return StepResult(stats=stats, finished=tuple(finished))
@@ -193,7 +199,7 @@ class EngineCore:
         while self._expiries and self._expiries[0][0] <= now_s:
             state = heappop(self._expiries)[2]
             if not state.finished:
-                expired += (state, *state.siblings)
+                expired += [each for each in (state, *state.siblings) if not each.finished]
                 self._end(state, "expired")
         return expired
 
@@ -259,19 +265,21 @@ class EngineCore:
 
     def _branch(self, parent: SequenceState) -> None:
         """Start the other completions of a request once their first token is chosen."""
-        if not any(child.num_output for child in parent.siblings):
+        children = [child for child in parent.siblings if not child.finished]
+        if children and not children[0].num_output:
             return
-        for child in parent.siblings:
-            if not child.finished:
-                self.scheduler.fork(parent, child)
-                self._watch(child)
+        for child in children:
+            self.scheduler.fork(parent, child)
+            self._watch(child)
         parent.siblings = ()
 
     def _suspect(self, schedule: Schedule, error: Exception) -> None:
-        """One of these sequences made the step fail: alone it fails; several are run one by one next."""
+        """One of these sequences made the step fail, or a guess did: next they are run one by one, without
+        guesses. What was alone already fails.
+        """
         if not schedule.chunks:
             raise error
-        if len(schedule.chunks) == 1:
+        if len(schedule.chunks) == 1 and not schedule.chunks[0].num_drafts:
             schedule.chunks[0].sequence.fail(f"{type(error).__name__}: {error}", now_s=self.clock())
         else:
             self._suspects = deque(chunk.sequence for chunk in schedule.chunks)

@@ -247,6 +247,7 @@ class LocalEngine:
         config = ExecutorConfig(
             weights=self.config.weights,
             max_rows=self.config.max_rows,
+            # Guesses need logits too: a small batch has room for a tile of them.
             max_out_rows=max(self.config.max_batch, ROW_TILE),
             num_blocks=num_blocks,
             num_threads=self.config.num_threads,

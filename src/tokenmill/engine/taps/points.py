@@ -71,7 +71,9 @@ class TapPoint:
     def write(self, executor: Executor, rows: _Rows, old_TD: F32Array, new_TD: F32Array) -> None:
         """Replace what was read as `old_TD`. Values that are the same keep their bits."""
         assert self.norm is None, "a computed point is read only"
-        smoothed_TD = new_TD if self.smoothing_D is None else new_TD / self.smoothing_D
+        # What overflows here fails the request where its logits are looked at.
+        with np.errstate(over="ignore"):
+            smoothed_TD = new_TD if self.smoothing_D is None else new_TD / self.smoothing_D
         buffer = executor.buffer(self.buffer)
         buffer[rows] = np.where(new_TD == old_TD, buffer[rows], smoothed_TD)
 
