@@ -296,7 +296,7 @@ def test_a_request_that_ends_in_a_failing_step_has_ended() -> None:
     pieces = [next(stream)]
     executor().fail_at = {len(executor().steps) + 2: KeyboardInterrupt()}
     with pytest.raises(KeyboardInterrupt):
-        llm.score([""], ["some text"])
+        llm.score([""], ["some text, more than a tile of it"])
     assert tokens_of(llm.generate_tokens([[8]], GREEDY)) == [reference_tokens([8], 40)]
     pieces += stream
     assert isinstance(pieces[-1], Completion)
