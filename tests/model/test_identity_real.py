@@ -255,7 +255,7 @@ def _tokens(states: Sequence[GenerationState]) -> list[tuple[int, ...]]:
 def test_all_of_it_at_once(model: ModelDirectory, asks: list[Ask], expected: Answers) -> None:
     """A tight cache, small steps, guesses of both kinds, tiers, forks, edits and a failing neighbour."""
     config = LLMConfig(
-        kv_tokens=10 * KV_BLOCK, swap_tokens=2048, max_rows=48, max_batch=12, speculation="lookup"
+        kv_tokens=7 * KV_BLOCK, swap_tokens=2048, max_rows=48, max_batch=12, speculation="lookup"
     )
     driven = Driven(model, config, create=drafting_in("w4a8"), draft=model)
     family = driven.submit(Ask(asks[1].prompt, replace(asks[1].params, n=3)))
@@ -270,4 +270,5 @@ def test_all_of_it_at_once(model: ModelDirectory, asks: list[Ask], expected: Ans
         driven.run()
     assert [state.completion().token_ids for state in states] == expected
     assert family[0].completion().token_ids == expected[1]
-    assert driven.num_swapped > 0 and sum(state.num_accepted for state in states) > 0
+    assert driven.num_swapped > 0, driven.num_preempted
+    assert sum(state.num_accepted for state in states) > 0
