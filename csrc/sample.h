@@ -375,6 +375,10 @@ static int sample(const SampleTask& t, const SampleScratch& s) {
   const Logits raw(t.logits, t.vocab);
   Peak peak = find_peak(raw, s.peaks);
   if (peak.index < 0 || (!t.edited && t.inverse_temperature == 0)) return peak.index;
+  // Of a row that is only masked the largest logit stays the largest, if it is allowed.
+  const bool only_masked = t.mask && !t.num_biases && !t.num_banned && !t.num_tokens;
+  if (only_masked && peak.index >= 0 && t.inverse_temperature == 0 && t.mask[peak.index / 32] >> peak.index % 32 & 1)
+    return peak.index;
   if (t.edited) edit(t, s.counts, s.logits);
   const Logits x(t.edited ? s.logits : t.logits, t.vocab);
   if (t.edited) peak = find_peak(x, s.peaks);

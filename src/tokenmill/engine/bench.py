@@ -211,6 +211,8 @@ def _llm_config(config: BenchConfig, weights: WeightFormat, batch: int) -> LLMCo
         num_threads=config.num_threads,
         kv_dtype=config.kv_dtype,
         kv_tokens=batch * blocks_each * KV_BLOCK,
+        # No prompt comes twice, so a cache would only keep memory.
+        prefix_cache=False,
     )
 
 

@@ -125,7 +125,7 @@ def _masks(
 ) -> U32Array:
     """Masks [R, W] of a sequence's rows: before each of its guesses, and after the last."""
     drafts = row.tokens[row.position :]
-    mask_RW = np.zeros((len(drafts) + 1, grammar.num_words), np.uint32)
+    mask_RW = np.empty((len(drafts) + 1, grammar.num_words), np.uint32)
     try:
         grammar.masks(drafts, mask_RW)
     except TokenmillError as error:

@@ -18,7 +18,7 @@ from tokenmill.engine.scheduler import Schedule, Scheduler
 from tokenmill.engine.sequence import GenerationState, SequenceState
 from tokenmill.engine.speculation.controller import Offer, SpeculationController, StepLoad
 from tokenmill.engine.speculation.proposers import NO_DRAFT, Draft, DraftRow, Proposer
-from tokenmill.engine.step_time import StepTimeModel
+from tokenmill.engine.step_time import ROW_TILE, StepTimeModel
 
 __all__ = ["Speculator"]
 
@@ -53,9 +53,9 @@ class Speculator:
         """Attach drafts to running sequences, where they are expected to pay."""
         self._attached, self._propose_s = {}, 0.0
         decoding = [s for s in scheduler.running if isinstance(s, GenerationState) and s.num_pending == 1]
-        states = [
-            s for s in decoding if s.can_draft and (self._proposer is not None or s.grammar is not None)
-        ]
+        # What a grammar forces is asked for where rows are free: in a tile that is not full.
+        asks_grammars = len(decoding) < ROW_TILE
+        states = [s for s in decoding if s.can_draft and (self._proposer or (s.grammar and asks_grammars))]
         if not states:
             return
         began_s = self._clock()

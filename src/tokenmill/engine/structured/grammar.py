@@ -15,7 +15,7 @@ import contextlib
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, Protocol, TypeAlias
+from typing import Any, Final, NamedTuple, NoReturn, Protocol, TypeAlias
 
 import msgspec
 import numpy as np
@@ -132,14 +132,16 @@ class GrammarState:
         Raises UsageError, and changes nothing, if its text is not allowed here; ResourceError if a limit of
         a step is reached, after which the state is of no further use.
         """
-        if self._has_ended or not self._allows(token_id):
-            raise UsageError(f"the grammar does not allow token {token_id} here", hint="sample with the mask")
-        if token_id in self._vocabulary.end_ids:
+        is_end = token_id in self._vocabulary.end_ids
+        if is_end and not self._has_ended and self._matcher.is_accepting():
             self._has_ended = True
-        elif self._matcher.consume_token(token_id):
+        elif not is_end and not self._has_ended and self._vocabulary.is_text(token_id):
+            # Whether the token is allowed shows as it is consumed: asking first would cost as much again.
+            if not self._matcher.consume_token(token_id):
+                self._refuse(token_id)
             self._tokens.append(token_id)
         else:
-            raise _failure(self._matcher)
+            raise _not_allowed(token_id)
 
     def num_valid(self, tokens: Sequence[int]) -> int:
         """How many of the tokens, from the first on, write what the grammar allows.
@@ -167,6 +169,9 @@ class GrammarState:
         only. The state is as before. Raises like `fill_mask`, for the first row only.
         """
         assert mask_RW.shape[0] == len(drafts) + 1
+        if not len(drafts):
+            self.fill_mask(mask_RW[0])
+            return 1
         mask_RW[:] = self._vocabulary.ends_W
         self.fill_mask(mask_RW[0])
         num_rows = 1
@@ -191,10 +196,14 @@ class GrammarState:
         text = self._leading_text(self._matcher.compute_ff_tokens()[:_MAX_FORCED])
         return tuple(text[: self._matcher.validate_tokens(text)])
 
-    def _allows(self, token_id: int) -> bool:
-        if token_id in self._vocabulary.end_ids:
-            return bool(self._matcher.is_accepting())
-        return self._vocabulary.is_text(token_id) and self._matcher.validate_tokens([token_id]) == 1
+    def _refuse(self, token_id: int) -> NoReturn:
+        """Say why a token was not consumed; if it was only not allowed, be as before."""
+        broken = self._matcher
+        self._restore()
+        if self._matcher.validate_tokens([token_id]) == 0:
+            raise _not_allowed(token_id)
+        self._matcher = broken
+        raise _failure(broken)
 
     def _leading_text(self, tokens: Sequence[int]) -> list[int]:
         count = next((i for i, each in enumerate(tokens) if not self._vocabulary.is_text(each)), len(tokens))
@@ -428,6 +437,10 @@ def _failure(matcher: LLMatcher) -> TokenmillError:
     return ResourceError(
         f"the grammar takes too much to follow here ({message[:200]})", hint="use a simpler one"
     )
+
+
+def _not_allowed(token_id: int) -> UsageError:
+    return UsageError(f"the grammar does not allow token {token_id} here", hint="sample with the mask")
 
 
 def _dead_end() -> UsageError:
