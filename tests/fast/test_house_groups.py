@@ -10,7 +10,7 @@ from tests.conftest import GROUPS, TESTS, group_of
 def test_groups_are_the_markers_of_the_project(pytestconfig: pytest.Config) -> None:
     own = {line.split(":")[0] for line in pytestconfig.getini("markers")}
     assert set(GROUPS) <= own
-    assert {"fast", "model", "server", "slow", "train"} == set(GROUPS)
+    assert {"fast", "model", "server", "slow", "stateful", "train"} == set(GROUPS)
 
 
 def test_this_test_is_marked_fast(request: pytest.FixtureRequest) -> None:
