@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.fast.adapter_files import adapter_tensors, plain_config, write_adapter
+from tests.fast.proposer_fakes import eager_guesses
 from tokenmill.core import Grammar, Message, NotFoundError, ResourceError, SamplingParams, UsageError
 from tokenmill.engine import LLM, LLMConfig
 from tokenmill.models.directory import ModelDirectory
@@ -89,7 +90,8 @@ def test_answers_fit_their_schema_with_forced_tokens_and_without(
     questions = [f"Describe the city of {name} as JSON." for name in ("Paris", "Lima", "Oslo", "Cairo")]
     chats = [[Message(role="user", content=question)] for question in questions]
     params = SamplingParams(max_tokens=120, temperature=temperature, seed=3, grammar=AS_SCHEMA)
-    answers = llm.chat(chats, params)
+    with eager_guesses():
+        answers = llm.chat(chats, params)
     for answer in answers:
         assert answer.finish_reason in ("completed", "length"), answer.error
         if answer.finish_reason == "completed":
