@@ -22,6 +22,7 @@ from tokenmill.core import Request, ResourceError, SamplingParams, Tier
 from tokenmill.engine.adapters import NO_ADAPTER, AdapterSlot
 from tokenmill.engine.core import CoreConfig, EngineCore
 from tokenmill.engine.detokenizer import Detokenizer
+from tokenmill.engine.mock import mock_plan
 from tokenmill.engine.sampler import SamplingRow, sample
 from tokenmill.engine.scheduler import MAX_PREEMPTIONS
 from tokenmill.engine.sequence import GenerationState
@@ -36,7 +37,6 @@ from tokenmill.kernels import (
     F32Array,
     KvDtype,
     PackedAdapter,
-    PlanShape,
     Select,
     StepBatch,
     StepPlan,
@@ -468,18 +468,5 @@ def _require(condition: bool, what: str) -> None:
 
 
 def _plan() -> StepPlan:
-    shape = PlanShape(
-        hidden_size=8,
-        num_heads=1,
-        num_kv_heads=1,
-        head_dim=8,
-        intermediate_size=8,
-        vocab_size=VOCAB,
-        num_layers=1,
-        softmax_scale=1.0,
-        cos=np.ones((1, 4), np.float32),
-        sin=np.zeros((1, 4), np.float32),
-    )
     table = EmbedTable(data=np.zeros((VOCAB, 8), np.uint16), scales=np.zeros(0, np.float16))
-    ops = (Embed(table=table, name="hook_embed"), Attend(layer=0), Select())
-    return StepPlan(shape=shape, ops=ops)
+    return mock_plan(VOCAB, (Embed(table=table, name="hook_embed"), Attend(layer=0), Select()))

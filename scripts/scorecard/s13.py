@@ -76,12 +76,10 @@ def run(*, cases: int, seed: int, guard: bool) -> Line:
         violations=text.violations + stops.violations,
         seconds=text.seconds + stops.seconds,
         figures={
-            "guard": "on" if guard else "off",
             "utf8_cases": text.cases,
             "utf8_violations": text.violations,
             "stop_cases": stops.cases,
             "stop_violations": stops.violations,
-            "seed": seed,
         },
     )
 

@@ -28,7 +28,14 @@ from tokenmill.core import Request, SamplingParams, Tier
 from tokenmill.engine import outputs
 from tokenmill.engine.core import CoreConfig, EngineCore
 from tokenmill.engine.detokenizer import Detokenizer
-from tokenmill.engine.mock import MockExecutor, MockFault, MockScript, mock_logits, reference_tokens
+from tokenmill.engine.mock import (
+    MockClock,
+    MockExecutor,
+    MockFault,
+    MockScript,
+    mock_logits,
+    reference_tokens,
+)
 from tokenmill.engine.sampler import Sampled, SamplingRow, sample
 from tokenmill.engine.scheduler import Schedule
 from tokenmill.engine.sequence import GenerationState
@@ -65,19 +72,6 @@ class _Case(NamedTuple):
     request: Request
     seeds: tuple[int, ...]
     answers: tuple[_Answer, ...]
-
-
-class _Clock:
-    """Seconds that pass while the mock computes: the same run, whatever else the machine does."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-    def sleep(self, seconds: float) -> None:
-        self.now_s += seconds
 
 
 class _Scripted:
@@ -145,7 +139,7 @@ def run(*, cases: int, seed: int, guard: bool) -> Line:
 
 def _try_engine(rng: random.Random, num_cases: int) -> Counter[str]:
     """One engine and its requests; what happened, and how many were answered wrongly."""
-    clock = _Clock()
+    clock = MockClock()
     script = MockScript(seed=rng.randrange(1 << 32), step_s=1e-2, row_s=1e-4, faults=_FAULTS)
     cases = _cases(rng, num_cases, script)
     with ExitStack() as stack:
@@ -226,7 +220,7 @@ class _Driven:
 
 
 def _engine(
-    rng: random.Random, script: MockScript, cases: Sequence[_Case], clock: _Clock, stack: ExitStack
+    rng: random.Random, script: MockScript, cases: Sequence[_Case], clock: MockClock, stack: ExitStack
 ) -> EngineCore:
     num_blocks = rng.choice((rng.randint(6, 10), rng.randint(6, 10), 200))
     max_batch = rng.choice((2, 8, 16))

@@ -6,21 +6,20 @@ is stored together with the adapter that it was computed with.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 
 from tokenmill.core import Message
+from tokenmill.engine.mock import mock_plan
 from tokenmill.kernels import (
     KV_BLOCK,
-    Attend,
     BufferName,
     F32Array,
     KvDtype,
     PackedAdapter,
-    PlanShape,
-    Select,
     StepBatch,
     StepPlan,
 )
@@ -156,6 +155,9 @@ class FakeTokenizer:
 class FakeModel:
     """What `LLM` asks of a model directory, and the executor that it was compiled to."""
 
+    manifest = None
+    path = Path("fake")
+
     def __init__(self, max_positions: int, template: str = "") -> None:
         self.template = template
         self.architecture = Architecture(
@@ -202,19 +204,7 @@ def fake_model(fake: FakeModel) -> ModelDirectory:
 
 def fake_plan() -> StepPlan:
     """A body of one operation, and a head of one."""
-    shape = PlanShape(
-        hidden_size=8,
-        num_heads=1,
-        num_kv_heads=1,
-        head_dim=8,
-        intermediate_size=8,
-        vocab_size=VOCAB,
-        num_layers=1,
-        softmax_scale=1.0,
-        cos=np.ones((1, 4), np.float32),
-        sin=np.zeros((1, 4), np.float32),
-    )
-    return StepPlan(shape=shape, ops=(Attend(layer=0), Select()))
+    return mock_plan(VOCAB)
 
 
 def fake_adapter(digest: str) -> PackedAdapter:

@@ -12,7 +12,7 @@ from tokenmill.core import Request, SamplingParams, Tier
 from tokenmill.engine import core
 from tokenmill.engine.config import LLMConfig
 from tokenmill.engine.local import LocalEngine
-from tokenmill.engine.mock import FaultKind, MockFault, MockModel, MockScript, reference_tokens
+from tokenmill.engine.mock import FaultKind, MockClock, MockFault, MockModel, MockScript, reference_tokens
 from tokenmill.engine.sequence import GenerationState, SequenceState
 from tokenmill.models.byte_tokenizer import END_TOKEN
 
@@ -20,24 +20,11 @@ MARKER = END_TOKEN + 1
 GREEDY = SamplingParams(max_tokens=40)
 
 
-class Clock:
-    """Seconds that pass only when somebody waits."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-    def sleep(self, seconds: float) -> None:
-        self.now_s += seconds
-
-
 class Bench:
     """An engine on the mock model, and its clock."""
 
     def __init__(self, script: MockScript | None = None, **config: Any) -> None:
-        self.clock = Clock()
+        self.clock = MockClock()
         self.script = script or MockScript()
         self.model = MockModel(self.script, sleep=self.clock.sleep)
         self.engine = LocalEngine(

@@ -1,6 +1,6 @@
 """The step loop where several rare things meet: half-done steps, forks, guesses, grammars, deadlines."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -23,22 +23,28 @@ from tokenmill.engine.taps.tap import Recording, TapRows
 from tokenmill.kernels import StepBatch
 
 
+def broken_once(run: Callable[..., None], at_run: int) -> Callable[..., None]:
+    """An executor's run that raises the first time that it is called with this number."""
+    count = 0
+
+    def broken(batch: StepBatch, first: int = 0, last: int | None = None) -> None:
+        nonlocal count
+        count += 1
+        if count == at_run:
+            raise RuntimeError("once")
+        run(batch, first, last)
+
+    return broken
+
+
 class Breaking(Bench):
     """Raises in the executor's run with number `at_run`, counted from when it is set."""
 
     at_run = 0
 
     def break_at(self, at_run: int) -> None:
-        executor, run, count = self.model.executor, self.model.executor.run, 0
-
-        def broken(batch: StepBatch, first: int = 0, last: int | None = None) -> None:
-            nonlocal count
-            count += 1
-            if count == at_run:
-                raise RuntimeError("once")
-            run(batch, first, last)
-
-        executor.run = broken  # type: ignore[method-assign]
+        executor = self.model.executor
+        executor.run = broken_once(executor.run, at_run)  # type: ignore[method-assign]
 
 
 SCORED = SamplingParams(max_tokens=3, prompt_logprobs=0)
@@ -326,16 +332,8 @@ def test_guesses_may_go_on_in_a_new_block_though_the_cache_is_full_of_what_is_ke
 @pytest.mark.parametrize("at_run", [2, 3, 4])
 def test_what_was_read_in_a_step_that_breaks_off_is_not_read_again(at_run: int) -> None:
     executor = tap_tools.executor()
-    recording, run, count = Recording(), executor.run, 0
-
-    def broken(batch: StepBatch, first: int = 0, last: int | None = None) -> None:
-        nonlocal count
-        count += 1
-        if count == at_run:
-            raise RuntimeError("once")
-        run(batch, first, last)
-
-    executor.run = broken  # type: ignore[method-assign]
+    recording = Recording()
+    executor.run = broken_once(executor.run, at_run)  # type: ignore[method-assign]
     reads = [tap_tools.read(point, recording) for point in (tap_tools.POST, FINAL_NORM)]
     watched = tap_tools.scoring("s", tap_tools.tokens(1, 41), *reads)
     tap_tools.drive(tap_tools.engine(executor), [watched, tap_tools.generation("g", [1, 2], 1)])

@@ -63,7 +63,7 @@ class LocalEngine:
                 num_blocks=self.num_blocks,
                 max_sequences=self.config.max_batch,
                 max_waiting=self.config.max_waiting,
-                model="" if self.config.prefix_cache else None,
+                model=self._identity if self.config.prefix_cache else None,
                 fast_step_s=self.config.fast_step_s,
             ),
             swap=self._swap_file(executor),
@@ -277,6 +277,12 @@ class LocalEngine:
                 )
             )
         return CombinedProposer(proposers) if proposers else None
+
+    @property
+    def _identity(self) -> str:
+        """What the model computes with, for prefix keys. Files without a manifest are not read for it."""
+        model = self._model
+        return f"{model.path if model.manifest is None else model.digest} {self.config.weights}"
 
     @cached_property
     def _grammars(self) -> GrammarCompiler:

@@ -37,6 +37,7 @@ from tokenmill.kernels import (
     BufferName,
     F32Array,
     KvDtype,
+    Op,
     PackedAdapter,
     PlanShape,
     Select,
@@ -53,11 +54,13 @@ from tokenmill.models.weights import WeightSource
 __all__ = [
     "MOCK_VOCAB_SIZE",
     "FaultKind",
+    "MockClock",
     "MockExecutor",
     "MockFault",
     "MockModel",
     "MockScript",
     "mock_logits",
+    "mock_plan",
     "reference_tokens",
 ]
 
@@ -146,7 +149,7 @@ class MockExecutor:
         max_out_rows: int,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.plan = _mock_plan()
+        self.plan = mock_plan()
         self.kv_dtype: KvDtype = "bf16"
         self.script = script
         self.max_rows = max_rows
@@ -232,6 +235,21 @@ class MockExecutor:
             if fault.kind == "hang":
                 self._sleep(_HANG_S)
             raise RuntimeError("the mock was told to fail")
+
+
+class MockClock:
+    """Seconds that pass only when the mock computes: give it as `clock`, and its `sleep` to the model."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        """The seconds so far."""
+        return self.now_s
+
+    def sleep(self, seconds: float) -> None:
+        """Let time pass."""
+        self.now_s += seconds
 
 
 class MockModel(ModelDirectory):
@@ -408,18 +426,20 @@ def _mock_architecture(max_positions: int) -> Architecture:
     )
 
 
-def _mock_plan() -> StepPlan:
-    """A body of one operation, and a head of one."""
+def mock_plan(
+    vocab_size: int = MOCK_VOCAB_SIZE, ops: tuple[Op, ...] = (Attend(layer=0), Select())
+) -> StepPlan:
+    """A plan of the smallest sizes; by default a body of one operation and a head of one."""
     shape = PlanShape(
         hidden_size=8,
         num_heads=1,
         num_kv_heads=1,
         head_dim=8,
         intermediate_size=8,
-        vocab_size=MOCK_VOCAB_SIZE,
+        vocab_size=vocab_size,
         num_layers=1,
         softmax_scale=1.0,
         cos=np.ones((1, 4), np.float32),
         sin=np.zeros((1, 4), np.float32),
     )
-    return StepPlan(shape=shape, ops=(Attend(layer=0), Select()))
+    return StepPlan(shape=shape, ops=ops)

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
+from tokenmill.engine.batch import BatchRows, flat_batch, int32
 from tokenmill.engine.scheduler import Chunk, Schedule
 from tokenmill.engine.sequence import SequenceState
 from tokenmill.engine.taps.points import FINAL_NORM, RowSpan, TapCall, TapPoints, tap_calls, tap_points
@@ -83,7 +84,7 @@ class Runner:
         """
         chunks = schedule.chunks
         groups = _groups(chunks, self.points, self._executor.max_out_rows)
-        batch = _step_batch(chunks, groups[0].numbers if groups else _int32(array("i")))
+        batch = _step_batch(chunks, groups[0].numbers if groups else int32(()))
         calls = tap_calls(self.points, _body_spans(chunks), head=False)
         failures: dict[SequenceState, Exception] = {}
         if not groups:
@@ -154,7 +155,7 @@ def _groups(chunks: Sequence[Chunk], points: TapPoints, size: int) -> list[_Grou
         if chunk.sequence.taps:
             add("tapped", chunk, end, _only_tapped(chunk, points, first_out))
     return [
-        _Group(wanted, rows[wanted][first : first + size], _int32(numbers[wanted][first : first + size]))
+        _Group(wanted, rows[wanted][first : first + size], int32(numbers[wanted][first : first + size]))
         for wanted in rows
         for first in range(0, len(rows[wanted]), size)
     ]
@@ -188,29 +189,6 @@ def _head_spans(rows: Sequence[OutRow]) -> Iterator[RowSpan]:
 
 
 def _step_batch(chunks: Sequence[Chunk], out_rows: I32Array) -> StepBatch:
-    """The flat inputs of a step: the rows of all chunks one after the other."""
-    tokens, positions, slots, blocks = array("i"), array("i"), array("i"), array("i")
-    row_starts, block_starts = array("i", [0]), array("i", [0])
-    adapters = array("i", [chunk.sequence.adapter.number for chunk in chunks])
-    for chunk in chunks:
-        table = chunk.sequence.table
-        tokens.extend(chunk.sequence.rows(chunk.start, chunk.stop))
-        positions.extend(range(chunk.start, chunk.stop))
-        slots.extend(table.slots(chunk.start, chunk.stop))
-        blocks.extend(table.spans(chunk.stop))
-        row_starts.append(len(tokens))
-        block_starts.append(len(blocks) // 3)
-    return StepBatch(
-        tokens=_int32(tokens),
-        positions=_int32(positions),
-        kv_slots=_int32(slots),
-        row_starts=_int32(row_starts),
-        block_starts=_int32(block_starts),
-        blocks=_int32(blocks).reshape(-1, 3),
-        out_rows=out_rows,
-        adapters=_int32(adapters if max(adapters) >= 0 else array("i")),
-    )
-
-
-def _int32(values: "array[int]") -> I32Array:
-    return np.array(values, dtype=np.int32)
+    """The flat inputs of a step."""
+    parts = [BatchRows(c.sequence.rows(c.start, c.stop), c.start, c.sequence.table) for c in chunks]
+    return flat_batch(parts, out_rows, [chunk.sequence.adapter.number for chunk in chunks])

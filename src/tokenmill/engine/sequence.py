@@ -7,6 +7,7 @@ forgotten with the step. Generating and scoring differ only in what happens to t
 decides anything: the scheduler moves blocks and counts, the engine appends tokens.
 """
 
+from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -38,7 +39,7 @@ is passed by at most the requests that come within its delay: nobody starves."""
 _NEVER = 1 << 60
 
 
-class SequenceState:
+class SequenceState(ABC):
     """Tokens, how many of them are computed, and the blocks that hold them.
 
     `max_computed` bounds `num_computed` over the whole life. `rank_s` and `arrival` (set at submission)
@@ -88,9 +89,9 @@ class SequenceState:
         return len(self.tokens) - self.num_computed
 
     @property
+    @abstractmethod
     def first_logits(self) -> int:
         """The first position whose logits are still wanted."""
-        raise NotImplementedError
 
     @property
     def first_sampled(self) -> int:
@@ -103,9 +104,9 @@ class SequenceState:
         return cacheable_prefix(self.taps, self.first_logits)
 
     @property
+    @abstractmethod
     def finished(self) -> bool:
         """True if the sequence needs no further step."""
-        raise NotImplementedError
 
     def rows(self, start: int, stop: int) -> "array[int]":
         """The tokens at positions [start, stop), drafts included."""
@@ -116,9 +117,9 @@ class SequenceState:
         """Of rows computed up to `stop`, how many hold tokens that turned out to be the sequence's own."""
         return stop
 
+    @abstractmethod
     def fail(self, error: str, *, now_s: float) -> None:
         """End because of an error in this sequence."""
-        raise NotImplementedError
 
 
 class Delta(NamedTuple):

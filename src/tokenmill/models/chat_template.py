@@ -8,7 +8,6 @@ that came from a message: a user who writes `<|im_end|>` has written eleven char
 through is a template that deletes text from the middle of a message and so joins its two sides.
 """
 
-import contextlib
 import hashlib
 import select
 import subprocess
@@ -20,6 +19,7 @@ from typing import IO, Any, Final
 
 from tokenmill.core import Message, ModelFormatError, ResourceError, UsageError
 from tokenmill.models import template_worker
+from tokenmill.models.child import end_child
 from tokenmill.models.tokenizer import Tokenizer
 
 __all__ = ["MAX_TEMPLATE_CHARS", "ROLES", "ChatTemplate", "encode_chat"]
@@ -111,7 +111,7 @@ class _Worker:
                 pass
             finally:
                 if answer is None:
-                    _end(child)
+                    end_child(child)
             if answer is None:
                 raise ResourceError(
                     f"{self._origin}: needs more than {_WORKER_BYTES >> 20} MiB or {_WORKER_SECONDS:.0f} s"
@@ -128,22 +128,13 @@ class _Worker:
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
             )
-            weakref.finalize(self, _end, self._child)
+            weakref.finalize(self, end_child, self._child)
         return self._child
 
 
 def _read_in_time(stream: IO[bytes]) -> dict[str, Any] | None:
     is_ready, _, _ = select.select([stream], [], [], _WORKER_SECONDS)
     return template_worker.read_packet(stream) if is_ready else None
-
-
-def _end(child: "subprocess.Popen[bytes]") -> None:
-    child.kill()
-    for stream in (child.stdin, child.stdout):
-        if stream is not None:
-            with contextlib.suppress(OSError):  # bytes that the dead child will not read
-                stream.close()
-    child.wait()
 
 
 def _check_messages(messages: Sequence[Message]) -> None:

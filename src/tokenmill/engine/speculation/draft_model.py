@@ -16,12 +16,11 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from tokenmill.core import UsageError
+from tokenmill.engine.batch import BatchRows, flat_batch, int32
 from tokenmill.engine.sampler import SamplingRow, logprobs_of, sample
 from tokenmill.engine.speculation.proposers import NO_DRAFT, Draft, DraftRow, SequenceKey
-from tokenmill.kernels import KV_BLOCK, Executor, I32Array, StepBatch
+from tokenmill.kernels import KV_BLOCK, Executor, StepBatch
 from tokenmill.kvcache import BlockPool, BlockTable
 
 __all__ = ["DraftModel"]
@@ -204,29 +203,12 @@ class _Chunk(NamedTuple):
 
 
 def _step_batch(chunks: Sequence[_Chunk]) -> StepBatch:
-    """The flat inputs of a step: the rows of all chunks one after the other."""
-    tokens, positions, slots, blocks = array("i"), array("i"), array("i"), array("i")
-    row_starts, block_starts, out_rows = array("i", [0]), array("i", [0]), array("i")
-    for sequence, num_rows, wants_logits in chunks:
-        start, stop = sequence.num_computed, sequence.num_computed + num_rows
-        tokens.extend(sequence.text(start, stop))
-        positions.extend(range(start, stop))
-        slots.extend(sequence.table.slots(start, stop))
-        blocks.extend(sequence.table.spans(stop))
-        row_starts.append(len(tokens))
-        block_starts.append(len(blocks) // 3)
+    """The flat inputs of a step."""
+    parts, out_rows, num_rows = list[BatchRows](), list[int](), 0
+    for sequence, count, wants_logits in chunks:
+        start = sequence.num_computed
+        parts.append(BatchRows(sequence.text(start, start + count), start, sequence.table))
+        num_rows += count
         if wants_logits:
-            out_rows.append(len(tokens) - 1)
-    return StepBatch(
-        tokens=_int32(tokens),
-        positions=_int32(positions),
-        kv_slots=_int32(slots),
-        row_starts=_int32(row_starts),
-        block_starts=_int32(block_starts),
-        blocks=_int32(blocks).reshape(-1, 3),
-        out_rows=_int32(out_rows),
-    )
-
-
-def _int32(values: "array[int]") -> I32Array:
-    return np.array(values, dtype=np.int32)
+            out_rows.append(num_rows - 1)
+    return flat_batch(parts, int32(out_rows))

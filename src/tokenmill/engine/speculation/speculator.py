@@ -10,7 +10,7 @@ are guesses that cannot be wrong, and need no proposer.
 
 import contextlib
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from tokenmill.core import TokenmillError
@@ -35,9 +35,7 @@ class _Attached(NamedTuple):
 
 
 class Speculator:
-    """Guesses for one engine. `clock` returns seconds. `num_failures` counts exceptions of the proposer,
-    after which the engine goes on without it.
-    """
+    """Guesses for one engine. `clock` returns seconds. Where the proposer raises, there is no guess."""
 
     def __init__(
         self, proposer: Proposer | None, step_time: StepTimeModel, *, clock: Callable[[], float]
@@ -47,7 +45,6 @@ class Speculator:
         self._clock = clock
         self._attached: dict[int, _Attached] = {}
         self._propose_s = 0.0
-        self.num_failures = 0
 
     def guess(self, scheduler: Scheduler) -> None:
         """Attach drafts to running sequences, where they are expected to pay."""
@@ -85,7 +82,7 @@ class Speculator:
             draft = attached.draft.cut(chunk.num_drafts)
             self._controller.observe(chunk.sequence.arrival, draft, accepted)
             if self._proposer is not None and not attached.is_forced:
-                with self._tolerating():
+                with contextlib.suppress(Exception):
                     self._proposer.observe(chunk.sequence.arrival, draft, accepted)
             num_drafts, num_accepted = num_drafts + chunk.num_drafts, num_accepted + accepted
         num_decodes = sum(chunk.num_rows - chunk.num_drafts == 1 for chunk in schedule.chunks)
@@ -103,28 +100,23 @@ class Speculator:
                 seconds=seconds,
                 propose_seconds=self._propose_s,
             )
+        # The next step may be planned without guesses.
+        self._attached, self._propose_s = {}, 0.0
 
     def forget(self, state: GenerationState) -> None:
         """Drop what is kept of a sequence that ended."""
         self._controller.forget(state.arrival)
         if self._proposer is not None:
-            with self._tolerating():
+            with contextlib.suppress(Exception):
                 self._proposer.forget(state.arrival)
 
     def _propose(self, rows: Sequence[DraftRow]) -> list[Draft]:
         """Drafts; none at all where the proposer fails, since nobody needs them."""
         drafts = [NO_DRAFT] * len(rows)
         if self._proposer is not None:
-            with self._tolerating():
+            with contextlib.suppress(Exception):
                 drafts = self._proposer.propose(rows)
         return drafts
-
-    @contextlib.contextmanager
-    def _tolerating(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception:
-            self.num_failures += 1
 
     def _guided(self, state: GenerationState, row: DraftRow, draft: Draft) -> _Attached:
         """The draft under the sequence's grammar, or what that forces."""

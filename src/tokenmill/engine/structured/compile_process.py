@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from tokenmill.core import ResourceError
 from tokenmill.engine.structured import compile_worker
+from tokenmill.models.child import end_child
 
 __all__ = ["CompileProcess"]
 
@@ -72,7 +73,7 @@ class CompileProcess:
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
             )
-            weakref.finalize(self, _end, self._child)
+            weakref.finalize(self, end_child, self._child)
             if _exchange(self._child, self._setup, _START_SECONDS) is None:
                 self._stop()
                 raise ResourceError("the process that compiles grammars does not start")
@@ -82,7 +83,7 @@ class CompileProcess:
     def _stop(self) -> None:
         child, self._child = self._child, None
         if child is not None:
-            _end(child)
+            end_child(child)
 
 
 def _line(value: Mapping[str, Any]) -> bytes:
@@ -113,12 +114,3 @@ def _exchange(child: "subprocess.Popen[bytes]", data: bytes, seconds: float) -> 
                 received += piece
         return dict(json.loads(received))
     return None
-
-
-def _end(child: "subprocess.Popen[bytes]") -> None:
-    child.kill()
-    for stream in (child.stdin, child.stdout):
-        if stream is not None:
-            with contextlib.suppress(OSError):  # bytes that the dead child will not read
-                stream.close()
-    child.wait()
