@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +28,7 @@ _PARTS = ("data", "scales", "mins")
 
 def stack(each: Sequence[PackedLinear]) -> PackedExperts:
     """Matrices of one kind and shape as those of experts."""
-    stacked = {part: np.stack([getattr(linear, part) for linear in each]) for part in _PARTS}
+    stacked: dict[str, Any] = {part: np.stack([getattr(linear, part) for linear in each]) for part in _PARTS}
     return PackedExperts(num_experts=len(each), linear=replace(each[0], **stacked))
 
 
@@ -69,8 +70,8 @@ def make_moe_plan(
             ]
         elif not _is_gone(op, before):
             ops.append(op)
-    sizes = {"num_experts": num_experts, "num_active": num_active, "expert_size": expert_size}
-    return replace(plan, shape=replace(plan.shape, **sizes), ops=tuple(ops))
+    shape = replace(plan.shape, num_experts=num_experts, num_active=num_active, expert_size=expert_size)
+    return replace(plan, shape=shape, ops=tuple(ops))
 
 
 def work_ops(plan: StepPlan, kind: type[Op]) -> list[int]:

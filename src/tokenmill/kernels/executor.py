@@ -39,8 +39,8 @@ _MAX_HEAD_DIM = 512
 class ExpertCacheStats(NamedTuple):
     """What the cache of experts did since the executor was made.
 
-    A hit or a miss is one matrix of one expert (gate and up together, or down) in one step. `bytes_held` are in
-    memory now; `read_seconds` were spent waiting for what was not.
+    A hit or a miss is one matrix of one expert (gate and up together, or down) in one step. `bytes_held` are
+    in memory now; `read_seconds` were spent waiting for what was not.
     """
 
     num_hits: int
@@ -49,12 +49,23 @@ class ExpertCacheStats(NamedTuple):
     bytes_held: int
     read_seconds: float
 
+    def since(self, before: "ExpertCacheStats") -> "ExpertCacheStats":
+        """What it did after `before`; the bytes held are those of now."""
+        return ExpertCacheStats(
+            num_hits=self.num_hits - before.num_hits,
+            num_misses=self.num_misses - before.num_misses,
+            bytes_read=self.bytes_read - before.bytes_read,
+            bytes_held=self.bytes_held,
+            read_seconds=self.read_seconds - before.read_seconds,
+        )
+
 
 class NativeExecutor:
     """Runs a plan in C++ with its own threads, buffers and paged KV cache.
 
-    Not safe for use by several threads at once; a step releases the interpreter lock. With `expert_cache_bytes`
-    the weights of experts, which must be mapped from a file, take no more memory than this (or than one matrix).
+    Not safe for use by several threads at once; a step releases the interpreter lock. With
+    `expert_cache_bytes` the weights of experts take no more memory than that, or than one matrix, if they
+    are mapped from a file.
     """
 
     def __init__(
@@ -116,14 +127,7 @@ class NativeExecutor:
             raise ResourceError(
                 f"{num_threads} threads cannot be started ({error})", hint="use fewer threads"
             ) from error
-        for before, op, after in zip((None, *plan.ops), plan.ops, (*plan.ops[1:], None), strict=False):
-            if isinstance(op, Linear):
-                assert isinstance(before, Norm | Quantize) and before.act == op.weight.act_format
-            if isinstance(op, Gather):
-                assert isinstance(after, ExpertLinear)
-                self._native.add_gather(after.weight.linear.act_format)
-            else:
-                self._add(op)
+        self._add_all()
 
     def run(self, batch: StepBatch, first: int = 0, last: int | None = None) -> None:
         """Run operations [first, last) of the plan in one native call."""
@@ -171,6 +175,17 @@ class NativeExecutor:
     def expert_cache(self) -> ExpertCacheStats | None:
         """What the cache of experts did so far; None without a budget."""
         return ExpertCacheStats(*self._native.expert_stats()) if self._has_expert_cache else None
+
+    def _add_all(self) -> None:
+        plan = self.plan
+        for before, op, after in zip((None, *plan.ops), plan.ops, (*plan.ops[1:], None), strict=False):
+            if isinstance(op, Linear):
+                assert isinstance(before, Norm | Quantize) and before.act == op.weight.act_format
+            if isinstance(op, Gather):
+                assert isinstance(after, ExpertLinear)
+                self._native.add_gather(after.weight.linear.act_format)
+            else:
+                self._add(op)
 
     def _add_routed(self, op: Route | ExpertLinear | Combine) -> None:
         native = self._native

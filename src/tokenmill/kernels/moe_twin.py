@@ -1,7 +1,7 @@
-"""The numpy twin of the native kernels of a mixture of experts: which experts a row is sent to, and their sum.
+"""The numpy twin of a mixture of experts: which experts a row is sent to, and the sum of what they give.
 
-Every sum has the order of the native kernels (`csrc/moe.h`): 16 lanes and a fixed tree for the router's logits
-and its softmax; one expert after the other for the weights that are renormalised, and for the result.
+Every sum has the order of the native kernels (`csrc/moe.h`): 16 lanes and a fixed tree for the router's
+logits and its softmax; one expert after the other for the weights that are renormalised, and for the result.
 The experts' products are those of any other linear.
 
 Shape legend: T rows, D model width, X experts, P pairs of a row and an expert.

@@ -154,9 +154,7 @@ class NumpyExecutor:
         product = twin.gated_unit(product) if op.gated else product
         dst[:] = dst + product if op.accumulate else product
 
-    def _routed_step(
-        self, batch: StepBatch, op: Route | Gather | ExpertLinear | Combine | Quantize
-    ) -> None:
+    def _routed_step(self, batch: StepBatch, op: Route | Gather | ExpertLinear | Combine | Quantize) -> None:
         x, route = (self._rows(batch, name) for name in ("x", "route"))
         match op:
             case Route():

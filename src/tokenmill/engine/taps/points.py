@@ -16,16 +16,20 @@ from tokenmill.core import UsageError
 from tokenmill.engine.sequence import SequenceState
 from tokenmill.engine.taps.tap import Tap, TapRows
 from tokenmill.kernels import (
+    AddNorm,
     Attend,
     BufferName,
+    Combine,
     Embed,
     Executor,
+    ExpertLinear,
     F32Array,
     I32Array,
     Linear,
     Norm,
     Op,
     Quantize,
+    Route,
     StepPlan,
 )
 from tokenmill.kernels.twin import rms_norm
@@ -134,7 +138,7 @@ def input_points(plan: StepPlan) -> tuple[str, ...]:
     source = ""
     for op in plan.ops:
         if isinstance(op, Quantize):
-            source = last_in[op.src]
+            source = last_in.get(op.src, "")
         elif isinstance(op, Norm) and op.act is not None:
             source = op.name
         elif isinstance(op, Linear):
@@ -182,13 +186,15 @@ def tap_calls(points: TapPoints, spans: Iterable[RowSpan], *, head: bool) -> dic
 def _output(op: Op) -> BufferName | None:
     """Where the values of an operation's point are, as far as a buffer has them."""
     match op:
-        case Embed():
+        case Embed() | AddNorm() | Combine():
             return "x"
+        case Route():
+            return "route"
         case Attend():
             return "z"
         case Norm():
             return op.src
-        case Linear():
+        case Linear() | ExpertLinear():
             return op.dst
         case _:
             return None
