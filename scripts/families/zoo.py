@@ -5,6 +5,7 @@ are not ones, biases and routers matter, logits spread widely.
 """
 
 import copy
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-__all__ = ["ZOO", "Specimen", "make_model", "save_model"]
+from tokenmill.kernels.packing import quantize_groups
+
+__all__ = ["ZOO", "Specimen", "make_model", "put_on_grid", "save_model"]
 
 _SIZES = {
     "vocab_size": 160,
@@ -103,11 +106,29 @@ def make_model(name: str) -> PreTrainedModel:
     return model
 
 
-def save_model(model: PreTrainedModel, folder: Path) -> Path:
-    """Write `config.json` and `model.safetensors` in bfloat16, as published checkpoints are."""
+def put_on_grid(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with its matrices rounded to 4 bits, so that packing them to 4 bits loses nothing more."""
+    with torch.no_grad():
+        for key, weight in model.named_parameters():
+            if weight.ndim >= 2 and "embed" not in key and not key.endswith("mlp.gate.weight"):
+                weight.copy_(_rounded(weight))
+    return model
+
+
+def save_model(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Write `config.json` and `model.safetensors`, in bfloat16 as most published checkpoints are."""
     # A copy: the change of type would round the model's own angles, too.
-    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
+    copy.deepcopy(model).to(dtype).save_pretrained(folder)
     return folder
+
+
+def _rounded(weight: torch.Tensor) -> torch.Tensor:
+    values, scales, mins = quantize_groups(weight.reshape(-1, weight.shape[-1]).numpy(), 32, symmetric=False)
+    assert mins is not None
+    grouped = (
+        values.reshape(*scales.shape, 32) * scales.astype("f4")[..., None] + mins.astype("f4")[..., None]
+    )
+    return torch.from_numpy(grouped.astype("f4")).reshape(weight.shape)
 
 
 def _random(key: str, weight: torch.Tensor) -> torch.Tensor:
@@ -116,4 +137,5 @@ def _random(key: str, weight: torch.Tensor) -> torch.Tensor:
     if weight.ndim == 1:
         return 0.5 * torch.randn_like(weight)
     scale = 3.0 if "q_proj" in key or "qkv_proj" in key or key.endswith("gate.weight") else 1.0
-    return torch.randn_like(weight) * scale * weight.shape[-1] ** -0.5
+    random: torch.Tensor = torch.randn_like(weight) * (scale / math.sqrt(weight.shape[-1]))
+    return random
