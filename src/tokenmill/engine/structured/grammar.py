@@ -131,14 +131,14 @@ class GrammarState:
 
         False also where a mask would raise. The state is as before.
         """
-        if self._has_ended or self._matcher.is_stopped():
-            return False
         if token_id in self._vocabulary.end_ids:
-            return self._matcher.is_accepting()
-        if not self._vocabulary.is_text(token_id):
+            return self._has_ended or self._matcher.is_accepting()
+        if self._has_ended or self._matcher.is_stopped() or not self._vocabulary.is_text(token_id):
+            return False
+        if self._matcher.validate_tokens([token_id]) != 1:
             return False
         forced = self._matcher.compute_ff_tokens()
-        return forced[0] == token_id if forced else self._matcher.validate_tokens([token_id]) == 1
+        return not forced or forced[0] == token_id
 
     def accept(self, token_id: int) -> None:
         """The token was chosen.
