@@ -127,7 +127,7 @@ void Experts::order(const ExpertWeights& w) {
 }
 
 // In waves of experts that are in memory together. Threads take runs of outputs of an expert, whoever is free.
-void Experts::linear(const ExpertWeights& w, bool gated, float* dst, int ld_dst, int thread) {
+void Experts::linear(const ExpertWeights& w, Activation gated, float* dst, int ld_dst, int thread) {
   const ActKind kind = act_of(w.first.kind);
   const int lines = lines_of(w.first.k, kind), pairs = round_up(w.first.n, 2 * kTileN) / (2 * kTileN);
   const int count = int(segments_.size()), share = count * pairs / (8 * pool_.size());

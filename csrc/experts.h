@@ -43,7 +43,7 @@ class Experts {
   // The inputs of the next linear, from src [pairs][inner].
   void quantize(const float* src, ActKind, int thread);
   // dst [pairs][ld_dst] = the rows of each expert times its matrix.
-  void linear(const ExpertWeights&, bool gated, float* dst, int ld_dst, int thread);
+  void linear(const ExpertWeights&, Activation gated, float* dst, int ld_dst, int thread);
   // x [rows][hidden] += the weighted sum of the pairs' rows of src.
   void combine(const float* route, const float* src, float* x, int thread) const;
 

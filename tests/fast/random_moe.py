@@ -8,6 +8,7 @@ import numpy as np
 
 from tests.fast.random_plan import make_plan, pack
 from tokenmill.kernels import (
+    Activation,
     Combine,
     ExpertLinear,
     Gather,
@@ -42,6 +43,7 @@ def make_moe_plan(
     renormalise: bool = True,
     layers: int = 2,
     hidden: int = 96,
+    activation: Activation = "silu",
 ) -> StepPlan:
     """A random decoder whose gated units are all replaced by experts in one format."""
     plan = make_plan(kind, seed=seed, layers=layers, hidden=hidden)
@@ -63,7 +65,7 @@ def make_moe_plan(
             ops += [
                 route,
                 Gather(),
-                ExpertLinear(weight=up, dst="eh", gated="silu"),
+                ExpertLinear(weight=up, dst="eh", gated=activation),
                 Quantize(src="eh", act=before.act),
                 ExpertLinear(weight=down, dst="eo"),
                 Combine(name=op.name.removesuffix("mlp.hook_post") + "hook_resid_post"),

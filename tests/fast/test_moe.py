@@ -15,6 +15,7 @@ from tests.fast.random_plan import FORMATS, make_batch
 from tests.fast.random_weights import RandomWeights, tiny_architecture
 from tokenmill.engine.taps.points import tap_points
 from tokenmill.kernels import (
+    Activation,
     Executor,
     F32Array,
     Gather,
@@ -258,6 +259,15 @@ def test_a_packed_model_runs_alike_in_both(weights: WeightFormat) -> None:
     batch = make_batch([([t % 100 for t in tokens(6, 20)], 0, [0])])
     want = logits(executor(plan, "numpy"), batch)
     assert np.isfinite(want).all()
+    for isa in NATIVE_ISAS:
+        np.testing.assert_array_equal(logits(executor(plan, isa), batch), want)
+
+
+@pytest.mark.parametrize("activation", ["gelu_tanh", "relu"])
+def test_activations(activation: Activation) -> None:
+    plan, batch = make_moe_plan("i8c", layers=1, activation=activation), prompt_batch(20)
+    want = logits(executor(plan, "numpy"), batch)
+    assert not np.array_equal(want, logits(executor(one_layer("i8c"), "numpy"), batch))
     for isa in NATIVE_ISAS:
         np.testing.assert_array_equal(logits(executor(plan, isa), batch), want)
 
