@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 
 namespace mill {
@@ -20,9 +21,12 @@ Pages pages(const ExpertCache::Span& span, bool inner) {
   return {reinterpret_cast<char*>(begin), end > begin ? end - begin : 0};
 }
 
+// In pieces that a system reads whole, whatever its limit. Left to faults it would read on into what comes after
+// the span, which nobody would give back.
 void read_ahead(const ExpertCache::Span& span) {
+  constexpr size_t piece = size_t(128) << 10;
   const Pages p = pages(span, false);
-  if (p.bytes) madvise(p.at, p.bytes, MADV_WILLNEED);
+  for (size_t i = 0; i < p.bytes; i += piece) madvise(p.at + i, std::min(piece, p.bytes - i), MADV_WILLNEED);
 }
 
 // Waits for the pages; on systems without the call they come as they are touched.
@@ -41,12 +45,13 @@ int ExpertCache::add(std::vector<Span> spans) {
   const int number = int(units_.size());
   unit.place = others_.insert(others_.end(), number);
   units_.push_back(std::move(unit));
+  read_.reserve(units_.size());
   return number;
 }
 
 int ExpertCache::admit(const std::vector<int>& units, int begin) {
   const auto began = std::chrono::steady_clock::now();
-  size_t wanted = 0, missing = 0;
+  size_t wanted = 0;
   int end = begin;
   for (; end < int(units.size()); end++) {
     Unit& unit = units_[units[end]];
@@ -54,20 +59,21 @@ int ExpertCache::admit(const std::vector<int>& units, int begin) {
     wanted += unit.bytes;
     unit.held ? stats_.hits++ : stats_.misses++;
     if (unit.held) held_.splice(held_.begin(), held_, unit.place);
-    else missing += unit.bytes;
   }
-  // What is wanted fits together, and the units of it that are held are the last that would go.
-  while (!held_.empty() && stats_.bytes_held + missing > budget_) drop(units_[held_.back()]);
-  for (const bool wait : {false, true})
-    for (int i = begin; i < end; i++) {
-      Unit& unit = units_[units[i]];
-      if (unit.held) continue;
-      for (const Span& span : unit.spans) wait ? populate(span) : read_ahead(span);
-      if (!wait) continue;
-      held_.splice(held_.begin(), others_, unit.place);
-      unit.held = true;
-      stats_.bytes_held += unit.bytes, stats_.bytes_read += unit.bytes;
-    }
+  read_.clear();
+  for (int i = begin; i < end; i++)
+    if (!units_[units[i]].held) read_.push_back(units[i]);
+  // Room is made while the disk reads. What is wanted now fits together, and is the last that would go.
+  for (const int number : read_) {
+    Unit& unit = units_[number];
+    for (const Span& span : unit.spans) read_ahead(span);
+    while (!held_.empty() && stats_.bytes_held + unit.bytes > budget_) drop(units_[held_.back()]);
+    held_.splice(held_.begin(), others_, unit.place);
+    unit.held = true;
+    stats_.bytes_held += unit.bytes, stats_.bytes_read += unit.bytes;
+  }
+  for (const int number : read_)
+    for (const Span& span : units_[number].spans) populate(span);
   stats_.read_seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
   return end;
 }

@@ -18,7 +18,8 @@ class ExpertCache {
  public:
   struct Span { const void* at; size_t bytes; };
 
-  // A budget of 0 bytes: everything stays where the system puts it, and nothing is counted.
+  // A budget of 0 bytes: everything stays where the system puts it, and nothing is counted. For the moment that it
+  // is read in, one unit may be beyond the budget.
   explicit ExpertCache(size_t budget) : budget_(budget) {}
 
   bool is_bounded() const { return budget_ > 0; }
@@ -43,6 +44,7 @@ class ExpertCache {
   const size_t budget_;
   std::vector<Unit> units_;
   std::list<int> held_, others_;  // last used first; every unit is in one of them, so that nothing is allocated
+  std::vector<int> read_;        // what the call of `admit` reads
   ExpertStats stats_;
 };
 

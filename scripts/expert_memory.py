@@ -75,6 +75,7 @@ class Step:
     missed_bytes: int
     num_hits: int
     num_misses: int
+    read_seconds: float
 
 
 def mixtral_shaped(num_layers: int) -> Architecture:
@@ -168,6 +169,7 @@ class _Child:
             missed_bytes=after.bytes_read,
             num_hits=after.num_hits,
             num_misses=after.num_misses,
+            read_seconds=after.read_seconds,
         )
 
     def _run(self, batch: Any, first: int, last: int) -> float:
@@ -194,12 +196,9 @@ def _first_tokens(tokens: npt.NDArray[np.int64]) -> StepBatch:
 
 
 def _child_main(arguments: argparse.Namespace) -> None:
-    """Prints one line of JSON a step, after what the machine can do."""
+    """Prints what the machine can do, then one line of JSON a step."""
     path = arguments.child
-    native: Any = load_native()
-    disk = _disk_rate(path)
-    memory = native.read_bandwidth(choose_isa(), default_threads(), 512 << 20, 1.0)
-    print(json.dumps({"disk": disk, "memory": memory}))
+    before = _rates(path)
     if arguments.budget and not arguments.cgroup:
         resource.setrlimit(resource.RLIMIT_DATA, (2 << 30, 2 << 30))
     child = _Child(path, arguments.layers, arguments.budget or None)
@@ -209,9 +208,18 @@ def _child_main(arguments: argparse.Namespace) -> None:
         for _ in range(3):
             child.step(16)
         steps = [child.step(rows) for rows in (1, 2, 4, 8, 16) for _ in range(arguments.steps)]
+    in_memory, after = _bytes_in_memory(path), _rates(path)
+    rates = {name: (before[name] + after[name]) / 2 for name in before}
+    print(json.dumps(rates | {"file_in_memory": in_memory}))
     for step in steps:
         print(json.dumps(asdict(step)))
-    print(json.dumps({"file_in_memory": _bytes_in_memory(path)}))
+
+
+def _rates(path: Path) -> dict[str, float]:
+    """Bytes a second of the disk and of the memory, before and after: the machine may have other work."""
+    native: Any = load_native()
+    memory = native.read_bandwidth(choose_isa(), default_threads(), 512 << 20, 1.0)
+    return {"disk": _disk_rate(path), "memory": memory}
 
 
 def _disk_rate(path: Path) -> float:
@@ -254,24 +262,26 @@ def _run_child(path: Path, arguments: argparse.Namespace, num_layers: int, budge
 
 
 def _report_short(lines: list[Any], size: int) -> None:
-    rates, *steps, end = lines
+    rates, *steps = lines
     steps = steps[len(steps) // 4 :]  # the cache is filled first
     seconds = [step["seconds"] for step in steps]
     predicted = [_predict(step, rates) for step in steps]
     hits, misses = (sum(step[name] for step in steps) for name in ("num_hits", "num_misses"))
     print(
         f"disk {rates['disk'] / 1e9:.2f} GB/s, memory {rates['memory'] / 1e9:.1f} GB/s; of the file of "
-        f"{size / 1e9:.2f} GB {end['file_in_memory'] / 1e9:.2f} are in memory at the end"
+        f"{size / 1e9:.2f} GB {rates['file_in_memory'] / 1e9:.2f} are in memory at the end"
     )
     print(f"short of memory, {len(steps)} steps of 1 token: hits {hits / (hits + misses):.0%}, ", end="")
     print(f"{statistics.mean(step['missed_bytes'] for step in steps) / 1e6:.0f} MB read a step")
     mean, expected = statistics.mean(seconds), statistics.mean(predicted)
     print(f"step: measured {mean * 1e3:.0f} ms (median {statistics.median(seconds) * 1e3:.0f})", end="")
     print(f", predicted {expected * 1e3:.0f} ms, measured / predicted {mean / expected:.2f}")
+    reading = statistics.mean(step["read_seconds"] for step in steps)
+    print(f"of which waiting for experts: {reading * 1e3:.0f} ms")
 
 
 def _report_resident(lines: list[Any]) -> None:
-    rates, *steps, _ = lines
+    rates, *steps = lines
     print("in memory:\n| tokens | experts a layer | MB a step | measured ms | predicted ms | ratio |")
     print("|---:|---:|---:|---:|---:|---:|")
     for rows in sorted({step["num_rows"] for step in steps}):
