@@ -13,19 +13,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tokenmill import __version__
-from tokenmill.core import Message, UsageError
+from tokenmill.core import Message, ModelFormatError, UsageError
 from tokenmill.models.architecture import Architecture
+from tokenmill.models.checkpoint import INDEX_NAME, WEIGHTS_NAME, Checkpoint, is_shard_name
 from tokenmill.models.convert import GgufWeights, gguf_architecture
-from tokenmill.models.directory import LAYOUT, ModelDirectory
+from tokenmill.models.directory import ModelDirectory, layout_files
 from tokenmill.models.fetch import Progress
 from tokenmill.models.files import atomic_file, copy_file, disk_errors, hash_file
 from tokenmill.models.gguf import GgufFile
 from tokenmill.models.manifest import DeclaredCosts, FileEntry, Manifest
 from tokenmill.models.safetensors import StoredArray, write_safetensors
 from tokenmill.models.tokenizer import Tokenizer
+from tokenmill.models.weights import CheckpointWeights, bf16_parts
 
-__all__ = ["Origin", "from_gguf", "from_hf_folder", "write_manifest"]
+__all__ = ["Origin", "from_gguf", "from_hf_folder", "hf_files", "write_manifest"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,18 +75,22 @@ def from_gguf(staging: Path, origin: Origin, progress: Progress) -> None:
     )
 
 
-def from_hf_folder(folder: Path, staging: Path, origin: Origin, progress: Progress) -> None:
+def from_hf_folder(
+    folder: Path, staging: Path, origin: Origin, progress: Progress, *, link: bool = False
+) -> None:
     """Copy the known files of a Hugging Face folder into `staging`, check them, and add a manifest.
 
-    Only files that are ever read are taken, never code. Raises ModelFormatError or StorageError.
+    Only files that are ever read are taken, never code. With `link` they become hard links, for a folder
+    that nobody writes to any more. Raises ModelFormatError or StorageError.
     """
-    names = [name for name in LAYOUT if name != "model.gguf" and (folder / name).is_file()]
-    for name in names:
-        with disk_errors(folder / name), (folder / name).open("rb") as source:
-            size = os.fstat(source.fileno()).st_size
-            with atomic_file(staging / name) as target:
-                copy_file(source, target, size, partial(_report, progress, size))
+    for name in hf_files(folder):
+        if not (link and _linked(folder / name, staging / name)):
+            with disk_errors(folder / name), (folder / name).open("rb") as source:
+                size = os.fstat(source.fileno()).st_size
+                with atomic_file(staging / name) as target:
+                    copy_file(source, target, size, partial(_report, progress, size))
     _check(staging)
+    _check_finite(staging, progress)
     write_manifest(
         staging,
         Manifest(
@@ -96,13 +104,20 @@ def from_hf_folder(folder: Path, staging: Path, origin: Origin, progress: Progre
     )
 
 
+def hf_files(folder: Path) -> list[str]:
+    """Names of the files that `from_hf_folder` takes: one form of the weights, and what goes with them."""
+    names = [name for name in layout_files(folder) if name != "model.gguf"]
+    if WEIGHTS_NAME in names:
+        return [name for name in names if name != INDEX_NAME and not is_shard_name(name)]
+    return names
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest` with the hashes of every file that `folder` has now. Raises StorageError."""
     files = {}
-    for name in LAYOUT:
+    for name in layout_files(folder):
         path = folder / name
-        if path.is_file():
-            files[name] = FileEntry(sha256=hash_file(path), num_bytes=path.stat().st_size)
+        files[name] = FileEntry(sha256=hash_file(path), num_bytes=path.stat().st_size)
     replace(manifest, files=files, made_by=f"tokenmill {__version__}").write(folder)
 
 
@@ -164,6 +179,27 @@ def _check(staging: Path) -> None:
     if template is not None:
         with suppress(UsageError):  # a template may refuse this conversation and still be sound
             template.render([Message(role="user", content="Hello")])
+
+
+def _check_finite(staging: Path, progress: Progress) -> None:
+    """Raise ModelFormatError if a weight is NaN or infinite in bfloat16."""
+    checkpoint = Checkpoint.open(staging)
+    names = checkpoint.names()
+    for done, name in enumerate(names):
+        progress("check", done, len(names))
+        for bits in bf16_parts(CheckpointWeights(checkpoint), name):
+            if np.any((bits & 0x7F80) == 0x7F80):
+                raise ModelFormatError(f"{checkpoint.path}: tensor {name} is not finite")
+    checkpoint.close()
+
+
+def _linked(source: Path, target: Path) -> bool:
+    """Give the file a second name; False where the file system has no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        return False
+    return True
 
 
 def _quantisation(kinds: list[str], has_grid: bool) -> str:

@@ -6,7 +6,8 @@ asymmetric groups of 32. `bf16`: as stored. Compression that looks at data, and 
 directory, is not here.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
@@ -18,11 +19,19 @@ from tokenmill.kernels.packing import pack_bf16, pack_i4g, pack_i8c, pack_i8g, q
 from tokenmill.models.architecture import Architecture
 from tokenmill.models.gguf import Grid
 from tokenmill.models.layout import compile_plan
-from tokenmill.models.packed import PackedModel
+from tokenmill.models.packed import PackedModel, Piece
 from tokenmill.models.smoothing import activation_peaks, smoothing_factors
-from tokenmill.models.weights import WeightSource
+from tokenmill.models.weights import WeightSource, bf16_parts, float32_parts
 
-__all__ = ["FUSED", "WEIGHT_FORMATS", "WeightFormat", "gate_up_turns", "pack_model"]
+__all__ = [
+    "FUSED",
+    "WEIGHT_FORMATS",
+    "WeightFormat",
+    "gate_up_turns",
+    "input_peaks",
+    "pack_model",
+    "pack_pieces",
+]
 
 WeightFormat: TypeAlias = Literal["w8a8", "w4a8", "bf16"]
 _RowOrder: TypeAlias = npt.NDArray[np.intp]
@@ -43,13 +52,36 @@ FUSED: Mapping[str, tuple[str, ...]] = {
 
 
 def pack_model(architecture: Architecture, source: WeightSource, weights: WeightFormat) -> PackedModel:
-    """Pack every matrix of a model. Peak memory: the packed model (for w8a8 in bf16, too) and one matrix."""
+    """Pack every matrix of a model, in memory (for w8a8 in bf16 first). `pack_pieces` is for large models."""
+    peaks = None
     if weights == "w8a8":
-        return _pack_smoothed(architecture, source)
-    linears = {name: _pack(source, parts, weights) for name, parts in _linear_parts(architecture).items()}
-    return PackedModel(
-        embed=_embed_table(source, weights), linears=linears, norms=_norms(architecture, source)
-    )
+        peaks = input_peaks(architecture, pack_model(architecture, source, "bf16"))
+    return PackedModel.from_pieces(pack_pieces(architecture, source, weights, peaks))
+
+
+def input_peaks(architecture: Architecture, plain: PackedModel) -> dict[str, F32Array]:
+    """Largest magnitude of each input channel by linear, of a model packed in bf16: what w8a8 asks for."""
+    return dict(zip(plain.linears, activation_peaks(compile_plan(architecture, plain)), strict=True))
+
+
+def pack_pieces(
+    architecture: Architecture,
+    source: WeightSource,
+    weights: WeightFormat,
+    peaks: Mapping[str, F32Array] | None = None,
+) -> Iterator[tuple[str, Piece]]:
+    """Pack a model piece by piece. Peak memory: some times the largest matrix of a block, or the embeddings.
+
+    `peaks` is what `input_peaks` found; w8a8 needs it.
+    """
+    yield "embed", _embed_table(source, weights)
+    if weights == "w8a8":
+        assert peaks is not None, "w8a8 is smoothed"
+        yield from _smoothed_pieces(architecture, source, peaks)
+        return
+    for name, parts in _linear_parts(architecture).items():
+        yield name, _pack_head(source, parts[0], weights) if name == "head" else _pack(source, parts, weights)
+    yield from ((f"norm.{name}", weight) for name, weight in _norms(architecture, source).items())
 
 
 def _linear_parts(architecture: Architecture) -> dict[str, list[str]]:
@@ -71,33 +103,59 @@ def _norms(architecture: Architecture, source: WeightSource) -> dict[str, F32Arr
     return norms
 
 
-def _pack_smoothed(architecture: Architecture, source: WeightSource) -> PackedModel:
+def _smoothed_pieces(
+    architecture: Architecture, source: WeightSource, peaks: Mapping[str, F32Array]
+) -> Iterator[tuple[str, Piece]]:
     """8 bits a weight, the outliers of the activations moved into the weights first."""
-    plain = pack_model(architecture, source, "bf16")
-    peaks = dict(zip(plain.linears, activation_peaks(compile_plan(architecture, plain)), strict=True))
-    parts, norms = _linear_parts(architecture), dict(plain.norms)
-    linears: dict[str, PackedLinear] = {}
+    parts, norms = _linear_parts(architecture), _norms(architecture, source)
     smoothing: dict[str, F32Array] = {}
 
-    def smooth(linear: str, norm: str) -> F32Array:
-        matrix_NK = _matrix(source, parts[linear])
+    def factors(linear: str, norm: str, matrix_NK: F32Array) -> F32Array:
         s_K = smoothing_factors(peaks[linear], matrix_NK)
         norms[norm] = norms[norm] / s_K
         smoothing[f"{norm}.hook_normalized"] = s_K
-        return matrix_NK * s_K
+        return s_K
 
     for layer in range(architecture.num_layers):
         name = f"blocks.{layer}"
-        linears[f"{name}.qkv"] = pack_i8c(smooth(f"{name}.qkv", f"{name}.ln1"))
-        linears[f"{name}.out"] = pack_i8c(_matrix(source, parts[f"{name}.out"]))
-        gate_up_NK, down_NK = smooth(f"{name}.gate_up", f"{name}.ln2"), _matrix(source, parts[f"{name}.down"])
+        qkv_NK, gate_up_NK = (_matrix(source, parts[f"{name}.{part}"]) for part in ("qkv", "gate_up"))
+        qkv_NK *= factors(f"{name}.qkv", f"{name}.ln1", qkv_NK)
+        yield f"{name}.qkv", pack_i8c(qkv_NK)
+        yield f"{name}.out", pack_i8c(_matrix(source, parts[f"{name}.out"]))
+        gate_up_NK *= factors(f"{name}.gate_up", f"{name}.ln2", gate_up_NK)
+        down_NK = _matrix(source, parts[f"{name}.down"])
         s_K = smoothing_factors(peaks[f"{name}.down"], down_NK)
         gate_up_NK[architecture.intermediate_size :] /= s_K[:, None]
         smoothing[f"{name}.mlp.hook_post"] = s_K
-        linears[f"{name}.gate_up"] = pack_i8c(gate_up_NK[gate_up_turns(2 * len(s_K))])
-        linears[f"{name}.down"] = pack_i8c(down_NK * s_K)
-    linears["head"] = pack_i8c(smooth("head", "ln_final"))
-    return PackedModel(embed=plain.embed, linears=linears, norms=norms, smoothing=smoothing)
+        yield f"{name}.gate_up", pack_i8c(gate_up_NK[gate_up_turns(2 * len(s_K))])
+        yield f"{name}.down", pack_i8c(down_NK * s_K)
+    [head] = parts["head"]
+    weight_peaks = [np.abs(part).max(axis=0) for part in float32_parts(source, head)]
+    s_K = factors("head", "ln_final", np.stack(weight_peaks))
+    yield "head", _joined([pack_i8c(part * s_K) for part in float32_parts(source, head)])
+    yield from ((f"norm.{name}", weight) for name, weight in norms.items())
+    yield from ((f"smoothing.{name}", values) for name, values in smoothing.items())
+
+
+def _pack_head(source: WeightSource, name: str, weights: WeightFormat) -> PackedLinear:
+    """As `_pack`, for a matrix that is often larger than all of a block: some rows at a time."""
+    if weights == "bf16":
+        return _joined([pack_bf16(part) for part in bf16_parts(source, name)])
+    if source.grid(name) is not None:
+        return _pack(source, [name], weights)
+    return _joined([pack_i8c(part) for part in float32_parts(source, name)])
+
+
+def _joined(parts: Sequence[PackedLinear]) -> PackedLinear:
+    """One matrix of parts of its rows; each but the last has whole pairs of tiles."""
+    first = parts[0]
+    return replace(
+        first,
+        num_out=sum(part.num_out for part in parts),
+        data=np.concatenate([part.data for part in parts]),
+        scales=np.concatenate([part.scales for part in parts]),
+        mins=np.concatenate([part.mins for part in parts]),
+    )
 
 
 def _matrix(source: WeightSource, names: Sequence[str]) -> F32Array:
@@ -113,7 +171,7 @@ def _pack(source: WeightSource, names: Sequence[str], weights: WeightFormat) -> 
     if len(grids) == len(names) and len({(grid.bits, grid.mins is None) for grid in grids}) == 1:
         return _pack_grids(grids, rows)
     matrix_NK = _matrix(source, names)[rows]
-    if names[0] in ("lm_head.weight", _EMBED) or matrix_NK.shape[1] % _GROUP:
+    if matrix_NK.shape[1] % _GROUP:
         return pack_i8c(matrix_NK)
     return pack_i4g(*quantize_groups(matrix_NK, _GROUP, symmetric=False))
 

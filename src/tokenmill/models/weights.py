@@ -1,19 +1,22 @@
 """Where weights come from: one small protocol by Hugging Face tensor names, and its safetensors form.
 
-The weights of a model are what `model.safetensors` holds in bfloat16: that is what every other program
+The weights of a model are what its safetensors checkpoint holds in bfloat16: that is what every other program
 sees. Where a directory also keeps the quantised file it was made from, `grid` gives that file's exact
 integers and scales, of which the bfloat16 weights are a rounding.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from tokenmill.models.bfloat16 import F32Array, U16Array
+from tokenmill.models.checkpoint import Checkpoint
 from tokenmill.models.gguf import Grid
-from tokenmill.models.safetensors import SafetensorsFile
 
-__all__ = ["CheckpointWeights", "WeightSource"]
+__all__ = ["CheckpointWeights", "RowSource", "WeightSource", "bf16_parts", "float32_parts"]
+
+_PART_WEIGHTS = 1 << 24
+_ROW_MULTIPLE = 32
 
 
 class WeightSource(Protocol):
@@ -44,11 +47,45 @@ class WeightSource(Protocol):
         ...
 
 
+@runtime_checkable
+class RowSource(Protocol):
+    """A `WeightSource` that reads some rows of a tensor without the others."""
+
+    def float32_rows(self, name: str, rows: slice) -> F32Array:
+        """Those rows in float32."""
+        ...
+
+    def bf16_rows(self, name: str, rows: slice) -> U16Array:
+        """Those rows as bfloat16 bits."""
+        ...
+
+
+def float32_parts(source: WeightSource, name: str) -> Iterator[F32Array]:
+    """A matrix in float32, some rows at a time (a multiple of 32, but for the last), all of them in order."""
+    if isinstance(source, RowSource):
+        return (source.float32_rows(name, rows) for rows in _spans(source.shape(name)))
+    whole = source.float32(name)
+    return (whole[rows] for rows in _spans(whole.shape))
+
+
+def bf16_parts(source: WeightSource, name: str) -> Iterator[U16Array]:
+    """As `float32_parts`, in bfloat16 bits."""
+    if isinstance(source, RowSource):
+        return (source.bf16_rows(name, rows) for rows in _spans(source.shape(name)))
+    whole = source.bf16(name)
+    return (whole[rows] for rows in _spans(whole.shape))
+
+
+def _spans(shape: tuple[int, ...]) -> Iterator[slice]:
+    step = max(1, _PART_WEIGHTS // shape[-1] // _ROW_MULTIPLE) * _ROW_MULTIPLE
+    return (slice(first, min(first + step, shape[0])) for first in range(0, shape[0], step))
+
+
 class CheckpointWeights:
-    """A safetensors file, with the grid of the quantised file it was made from, if there is one."""
+    """A safetensors checkpoint, with the grid of the quantised file it was made from, if there is one."""
 
     def __init__(
-        self, checkpoint: SafetensorsFile, open_grids: "Callable[[], WeightSource] | None" = None
+        self, checkpoint: Checkpoint, open_grids: "Callable[[], WeightSource] | None" = None
     ) -> None:
         self._checkpoint = checkpoint
         self._open_grids = open_grids
@@ -68,6 +105,14 @@ class CheckpointWeights:
     def bf16(self, name: str) -> U16Array:
         """The checkpoint's weights as bfloat16 bits."""
         return self._checkpoint.bf16(name)
+
+    def float32_rows(self, name: str, rows: slice) -> F32Array:
+        """Some rows, without reading the others."""
+        return self._checkpoint.float32(name, rows)
+
+    def bf16_rows(self, name: str, rows: slice) -> U16Array:
+        """Some rows as bfloat16 bits, without reading the others."""
+        return self._checkpoint.bf16(name, rows)
 
     def grid(self, name: str) -> Grid | None:
         """The grid of the quantised file, opened at first use; None where there is none."""
