@@ -1,6 +1,8 @@
 """Packed weights hold what they should, come back from disk as they were, and smoothing helps."""
 
 import shutil
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +22,13 @@ from tokenmill.kernels.packing import (
     unpack_i8c,
 )
 from tokenmill.kernels.twin import bf16_values
+from tokenmill.models import weights as weights_module
 from tokenmill.models.compile import forget_packed, load_packed
 from tokenmill.models.directory import ModelDirectory
 from tokenmill.models.layout import compile_plan
 from tokenmill.models.library import Library
-from tokenmill.models.pack import WeightFormat, pack_model
-from tokenmill.models.packed import read_packed, write_packed
+from tokenmill.models.pack import WeightFormat, pack_model, pack_pieces
+from tokenmill.models.packed import _arrays, read_packed, write_packed
 from tokenmill.models.pull import import_model
 from tokenmill.models.smoothing import activation_peaks, smoothing_factors
 
@@ -227,3 +230,50 @@ def test_the_cache_follows_the_files_not_the_manifest(tiny_model: ModelDirectory
     (tiny_model.path / "config.json").write_text("damaged")
     forget_packed(tiny_model.path)
     assert len(list((tmp_path / "home" / "cache").iterdir())) == 1
+
+
+@pytest.mark.parametrize("weights", ["w8a8", "w4a8", "bf16"])
+def test_large_matrices_in_parts_are_the_same(monkeypatch: pytest.MonkeyPatch, weights: WeightFormat) -> None:
+    whole = pack_model(ARCHITECTURE, RandomWeights(ARCHITECTURE), weights)
+    monkeypatch.setattr(weights_module, "_PART_WEIGHTS", 1)  # 32 rows at a time
+    parts = pack_model(ARCHITECTURE, RandomWeights(ARCHITECTURE), weights)
+    for name, array in (("head", whole.linears["head"]), ("blocks.1.down", whole.linears["blocks.1.down"])):
+        np.testing.assert_array_equal(parts.linears[name].data, array.data)
+        np.testing.assert_array_equal(parts.linears[name].scales, array.scales)
+        assert parts.linears[name].num_out == array.num_out
+
+
+def packing_peak(path: Path, num_layers: int, weights: WeightFormat) -> int:
+    """Most bytes of arrays at a time while a model of so many layers is packed to a file."""
+    source = RandomWeights(replace(ARCHITECTURE, num_layers=num_layers))
+    inputs = {"qkv": 96, "gate_up": 96, "down": 160}
+    peaks = {
+        f"blocks.{i}.{name}": np.ones(n, np.float32) for i in range(num_layers) for name, n in inputs.items()
+    }
+    tracemalloc.start()
+    pieces = pack_pieces(source.architecture, source, weights, {**peaks, "head": np.ones(96, np.float32)})
+    write_packed(path, pieces)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+@pytest.mark.parametrize("weights", ["w8a8", "w4a8", "bf16"])
+def test_packing_to_a_file_holds_one_piece_at_a_time(tmp_path: Path, weights: WeightFormat) -> None:
+    shallow, deep = tmp_path / "shallow", tmp_path / "deep"
+    growth = packing_peak(deep, 16, weights) - packing_peak(shallow, 2, weights)
+    assert growth < 0.25 * (deep.stat().st_size - shallow.stat().st_size)
+
+
+@pytest.mark.parametrize("weights", ["w8a8", "w4a8", "bf16"])
+def test_the_cached_file_is_what_packing_in_memory_gives(
+    tiny_model: ModelDirectory, tmp_path: Path, weights: WeightFormat
+) -> None:
+    cached = load_packed(tiny_model, weights)
+    expected = pack_model(tiny_model.architecture, tiny_model.weights(), weights)
+    found = dict(cached.pieces())
+    assert set(found) == {name for name, _ in expected.pieces()}
+    for name, piece in expected.pieces():
+        for (_, one), (_, other) in zip(_arrays(name, piece), _arrays(name, found[name]), strict=True):
+            np.testing.assert_array_equal(one, other)
+    assert len(list((tmp_path / "home/cache").iterdir())) == 1, "nothing else is left"
