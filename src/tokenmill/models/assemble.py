@@ -29,7 +29,7 @@ from tokenmill.models.safetensors import StoredArray, write_safetensors
 from tokenmill.models.tokenizer import Tokenizer
 from tokenmill.models.weights import CheckpointWeights, bf16_parts
 
-__all__ = ["Origin", "from_gguf", "from_hf_folder", "hf_files", "write_manifest"]
+__all__ = ["Origin", "from_gguf", "from_hf_folder", "hf_files", "take_file", "write_manifest"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,11 +84,7 @@ def from_hf_folder(
     that nobody writes to any more. Raises ModelFormatError or StorageError.
     """
     for name in hf_files(folder):
-        if not (link and _linked(folder / name, staging / name)):
-            with disk_errors(folder / name), (folder / name).open("rb") as source:
-                size = os.fstat(source.fileno()).st_size
-                with atomic_file(staging / name) as target:
-                    copy_file(source, target, size, partial(_report, progress, size))
+        take_file(folder / name, staging / name, progress, link=link)
     _check(staging)
     _check_finite(staging, progress)
     write_manifest(
@@ -102,6 +98,16 @@ def from_hf_folder(
             files={},
         ),
     )
+
+
+def take_file(source: Path, target: Path, progress: Progress, *, link: bool = False) -> None:
+    """Copy a file, or with `link` give it a second name where the file system can. Raises StorageError."""
+    if link and _linked(source, target):
+        return
+    with disk_errors(source), source.open("rb") as reader:
+        size = os.fstat(reader.fileno()).st_size
+        with atomic_file(target) as writer:
+            copy_file(reader, writer, size, partial(_report, progress, size))
 
 
 def hf_files(folder: Path) -> list[str]:
