@@ -80,7 +80,7 @@ def test_the_cache_follows_every_shard(folder: Path, tmp_path: Path, monkeypatch
     shard = folder / read_map(folder)[FIRST]
     with_shapes = Checkpoint.open(folder)
     names = [name for name, holder in read_map(folder).items() if holder == shard.name]
-    tensors = {name: with_shapes.bf16(name) ^ 1 for name in names}
+    tensors = {name: with_shapes.bf16(name) ^ np.uint16(1) for name in names}
     with_shapes.close()
     write_safetensors(
         shard, {name: each.shape for name, each in tensors.items()}, "BF16", tensors.__getitem__

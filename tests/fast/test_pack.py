@@ -28,7 +28,7 @@ from tokenmill.models.directory import ModelDirectory
 from tokenmill.models.layout import compile_plan
 from tokenmill.models.library import Library
 from tokenmill.models.pack import WeightFormat, pack_model, pack_pieces
-from tokenmill.models.packed import _arrays, read_packed, write_packed
+from tokenmill.models.packed import ExpertParts, _arrays, read_packed, write_packed
 from tokenmill.models.pull import import_model
 from tokenmill.models.smoothing import activation_peaks, smoothing_factors
 
@@ -119,8 +119,8 @@ def test_the_file_gives_back_what_was_packed(tmp_path: Path, weights: WeightForm
     for name, linear in model.linears.items():
         np.testing.assert_array_equal(values_of(back.linears[name]), values_of(linear))
         assert back.linears[name].data.ctypes.data % 64 == 0
-    for name, weight in model.norms.items():
-        np.testing.assert_array_equal(back.norms[name], weight)
+    for name, weight in model.floats.items():
+        np.testing.assert_array_equal(back.floats[name], weight)
 
 
 def test_a_damaged_cache_file_is_no_cache(tmp_path: Path) -> None:
@@ -138,14 +138,15 @@ def test_a_damaged_cache_file_is_no_cache(tmp_path: Path) -> None:
 def test_smoothing_evens_outlier_channels() -> None:
     source = RandomWeights(ARCHITECTURE, outlier=60.0)
     plain = pack_model(ARCHITECTURE, source, "bf16")
-    peaks = dict(zip(plain.linears, activation_peaks(compile_plan(ARCHITECTURE, plain)), strict=True))
+    peaks = activation_peaks(compile_plan(ARCHITECTURE, plain))
     smoothed = pack_model(ARCHITECTURE, source, "w8a8")
-    before = peaks["blocks.1.gate_up"]
-    factors = smoothing_factors(before, stacked(source, "mlp.gate_proj", "mlp.up_proj"))
+    before = peaks["blocks.1.ln2.hook_normalized"]
+    matrix = stacked(source, "mlp.gate_proj", "mlp.up_proj")
+    factors = smoothing_factors(before, np.abs(matrix).max(axis=0))
     assert before.argmax() == 7
     assert np.isclose(np.log(factors).mean(), 0, atol=1e-5)
     assert (before / factors).max() / np.median(before / factors) < 0.5 * before.max() / np.median(before)
-    np.testing.assert_allclose(smoothed.norms["blocks.1.ln2"], plain.norms["blocks.1.ln2"] / factors)
+    np.testing.assert_allclose(smoothed.floats["blocks.1.ln2"], plain.floats["blocks.1.ln2"] / factors)
 
 
 def test_smoothed_8_bits_are_nearer_to_bf16_than_plain_8_bits() -> None:
@@ -157,11 +158,11 @@ def test_smoothed_8_bits_are_nearer_to_bf16_than_plain_8_bits() -> None:
         for name, linear in pack_model(ARCHITECTURE, source, "bf16").linears.items()
     }
     rough = type(smoothed)(
-        embed=smoothed.embed, linears=plain, norms=pack_model(ARCHITECTURE, source, "bf16").norms
+        embed=smoothed.embed, linears=plain, floats=pack_model(ARCHITECTURE, source, "bf16").floats
     )
     peaks = [activation_peaks(compile_plan(ARCHITECTURE, model)) for model in (smoothed, rough)]
     # The input of attention's output projection is the one that smoothing leaves in its place.
-    out = list(smoothed.linears).index("blocks.1.out")
+    out = "blocks.1.attn.hook_z"
     errors = [np.abs(each[out] - wanted[out]).mean() for each in peaks]
     assert errors[0] < errors[1]
 
@@ -245,13 +246,15 @@ def test_large_matrices_in_parts_are_the_same(monkeypatch: pytest.MonkeyPatch, w
 
 def packing_peak(path: Path, num_layers: int, weights: WeightFormat) -> int:
     """Most bytes of arrays at a time while a model of so many layers is packed to a file."""
-    source = RandomWeights(replace(ARCHITECTURE, num_layers=num_layers))
-    inputs = {"qkv": 96, "gate_up": 96, "down": 160}
-    peaks = {
-        f"blocks.{i}.{name}": np.ones(n, np.float32) for i in range(num_layers) for name, n in inputs.items()
-    }
+    layers = ARCHITECTURE.layers[:1] * num_layers
+    source = RandomWeights(replace(ARCHITECTURE, num_layers=num_layers, layers=layers))
+    sizes = {"ln_final.hook_normalized": 96}
+    for layer in range(num_layers):
+        points = {"ln1.hook_normalized": 96, "ln2.hook_normalized": 96, "mlp.hook_post": 160}
+        sizes |= {f"blocks.{layer}.{point}": size for point, size in points.items()}
+    peaks = {point: np.ones(size, np.float32) for point, size in sizes.items()}
     tracemalloc.start()
-    pieces = pack_pieces(source.architecture, source, weights, {**peaks, "head": np.ones(96, np.float32)})
+    pieces = pack_pieces(source.architecture, source, weights, peaks)
     write_packed(path, pieces)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -274,6 +277,10 @@ def test_the_cached_file_is_what_packing_in_memory_gives(
     found = dict(cached.pieces())
     assert set(found) == {name for name, _ in expected.pieces()}
     for name, piece in expected.pieces():
-        for (_, one), (_, other) in zip(_arrays(name, piece), _arrays(name, found[name]), strict=True):
+        assert not isinstance(piece, ExpertParts)
+        other_piece = found[name]
+        assert not isinstance(other_piece, ExpertParts)
+        pairs = zip(_arrays(name, piece), _arrays(name, other_piece), strict=True)
+        for (_, one), (_, other) in pairs:
             np.testing.assert_array_equal(one, other)
     assert len(list((tmp_path / "home/cache").iterdir())) == 1, "nothing else is left"

@@ -18,16 +18,17 @@ import numpy as np
 from tokenmill import __version__
 from tokenmill.core import Message, ModelFormatError, UsageError
 from tokenmill.models.architecture import Architecture
-from tokenmill.models.checkpoint import INDEX_NAME, WEIGHTS_NAME, Checkpoint, is_shard_name
+from tokenmill.models.checkpoint import INDEX_NAME, WEIGHTS_NAME, is_shard_name
 from tokenmill.models.convert import GgufWeights, gguf_architecture
 from tokenmill.models.directory import ModelDirectory, layout_files
 from tokenmill.models.fetch import Progress
 from tokenmill.models.files import atomic_file, copy_file, disk_errors, hash_file
 from tokenmill.models.gguf import GgufFile
+from tokenmill.models.hf_config import architecture_to_config
 from tokenmill.models.manifest import DeclaredCosts, FileEntry, Manifest
 from tokenmill.models.safetensors import StoredArray, write_safetensors
 from tokenmill.models.tokenizer import Tokenizer
-from tokenmill.models.weights import CheckpointWeights, bf16_parts
+from tokenmill.models.weights import bf16_parts
 
 __all__ = ["Origin", "from_gguf", "from_hf_folder", "hf_files", "take_file", "write_manifest"]
 
@@ -129,24 +130,24 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 def _convert_weights(staging: Path, gguf: GgufFile, architecture: Architecture, progress: Progress) -> None:
     weights = GgufWeights(gguf, architecture)
-    shapes = architecture.tensor_shapes()
+    parts = architecture.stored_parts()
     total = 2 * architecture.num_params
     done = 0
 
     def load(name: str) -> StoredArray:
         nonlocal done
-        values = weights.bf16(name)
+        values = np.concatenate([weights.bf16(part) for part in parts[name]])
         done += values.nbytes
         progress("convert", done, total)
         return values
 
-    write_safetensors(staging / "model.safetensors", shapes, "BF16", load)
+    write_safetensors(staging / "model.safetensors", architecture.stored_shapes(), "BF16", load)
 
 
 def _write_small_files(staging: Path, gguf: GgufFile, architecture: Architecture) -> None:
     tokenizer = Tokenizer.from_gguf(gguf)
     template = gguf.metadata.get("tokenizer.chat_template")
-    config = architecture.to_config()
+    config = architecture_to_config(architecture)
     eos = config["eos_token_id"]
     files = {
         "config.json": json.dumps(config, indent=2),
@@ -189,14 +190,13 @@ def _check(staging: Path) -> None:
 
 def _check_finite(staging: Path, progress: Progress) -> None:
     """Raise ModelFormatError if a weight is NaN or infinite in bfloat16."""
-    checkpoint = Checkpoint.open(staging)
-    names = checkpoint.names()
+    weights = ModelDirectory.open(staging).weights()
+    names = weights.names()
     for done, name in enumerate(names):
         progress("check", done, len(names))
-        for bits in bf16_parts(CheckpointWeights(checkpoint), name):
+        for bits in bf16_parts(weights, name):
             if np.any((bits & 0x7F80) == 0x7F80):
-                raise ModelFormatError(f"{checkpoint.path}: tensor {name} is not finite")
-    checkpoint.close()
+                raise ModelFormatError(f"{staging}: tensor {name} is not finite")
 
 
 def _linked(source: Path, target: Path) -> bool:

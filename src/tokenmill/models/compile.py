@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import TypeAlias
 
 from tokenmill.core import StorageError, UsageError
-from tokenmill.kernels import Executor, KvDtype
+from tokenmill.kernels import KV_BLOCK, Executor, KvDtype
 from tokenmill.kernels import create_executor as create_plan_executor
 from tokenmill.models.directory import ModelDirectory, layout_files
 from tokenmill.models.files import disk_errors
+from tokenmill.models.hf_config import architecture_to_config
 from tokenmill.models.layout import compile_plan
 from tokenmill.models.pack import WEIGHT_FORMATS, WeightFormat, input_peaks, pack_model, pack_pieces
 from tokenmill.models.packed import PackedModel, read_packed, scratch_packed, write_packed
 
 __all__ = ["ExecutorConfig", "ExecutorFactory", "create_executor", "forget_packed", "load_packed"]
 
-_LAYOUT_VERSION = 5
+_LAYOUT_VERSION = 6
 """Part of every cache file's name: raise it when packing or smoothing changes."""
 
 
@@ -45,7 +46,9 @@ ExecutorFactory: TypeAlias = Callable[[ModelDirectory, ExecutorConfig], Executor
 
 def create_executor(directory: ModelDirectory, config: ExecutorConfig) -> Executor:
     """The fastest executor available here for a model directory."""
-    plan = compile_plan(directory.architecture, load_packed(directory, config.weights))
+    # No sequence is longer than the cache, so no position beyond it needs its row of sines.
+    max_positions = config.num_blocks * KV_BLOCK
+    plan = compile_plan(directory.architecture, load_packed(directory, config.weights), max_positions)
     return create_plan_executor(
         plan,
         max_rows=config.max_rows,
@@ -115,7 +118,7 @@ def _fingerprint(directory: ModelDirectory) -> str:
     names = [name for name in layout_files(directory.path) if name.partition(".")[0].startswith("model")]
     stats = [(directory.path / name).stat() for name in names]
     marks = [(each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns) for each in stats]
-    config = json.dumps(directory.architecture.to_config(), sort_keys=True)
+    config = json.dumps(architecture_to_config(directory.architecture), sort_keys=True)
     return hashlib.sha256(f"{_LAYOUT_VERSION} {marks} {config}".encode()).hexdigest()[:16]
 
 

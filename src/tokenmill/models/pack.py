@@ -19,14 +19,15 @@ from tokenmill.kernels.packing import pack_bf16, pack_i4g, pack_i8c, pack_i8g, q
 from tokenmill.models.architecture import Architecture
 from tokenmill.models.gguf import Grid
 from tokenmill.models.layout import compile_plan
-from tokenmill.models.packed import PackedModel, Piece
-from tokenmill.models.smoothing import activation_peaks, smoothing_factors
+from tokenmill.models.packed import ExpertParts, PackedModel, Piece
+from tokenmill.models.smoothing import SMOOTHING_TOKENS, activation_peaks, smoothing_factors
 from tokenmill.models.weights import WeightSource, bf16_parts, float32_parts
 
 __all__ = [
     "FUSED",
     "WEIGHT_FORMATS",
     "WeightFormat",
+    "fused_linears",
     "gate_up_turns",
     "input_peaks",
     "pack_model",
@@ -59,9 +60,9 @@ def pack_model(architecture: Architecture, source: WeightSource, weights: Weight
     return PackedModel.from_pieces(pack_pieces(architecture, source, weights, peaks))
 
 
-def input_peaks(architecture: Architecture, plain: PackedModel) -> dict[str, F32Array]:
-    """Largest magnitude of each input channel by linear, of a model packed in bf16: what w8a8 asks for."""
-    return dict(zip(plain.linears, activation_peaks(compile_plan(architecture, plain)), strict=True))
+def input_peaks(architecture: Architecture, plain: PackedModel) -> Mapping[str, F32Array]:
+    """Largest magnitudes of what linears read, of a model packed in bf16: what w8a8 asks for."""
+    return activation_peaks(compile_plan(architecture, plain, SMOOTHING_TOKENS))
 
 
 def pack_pieces(
@@ -77,80 +78,158 @@ def pack_pieces(
     yield "embed", _embed_table(source, weights)
     if weights == "w8a8":
         assert peaks is not None, "w8a8 is smoothed"
-        yield from _smoothed_pieces(architecture, source, peaks)
+        yield from _SmoothedPacker(architecture, source, peaks).pieces()
         return
     for name, parts in _linear_parts(architecture).items():
         yield name, _pack_head(source, parts[0], weights) if name == "head" else _pack(source, parts, weights)
-    yield from ((f"norm.{name}", weight) for name, weight in _norms(architecture, source).items())
+    for name, each in _expert_parts(architecture).items():
+        linears = (_pack(source, parts, weights) for parts in each)
+        yield name, ExpertParts(num_experts=len(each), linears=linears)
+    yield from ((f"float.{name}", values) for name, values in _floats(architecture, source).items())
 
 
 def _linear_parts(architecture: Architecture) -> dict[str, list[str]]:
-    """Every fused matrix in order of use, and the tensors that it stacks by outputs."""
+    """Every fused matrix that all rows read, in order of use, and the tensors that it stacks by outputs."""
     parts = {
         f"blocks.{layer}.{name}": [f"model.layers.{layer}.{tensor}.weight" for tensor in tensors]
         for layer in range(architecture.num_layers)
-        for name, tensors in FUSED.items()
+        for name, tensors in fused_linears(architecture, layer).items()
     }
     return parts | {"head": [_EMBED if architecture.tied_embeddings else "lm_head.weight"]}
 
 
-def _norms(architecture: Architecture, source: WeightSource) -> dict[str, F32Array]:
-    norms = {"ln_final": source.float32("model.norm.weight")}
-    for layer in range(architecture.num_layers):
-        prefix = f"model.layers.{layer}"
-        norms[f"blocks.{layer}.ln1"] = source.float32(f"{prefix}.input_layernorm.weight")
-        norms[f"blocks.{layer}.ln2"] = source.float32(f"{prefix}.post_attention_layernorm.weight")
-    return norms
+def fused_linears(architecture: Architecture, layer: int) -> Mapping[str, tuple[str, ...]]:
+    """The part of FUSED that every row of a layer reads: no gated unit where experts take its place."""
+    names = ("qkv", "out") if architecture.layers[layer].routed else tuple(FUSED)
+    return {name: FUSED[name] for name in names}
 
 
-def _smoothed_pieces(
-    architecture: Architecture, source: WeightSource, peaks: Mapping[str, F32Array]
-) -> Iterator[tuple[str, Piece]]:
-    """8 bits a weight, the outliers of the activations moved into the weights first."""
-    parts, norms = _linear_parts(architecture), _norms(architecture, source)
-    smoothing: dict[str, F32Array] = {}
+def _expert_parts(architecture: Architecture) -> dict[str, list[list[str]]]:
+    """For each layer's fused expert matrix: the tensors of every expert."""
+    num_experts = architecture.experts.num_experts if architecture.experts else 0
+    return {
+        f"blocks.{layer}.{name}": [
+            [f"model.layers.{layer}.mlp.experts.{expert}.{part}.weight" for part in parts]
+            for expert in range(num_experts)
+        ]
+        for layer, kind in enumerate(architecture.layers)
+        if kind.routed
+        for name, parts in (("gate_up", ("gate_proj", "up_proj")), ("down", ("down_proj",)))
+    }
 
-    def factors(linear: str, norm: str, matrix_NK: F32Array) -> F32Array:
-        s_K = smoothing_factors(peaks[linear], matrix_NK)
-        norms[norm] = norms[norm] / s_K
-        smoothing[f"{norm}.hook_normalized"] = s_K
+
+def _floats(architecture: Architecture, source: WeightSource) -> dict[str, F32Array]:
+    """Everything that stays in float32: norms, biases in the order of their matrix, routers."""
+    floats = {"ln_final": source.float32("model.norm.weight")}
+    ln1, ln2 = architecture.norm_names()
+    for layer, kind in enumerate(architecture.layers):
+        prefix, name = f"model.layers.{layer}", f"blocks.{layer}"
+        floats[f"{name}.ln1"] = source.float32(f"{prefix}.{ln1}.weight")
+        floats[f"{name}.ln2"] = source.float32(f"{prefix}.{ln2}.weight")
+        if architecture.qk_norm != "none":
+            floats[f"{name}.q_norm"] = source.float32(f"{prefix}.self_attn.q_norm.weight")
+            floats[f"{name}.k_norm"] = source.float32(f"{prefix}.self_attn.k_norm.weight")
+        if kind.routed:
+            floats[f"{name}.router"] = source.float32(f"{prefix}.mlp.gate.weight")
+            floats[f"{name}.router.norm"] = floats[f"{name}.ln2"]
+        biases = architecture.bias_sizes(kind.routed)
+        for linear, parts in fused_linears(architecture, layer).items():
+            if parts[0] in biases:
+                bias_N = np.concatenate([source.float32(f"{prefix}.{part}.bias") for part in parts])
+                order = gate_up_turns(len(bias_N)) if linear == "gate_up" else slice(None)
+                floats[f"{name}.{linear}.bias"] = bias_N[order]
+    return floats
+
+
+class _SmoothedPacker:
+    """Packs a model to 8 bits piece by piece; what divides an input goes into the norm that makes it."""
+
+    def __init__(
+        self, architecture: Architecture, source: WeightSource, peaks: Mapping[str, F32Array]
+    ) -> None:
+        self._architecture = architecture
+        self._source = source
+        self._peaks = peaks
+        self._parts = _linear_parts(architecture)
+        self._expert_parts = _expert_parts(architecture)
+        self._floats = _floats(architecture, source)
+        self._smoothing: dict[str, F32Array] = {}
+
+    def pieces(self) -> Iterator[tuple[str, Piece]]:
+        for layer, kind in enumerate(self._architecture.layers):
+            yield from self._attention(layer)
+            yield from (self._experts if kind.routed else self._gated_unit)(layer)
+        yield "head", self._head()
+        yield from ((f"float.{name}", values) for name, values in self._floats.items())
+        yield from ((f"smoothing.{name}", factors) for name, factors in self._smoothing.items())
+
+    def _attention(self, layer: int) -> Iterator[tuple[str, Piece]]:
+        name = f"blocks.{layer}"
+        yield f"{name}.qkv", pack_i8c(self._after_norm(f"{name}.qkv", f"{name}.ln1"))
+        yield f"{name}.out", pack_i8c(self._matrix(f"{name}.out"))
+
+    def _gated_unit(self, layer: int) -> Iterator[tuple[str, Piece]]:
+        name, inner = f"blocks.{layer}", self._architecture.intermediate_size
+        gate_up_NK, down_NK = self._after_norm(f"{name}.gate_up", f"{name}.ln2"), self._matrix(f"{name}.down")
+        s_K = smoothing_factors(self._peaks[f"{name}.mlp.hook_post"], np.abs(down_NK).max(axis=0))
+        turns = gate_up_turns(2 * inner)
+        divisor_N = np.concatenate([np.ones(inner, np.float32), s_K])
+        gate_up_NK /= divisor_N[:, None]
+        if (bias_N := self._floats.get(f"{name}.gate_up.bias")) is not None:
+            self._floats[f"{name}.gate_up.bias"] = bias_N / divisor_N[turns]
+        self._smoothing[f"{name}.mlp.hook_post"] = s_K
+        yield f"{name}.gate_up", pack_i8c(gate_up_NK[turns])
+        yield f"{name}.down", pack_i8c(down_NK * s_K)
+
+    def _experts(self, layer: int) -> Iterator[tuple[str, Piece]]:
+        """One set of factors for all experts of a layer, which read the same rows; the inner rows stay."""
+        name, source = f"blocks.{layer}", self._source
+        gate_up, down = self._expert_parts[f"{name}.gate_up"], self._expert_parts[f"{name}.down"]
+        turns = gate_up_turns(2 * source.shape(gate_up[0][0])[0])
+        weight_peaks = [np.abs(_matrix(source, each)).max(axis=0) for each in gate_up]
+        s_K = self._factors(f"{name}.ln2", np.max(weight_peaks, axis=0))
+        ups = (pack_i8c((_matrix(source, each) * s_K)[turns]) for each in gate_up)
+        yield f"{name}.gate_up", ExpertParts(num_experts=len(gate_up), linears=ups)
+        downs = (pack_i8c(_matrix(source, each)) for each in down)
+        yield f"{name}.down", ExpertParts(num_experts=len(down), linears=downs)
+
+    def _head(self) -> PackedLinear:
+        [name] = self._parts["head"]
+        weight_peaks = [np.abs(part_NK).max(axis=0) for part_NK in float32_parts(self._source, name)]
+        s_K = self._factors("ln_final", np.max(weight_peaks, axis=0))
+        return _joined([pack_i8c(part_NK * s_K) for part_NK in float32_parts(self._source, name)])
+
+    def _after_norm(self, linear: str, norm: str) -> F32Array:
+        """The matrix, smoothed if a norm makes its input."""
+        matrix_NK = self._matrix(linear)
+        if not self._architecture.post_norm:
+            matrix_NK *= self._factors(norm, np.abs(matrix_NK).max(axis=0))
+        return matrix_NK
+
+    def _factors(self, norm: str, weight_peak_K: F32Array) -> F32Array:
+        """What the weights that read a norm are multiplied by; the norm is divided by it."""
+        s_K = smoothing_factors(self._peaks[f"{norm}.hook_normalized"], weight_peak_K)
+        self._floats[norm] = self._floats[norm] / s_K
+        self._smoothing[f"{norm}.hook_normalized"] = s_K
         return s_K
 
-    for layer in range(architecture.num_layers):
-        name = f"blocks.{layer}"
-        qkv_NK, gate_up_NK = (_matrix(source, parts[f"{name}.{part}"]) for part in ("qkv", "gate_up"))
-        qkv_NK *= factors(f"{name}.qkv", f"{name}.ln1", qkv_NK)
-        yield f"{name}.qkv", pack_i8c(qkv_NK)
-        yield f"{name}.out", pack_i8c(_matrix(source, parts[f"{name}.out"]))
-        gate_up_NK *= factors(f"{name}.gate_up", f"{name}.ln2", gate_up_NK)
-        down_NK = _matrix(source, parts[f"{name}.down"])
-        s_K = smoothing_factors(peaks[f"{name}.down"], down_NK)
-        gate_up_NK[architecture.intermediate_size :] /= s_K[:, None]
-        smoothing[f"{name}.mlp.hook_post"] = s_K
-        yield f"{name}.gate_up", pack_i8c(gate_up_NK[gate_up_turns(2 * len(s_K))])
-        yield f"{name}.down", pack_i8c(down_NK * s_K)
-    [head] = parts["head"]
-    weight_peaks = [np.abs(part).max(axis=0) for part in float32_parts(source, head)]
-    s_K = factors("head", "ln_final", np.stack(weight_peaks))
-    yield "head", _joined([pack_i8c(part * s_K) for part in float32_parts(source, head)])
-    yield from ((f"norm.{name}", weight) for name, weight in norms.items())
-    yield from ((f"smoothing.{name}", values) for name, values in smoothing.items())
+    def _matrix(self, linear: str) -> F32Array:
+        return _matrix(self._source, self._parts[linear])
 
 
 def _pack_head(source: WeightSource, name: str, weights: WeightFormat) -> PackedLinear:
     """As `_pack`, for a matrix that is often larger than all of a block: some rows at a time."""
     if weights == "bf16":
-        return _joined([pack_bf16(part) for part in bf16_parts(source, name)])
+        return _joined([pack_bf16(part_NK) for part_NK in bf16_parts(source, name)])
     if source.grid(name) is not None:
         return _pack(source, [name], weights)
-    return _joined([pack_i8c(part) for part in float32_parts(source, name)])
+    return _joined([pack_i8c(part_NK) for part_NK in float32_parts(source, name)])
 
 
 def _joined(parts: Sequence[PackedLinear]) -> PackedLinear:
     """One matrix of parts of its rows; each but the last has whole pairs of tiles."""
-    first = parts[0]
     return replace(
-        first,
+        parts[0],
         num_out=sum(part.num_out for part in parts),
         data=np.concatenate([part.data for part in parts]),
         scales=np.concatenate([part.scales for part in parts]),

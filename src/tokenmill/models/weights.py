@@ -7,8 +7,10 @@ integers and scales, of which the bfloat16 weights are a rounding.
 
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
+from tokenmill.core.errors import ModelFormatError
+from tokenmill.models.architecture import Architecture
 from tokenmill.models.bfloat16 import F32Array, U16Array
 from tokenmill.models.checkpoint import Checkpoint
 from tokenmill.models.gguf import Grid
@@ -81,43 +83,76 @@ def _spans(shape: tuple[int, ...]) -> Iterator[slice]:
     return (slice(first, min(first + step, shape[0])) for first in range(0, shape[0], step))
 
 
+class _Place(NamedTuple):
+    """A stored tensor, and where in it the meant rows begin."""
+
+    stored: str
+    first: int
+
+
 class CheckpointWeights:
-    """A safetensors checkpoint, with the grid of the quantised file it was made from, if there is one."""
+    """A safetensors checkpoint by canonical names, with the grid of the quantised file it is from, if any.
+
+    It must hold the tensors of the architecture and no others.
+    """
 
     def __init__(
-        self, checkpoint: Checkpoint, open_grids: "Callable[[], WeightSource] | None" = None
+        self,
+        checkpoint: Checkpoint,
+        architecture: Architecture,
+        open_grids: "Callable[[], WeightSource] | None" = None,
     ) -> None:
         self._checkpoint = checkpoint
         self._open_grids = open_grids
+        self._shapes = architecture.tensor_shapes()
+        self._places: dict[str, _Place] = {}
+        for stored, parts in architecture.stored_parts().items():
+            first = 0
+            for part in parts:
+                self._places[part] = _Place(stored, first)
+                first += self._shapes[part][0]
 
     def names(self) -> tuple[str, ...]:
         """Names of all tensors."""
-        return self._checkpoint.names()
+        return tuple(self._shapes)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
-        return self._checkpoint.shape(name)
+        self._place(name)
+        return self._shapes[name]
 
     def float32(self, name: str) -> F32Array:
         """The checkpoint's weights widened to float32: not the grid, of which they are a rounding."""
-        return self._checkpoint.float32(name)
+        return self.float32_rows(name, slice(0, self.shape(name)[0]))
 
     def bf16(self, name: str) -> U16Array:
         """The checkpoint's weights as bfloat16 bits."""
-        return self._checkpoint.bf16(name)
+        return self.bf16_rows(name, slice(0, self.shape(name)[0]))
 
     def float32_rows(self, name: str, rows: slice) -> F32Array:
-        """Some rows, without reading the others."""
-        return self._checkpoint.float32(name, rows)
+        """Rows `rows.start` to `rows.stop`, without reading the others."""
+        place = self._place(name)
+        return self._checkpoint.float32(place.stored, _shifted(rows, place.first))
 
     def bf16_rows(self, name: str, rows: slice) -> U16Array:
-        """Some rows as bfloat16 bits, without reading the others."""
-        return self._checkpoint.bf16(name, rows)
+        """The same as bfloat16 bits."""
+        place = self._place(name)
+        return self._checkpoint.bf16(place.stored, _shifted(rows, place.first))
 
     def grid(self, name: str) -> Grid | None:
         """The grid of the quantised file, opened at first use; None where there is none."""
         return None if self._grids is None else self._grids.grid(name)
 
+    def _place(self, name: str) -> "_Place":
+        try:
+            return self._places[name]
+        except KeyError:
+            raise ModelFormatError(f"{self._checkpoint.path}: no tensor for {name}") from None
+
     @cached_property
     def _grids(self) -> WeightSource | None:
         return None if self._open_grids is None else self._open_grids()
+
+
+def _shifted(rows: slice, by: int) -> slice:
+    return slice(rows.start + by, rows.stop + by)
