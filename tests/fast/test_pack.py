@@ -284,3 +284,12 @@ def test_the_cached_file_is_what_packing_in_memory_gives(
         for (_, one), (_, other) in pairs:
             np.testing.assert_array_equal(one, other)
     assert len(list((tmp_path / "home/cache").iterdir())) == 1, "nothing else is left"
+
+
+def test_w4a8_without_a_grid_has_embeddings_within_half_a_step() -> None:
+    source = RandomWeights(ARCHITECTURE)
+    table = pack_model(ARCHITECTURE, source, "w4a8").embed
+    scales = table.scales.astype(np.float32)[:, :, None]
+    back = (table.data.reshape(100, -1, 32) * scales).reshape(100, 96)
+    error = np.abs(back - source.float32("model.embed_tokens.weight")).reshape(100, -1, 32)
+    assert table.data.dtype == np.int8 and (error <= 0.55 * scales).all()
