@@ -116,9 +116,10 @@ def packed_bytes(
     for layer in range(architecture.num_layers):
         total += sum(_block_bytes(architecture, layer, weights, source))
     total += sum(map(_aligned, _vector_bytes(architecture, weights)))
-    has_grid = weights == "w4a8" and _grid_kind(source, [_EMBED]) == ("i8g", True)
+    grid = _grid_kind(source, [_EMBED])
+    is_small = weights == "w4a8" and (grid == ("i8g", True) or (grid is None and hidden % _GROUP == 0))
     values = architecture.vocab_size * hidden
-    embeddings = _aligned(values) + _aligned(values // _GROUP * 2) if has_grid else _aligned(2 * values)
+    embeddings = _aligned(values) + _aligned(values // _GROUP * 2) if is_small else _aligned(2 * values)
     return total, embeddings
 
 

@@ -2,8 +2,8 @@
 
 `w8a8`: 8-bit weights, one scale an output, after smoothing (see `smoothing.py`). `w4a8`: the file's own
 4-bit grid where the directory keeps one, exactly, its 8-bit head included; else rounding to nearest on
-asymmetric groups of 32. `bf16`: as stored. Compression that looks at data, and makes a new model
-directory, is not here.
+asymmetric groups of 32, head and embeddings in 8 bits. `bf16`: as stored. Compression that looks at data, and
+makes a new model directory, is not here.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -284,4 +284,17 @@ def _embed_table(source: WeightSource, weights: WeightFormat) -> EmbedTable:
     grid = source.grid(_EMBED) if weights == "w4a8" else None
     if grid is not None and grid.bits == 8:
         return EmbedTable(data=np.ascontiguousarray(grid.values), scales=np.ascontiguousarray(grid.scales))
+    if weights == "w4a8" and grid is None and source.shape(_EMBED)[1] % _GROUP == 0:
+        tables = [_rounded_rows(part_VD) for part_VD in float32_parts(source, _EMBED)]
+        data_VD, scales_VG = (np.concatenate(each) for each in zip(*tables, strict=True))
+        return EmbedTable(data=data_VD, scales=scales_VG)
     return EmbedTable(data=source.bf16(_EMBED), scales=_NO_SCALES)
+
+
+def _rounded_rows(part_VD: F32Array) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]]:
+    """Rows of the table of embeddings in 8 bits, with a scale (absmax / 127) a group of 32."""
+    grouped = part_VD.reshape(len(part_VD), -1, _GROUP)
+    scales_VG = (np.abs(grouped).max(axis=2) / np.float32(127)).astype(np.float16)
+    step = np.where(scales_VG > 0, scales_VG, np.float16(1)).astype(np.float32)[:, :, None]
+    values = np.clip(np.rint(grouped / step), -127, 127).astype(np.int8)
+    return values.reshape(part_VD.shape), scales_VG
