@@ -16,6 +16,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -85,7 +86,11 @@ _POOL: Final = 1 << 22
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What became of one form: seconds to pack and to run, and bytes: peaks, and what was predicted."""
+    """What became of one form: seconds to pack and to run, and bytes: peaks, and what was predicted.
+
+    A peak counts mapped files, which the kernel may take back; an anonymous one does not. Packing is the same
+    for every form of the cache and is done once.
+    """
 
     shape: str
     weights: str
@@ -95,6 +100,7 @@ class Row:
     run_peak_bytes: int
     run_anonymous_bytes: int
     pack_peak_bytes: int
+    pack_anonymous_bytes: int
     pack_s: float
     run_s: float
     error: str = ""
@@ -138,6 +144,8 @@ def write_tokenizer(path: Path, vocab_size: int) -> None:
 def child(action: str, folder: Path, weights: Any, kv_dtype: Any) -> dict[str, float]:
     """In a process of its own: pack, or run a prompt; seconds, and the peak of resident memory."""
     model = ModelDirectory.open(folder)
+    peaks: list[int] = [0]
+    threading.Thread(target=_watch_anonymous, args=(peaks,), daemon=True).start()
     started = time.perf_counter()
     if action == "pack":
         load_packed(model, weights)
@@ -147,13 +155,20 @@ def child(action: str, folder: Path, weights: Any, kv_dtype: Any) -> dict[str, f
         prompt = np.random.default_rng(1).integers(0, model.architecture.vocab_size, _PROMPT_TOKENS)
         [completion] = LLM(model, config).generate_tokens([[int(token) for token in prompt]], params)
         assert len(completion.token_ids) == _OUTPUT_TOKENS
-    status = Path("/proc/self/status").read_text()
-    figures = {key: 1024 * int(value) for key, value in re.findall(r"^(\w+):\s+(\d+) kB", status, flags=re.M)}
-    return {
-        "seconds": time.perf_counter() - started,
-        "peak": figures["VmHWM"],
-        "anonymous": figures["RssAnon"],
-    }
+    seconds = time.perf_counter() - started
+    return {"seconds": seconds, "peak": _status("VmHWM"), "anonymous": max(*peaks, _status("RssAnon"))}
+
+
+def _watch_anonymous(peaks: list[int]) -> None:
+    """The kernel keeps no peak of the memory that is no mapped file, so that it is looked at often."""
+    while True:
+        peaks[0] = max(peaks[0], _status("RssAnon"))
+        time.sleep(0.02)
+
+
+def _status(name: str) -> int:
+    text = Path("/proc/self/status").read_text()
+    return 1024 * int(re.findall(rf"^{name}:\s+(\d+) kB", text, flags=re.MULTILINE)[0])
 
 
 @contextmanager
@@ -192,11 +207,11 @@ def run_child(words: Sequence[str], limit: int) -> dict[str, Any]:
     return result
 
 
-def measure(name: str, folder: Path, architecture: Architecture, fit: Fit, limit: int) -> Row:
-    """Pack one form and run it, each under the limit."""
-    words = [str(folder), fit.weights, fit.kv_dtype]
-    packed = run_child(["pack", *words], limit)
-    ran = run_child(["run", *words], limit) if "error" not in packed else {}
+def measure(name: str, folder: Path, architecture: Architecture, fit: Fit, packed: dict[str, Any]) -> Row:
+    """Run one form, which was packed before."""
+    ran: dict[str, Any] = {}
+    if "error" not in packed:
+        ran = run_child(["run", str(folder), fit.weights, fit.kv_dtype], packed["limit"])
     here = footprint(architecture, fit.kv_dtype, _CONTEXT, StepSizes())
     here = replace(here, weights=fit.footprint.weights, embeddings=fit.footprint.embeddings)
     return Row(
@@ -208,6 +223,7 @@ def measure(name: str, folder: Path, architecture: Architecture, fit: Fit, limit
         run_peak_bytes=int(ran.get("peak", 0)),
         run_anonymous_bytes=int(ran.get("anonymous", 0)),
         pack_peak_bytes=int(packed.get("peak", 0)),
+        pack_anonymous_bytes=int(packed.get("anonymous", 0)),
         pack_s=round(packed.get("seconds", 0.0), 1),
         run_s=round(ran.get("seconds", 0.0), 1),
         error=packed.get("error", "") or ran.get("error", ""),
@@ -221,9 +237,12 @@ def rows_of(name: str, base: Path, limit: int) -> Iterator[Row]:
     try:
         write_model(folder, SHAPES[name])
         architecture = ModelDirectory.open(folder).architecture
-        for fit in find_fits(architecture, limit):
-            if fit.context >= _CONTEXT:
-                yield measure(name, folder, architecture, fit, limit)
+        fits = [fit for fit in find_fits(architecture, limit) if fit.context >= _CONTEXT]
+        for weights in dict.fromkeys(fit.weights for fit in fits):
+            packed = run_child(["pack", str(folder), weights, "bf16"], limit) | {"limit": limit}
+            for fit in fits:
+                if fit.weights == weights:
+                    yield measure(name, folder, architecture, fit, packed)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(base / "home", ignore_errors=True)
