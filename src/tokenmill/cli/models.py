@@ -110,7 +110,9 @@ def _check_source(path: Path) -> None:
     from tokenmill.models.gguf import GgufFile
 
     if path.is_dir():
-        ModelDirectory.open(path)
+        ModelDirectory.open(path).weights()
+    elif path.suffix in (".safetensors", ".json"):
+        raise UsageError(f"{path} is a part of a model", hint="give the folder that it lies in")
     elif path.exists():
         with GgufFile.open(path) as gguf:
             gguf_architecture(gguf)

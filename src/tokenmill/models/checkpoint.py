@@ -65,6 +65,8 @@ class Checkpoint:
                 _fail(path, "weight_map", f"does not name {other}, which lies beside it")
         with ExitStack() as files:
             for shard in shards:
+                if not (folder / shard).is_file():
+                    _fail(path, "weight_map", f"names {shard}, which is missing")
                 file = files.enter_context(SafetensorsFile.open(folder / shard))
                 for name in file.names():
                     if shard_of.get(name) != shard:
