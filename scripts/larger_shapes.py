@@ -189,8 +189,17 @@ def memory_group(limit: int) -> Iterator[Path | None]:
         group.rmdir()
 
 
+def forget_pages(*folders: Path) -> None:
+    """Have files leave the system's cache, where they count for whoever read or wrote them first."""
+    for path in (path for folder in folders for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def run_child(words: Sequence[str], limit: int) -> dict[str, Any]:
     """What `child` returns, run under the limit; `error` if it did not end well."""
+    forget_pages(Path(words[1]).parent)
     with memory_group(limit) as group:
 
         def enter() -> None:

@@ -132,7 +132,11 @@ class SafetensorsFile:
             return np.empty(entry.shape, dtype)[rows]
         count = entry.num_bytes // dtype.itemsize
         mapped = np.frombuffer(self._view, dtype, count, entry.offset).reshape(entry.shape)
-        return mapped[rows].copy()
+        copy = mapped[rows].copy()
+        # The pages that were read stay in the system's cache, but are this process's no longer.
+        first = entry.offset // mmap.PAGESIZE * mmap.PAGESIZE
+        self._view.madvise(mmap.MADV_DONTNEED, first, entry.offset + entry.num_bytes - first)
+        return copy
 
 
 def write_safetensors(
