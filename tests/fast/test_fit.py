@@ -111,7 +111,7 @@ def test_the_executor_allocates_what_was_said(kv_dtype: KvDtype) -> None:
     )
     executor.run(make_batch([([5, 9, 2, 77], 0, [1])]))
     rotations = 4096 * 2 * 4 * 8  # these the plan has, and it was there before
-    assert data_bytes() - before == pytest.approx(said.kv + said.steps - rotations, abs=2 << 20)
+    assert data_bytes() - before == pytest.approx(said.kv + said.steps - rotations, abs=1 << 19)
     assert said.kv + said.steps > 64 << 20
 
 

@@ -224,7 +224,8 @@ def _step_bytes(architecture: Architecture, kv_dtype: KvDtype, sizes: StepSizes)
     routed = experts.intermediate_size if experts else 0
     inner = architecture.intermediate_size
     num_in = max(hidden, query, inner)
-    floats = rows * (hidden + query + 2 * architecture.kv_size + query + inner)
+    qkv = query + 2 * architecture.kv_size
+    floats = rows * (hidden + qkv + query + inner + hidden)
     floats += outs * (hidden + architecture.vocab_size)
     if experts is not None:  # a row of its own for every expert that a token takes
         floats += rows * experts.num_active * (hidden + routed)
@@ -234,7 +235,7 @@ def _step_bytes(architecture: Architecture, kv_dtype: KvDtype, sizes: StepSizes)
     act_rows, act_in = _up(max(rows, outs), 16) + _SLACK_ROWS, _up(num_in, 64)
     acts = act_rows * (2 * act_in + 2 * 4 * act_in // _GROUP + 4)
     span = SPAN_BLOCKS * KV_BLOCK
-    thread = 4 * (num_in + 16 * span + 2 * 16 * head_pad) + 2 * 16 * span
+    thread = 4 * (max(num_in, qkv) + 16 * span + 2 * 16 * head_pad) + 2 * 16 * span
     if kv_dtype == "int8":
         thread += 2 * (SPAN_BLOCKS + 1) * KV_BLOCK * head_pad
     num_threads: int = sizes.num_threads or default_threads()
