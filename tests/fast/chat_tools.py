@@ -62,7 +62,7 @@ def result(id: str, name: str, content: str) -> Message:
     return Message(role="tool", content=content, name=name, tool_call_id=id)
 
 
-_TOWN = {"town": "Zürich", "days": [1, 2], "x": {"y": None, "z": True, "w": 1.5}}
+_TOWN = {"town": "Zürich", "days": [1, 2], "x": {"z": True, "w": 1.5}}
 CHATS: dict[str, Chat] = {
     "one": Chat(messages=[said("user", "Hello")]),
     "system": Chat(messages=[said("system", "Be brief."), said("user", "Hello  ")]),

@@ -22,12 +22,13 @@ __all__ = ["TemplateProcess"]
 
 _SECONDS: Final = 0.2
 _SECONDS_PER_CHAR: Final = 20e-6
-_MAX_SECONDS: Final = 5.0
-"""Of processor time. Compiling takes most of it: 8 microseconds a character of the largest templates."""
+"""Processor time. Compiling takes most of it: about 4 microseconds a character of the largest templates."""
 
+_MAX_COMPILED_CHARS: Final = 40_000
+_MAX_SECONDS: Final = 4.0
 _MEMORY_BYTES: Final = 48 << 20
-_MEMORY_PER_CHAR: Final = 16
-_WAIT_SECONDS: Final = 20.0
+_MEMORY_PER_CHAR: Final = 20
+_WAIT_SECONDS: Final = 30.0
 _WORKER: Final = Path(__file__).with_name("template_worker.py")
 _KEPT_VARIABLES: Final = ("LD_LIBRARY_PATH", "TZ")
 
@@ -43,9 +44,9 @@ class TemplateProcess:
     def render(self, source: str, context: Mapping[str, Any], mark: str = "") -> dict[str, str]:
         """The text as `text`, or why there is none as `refused`, `exhausted`, `broken` or `escaped`."""
         text = json.dumps(context, ensure_ascii=False)
-        size = len(source) + len(text)
-        seconds = min(_SECONDS + _SECONDS_PER_CHAR * size, _MAX_SECONDS)
-        memory = _MEMORY_BYTES + _MEMORY_PER_CHAR * size
+        seconds = _SECONDS + _SECONDS_PER_CHAR * min(len(source), _MAX_COMPILED_CHARS)
+        seconds += min(_SECONDS_PER_CHAR * len(text), _MAX_SECONDS)
+        memory = _MEMORY_BYTES + _MEMORY_PER_CHAR * (len(source) + len(text))
         head = {"source": source, "mark": mark, "seconds": seconds, "memory_bytes": memory}
         with self._lock:
             child = self._started()
@@ -77,6 +78,8 @@ class TemplateProcess:
 
 def _reason(returncode: int, seconds: float, memory: int) -> str:
     """Why a child gave no answer."""
-    if returncode == -signal.SIGPROF:
-        return f"over {seconds:.1f} s of processor time"
-    return f"over {memory >> 20} MiB of memory, or no answer within {_WAIT_SECONDS:.0f} s"
+    reasons = {
+        -signal.SIGPROF: f"over {seconds:.1f} s of processor time",
+        -signal.SIGKILL: f"no answer within {_WAIT_SECONDS:.0f} s",
+    }
+    return reasons.get(returncode, f"over {memory >> 20} MiB of memory")
