@@ -57,25 +57,30 @@ ESCAPES: Final[dict[str, str]] = {
     "attribute by map": "{{ ([lipsum]|map(attribute='__globals__')|list)[0]['os']." + _TOUCH + " }}",
     "attribute path by map": "{{ [lipsum]|map(attribute='__globals__.os.environ')|list }}"
     "{{ ([lipsum]|map(attribute='__globals__.os')|first)." + _TOUCH + " }}",
-    "attribute by groupby": "{% for k, v in [lipsum]|groupby('__globals__') %}{{ k['os']." + _TOUCH
+    "attribute by groupby": "{% for k, v in [lipsum]|groupby('__globals__') %}{{ k['os']."
+    + _TOUCH
     + " }}{% endfor %}",
     "attribute by selectattr": "{{ [lipsum]|selectattr('__globals__')|list }}"
     "{{ (([lipsum]|selectattr('__globals__')|first).__globals__).os." + _TOUCH + " }}",
     "attribute by sort": "{{ [lipsum, lipsum]|sort(attribute='__globals__') }}{{ lipsum.func_globals.os."
-    + _TOUCH + " }}",
+    + _TOUCH
+    + " }}",
     "attribute by sum": "{{ [lipsum]|sum(attribute='__globals__') }}",
     "format string": "{{ '{0.__globals__[os].environ}'.format(lipsum) }}"
     "{{ '{0.__globals__[__builtins__][open]}'.format(lipsum)('@CANARY@').read() }}",
-    "format_map string": "{{ '{a.__globals__}'.format_map({'a': lipsum}) }}{{ lipsum.__globals__.os." + _TOUCH
+    "format_map string": "{{ '{a.__globals__}'.format_map({'a': lipsum}) }}{{ lipsum.__globals__.os."
+    + _TOUCH
     + " }}",
     "indirect format": "{% set f = '{0.__class__.__init__.__globals__}'.format %}{{ f(cycler) }}"
     "{{ cycler.__init__.__globals__.os." + _TOUCH + " }}",
     "format by attr": "{{ ('{0.__globals__}'|attr('format'))(lipsum) }}{{ (lipsum|attr('__globals__')).os."
-    + _TOUCH + " }}",
+    + _TOUCH
+    + " }}",
     "format by map": "{{ ['{0.__globals__}']|map('attr', 'format')|list }}"
     "{{ (['{0.__globals__[os]}'.format]|first)(lipsum)." + _TOUCH + " }}",
     "generator frame": "{% set g = messages|map('upper') %}{{ g.gi_frame.f_back.f_globals['__builtins__']."
-    + _READ + " }}",
+    + _READ
+    + " }}",
     "generator code": "{{ (messages|map('length')).gi_code.co_consts }}"
     "{{ (messages|map('length')).gi_frame.f_builtins." + _READ + " }}",
     "macro": "{% macro m() %}{% endmacro %}{{ m._func." + _GLOBALS + "." + _READ + " }}",
@@ -88,11 +93,17 @@ ESCAPES: Final[dict[str, str]] = {
     "import": "{% import '@CANARY@' as canary %}{{ canary }}",
     "from import": "{% from 'os' import popen %}{{ popen('echo x > @TOUCHED@').read() }}",
     "extends": "{% extends '@CANARY@' %}",
-    "codec": "{{ '@CANARY@'.encode('idna') }}{{ 'eA=='.encode('base64') }}{{ lipsum.__globals__.os." + _TOUCH + " }}",
-    "mutation": "{{ messages.clear() }}{{ messages.append(1) }}{% set _ = tools.__class__." + _GLOBALS
-    + "." + _READ + " %}",
+    "codec": "{{ '@CANARY@'.encode('idna') }}{{ 'eA=='.encode('base64') }}{{ lipsum.__globals__.os."
+    + _TOUCH
+    + " }}",
+    "mutation": "{{ messages.clear() }}{{ messages.append(1) }}{% set _ = tools.__class__."
+    + _GLOBALS
+    + "."
+    + _READ
+    + " %}",
     "arguments": "{% for m in messages if m.tool_calls %}{{ m.tool_calls[0].function.arguments.__str__."
-    + _GLOBALS + "['open']('@CANARY@').read() }}{% endfor %}",
+    + _GLOBALS
+    + "['open']('@CANARY@').read() }}{% endfor %}",
     "content": "{{ messages[1].content.__class__.__mro__[-1].__subclasses__() }}"
     "{{ messages[1].content.__class__.__init__.__globals__.os." + _TOUCH + " }}",
 }
@@ -107,9 +118,11 @@ BOMBS: Final[dict[str, str]] = {
     "recursive loop": "{% for x in [1] recursive %}{{ loop([1]) }}{% endfor %}",
     "recursive loop, wide": "{% for x in [1, 2] recursive %}{{ loop([1, 2]) }}{% endfor %}",
     "macro calls itself": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-    "macro calls itself twice": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
+    "macro calls itself twice": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}"
+    "{% endmacro %}"
     "{{ f(60) }}",
-    "macros call each other": "{% macro f() %}{{ g() }}{% endmacro %}{% macro g() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "macros call each other": "{% macro f() %}{{ g() }}{% endmacro %}{% macro g() %}{{ f() }}"
+    "{% endmacro %}{{ f() }}",
     "caller calls itself": "{% macro f() %}{{ caller() }}{% endmacro %}{% macro g() %}{% call f() %}{{ g() }}"
     "{% endcall %}{% endmacro %}{{ g() }}",
     "Ackermann": "{% macro a(m, n) %}{% if m == 0 %}{{ n + 1 }}{% elif n == 0 %}{{ a(m - 1, 1) }}{% else %}"
@@ -120,9 +133,13 @@ BOMBS: Final[dict[str, str]] = {
     "doubling by join": _NS + _LOOP + "{% set n.x = [n.x, n.x]|join %}{% endfor %}{{ n.x|length }}",
     "doubling by replace": _NS + _LOOP + "{% set n.x = n.x|replace('a', 'aa') %}{% endfor %}{{ n.x|length }}",
     "doubling by format": _NS + _LOOP + "{% set n.x = '%s%s'|format(n.x, n.x) %}{% endfor %}{{ n.x|length }}",
-    "doubling by block set": _NS + _LOOP + "{% set y %}{{ n.x }}{{ n.x }}{% endset %}{% set n.x = y %}{% endfor %}",
-    "doubling by filter block": _NS + _LOOP
-    + "{% set y %}{% filter replace('a', 'aa') %}{{ n.x }}{% endfilter %}{% endset %}{% set n.x = y %}{% endfor %}",
+    "doubling by block set": _NS
+    + _LOOP
+    + "{% set y %}{{ n.x }}{{ n.x }}{% endset %}{% set n.x = y %}{% endfor %}",
+    "doubling by filter block": _NS
+    + _LOOP
+    + "{% set y %}{% filter replace('a', 'aa') %}{{ n.x }}{% endfilter %}{% endset %}{% set n.x = y %}"
+    "{% endfor %}",
     "doubling a list": _NS + _LOOP + "{% set n.l = n.l + n.l %}{% endfor %}{{ n.l|length }}",
     "doubling a nested list": _NS + "{% for _ in range(60) %}{% set n.l = [n.l, n.l] %}{% endfor %}{{ n.l }}",
     "doubling JSON": _NS + _LOOP + "{% set n.l = [n.l, n.l]|tojson %}{% endfor %}{{ n.l|length }}",
@@ -134,7 +151,9 @@ BOMBS: Final[dict[str, str]] = {
     "repetition, folded": "{{ ('a' * 99999) * 99999 * 99999 }}",
     "power": "{{ 9 ** (9 ** (9 ** 9)) }}",
     "power in a test": "{% if 7 ** (7 ** (7 ** 7)) is even %}x{% endif %}",
-    "big multiplication": "{% set n = namespace(i=3) %}" + _LOOP + "{% set n.i = n.i * n.i %}{% endfor %}{{ n.i }}",
+    "big multiplication": "{% set n = namespace(i=3) %}"
+    + _LOOP
+    + "{% set n.i = n.i * n.i %}{% endfor %}{{ n.i }}",
     "shift by format": "{{ '%099999999999d' % 1 }}",
     "padding by format": "{{ '%*d' % (9999999999, 1) }}",
     "padding by str.format": "{{ '{:>99999999999}'.format(1) }}",
@@ -147,18 +166,23 @@ BOMBS: Final[dict[str, str]] = {
     "wordwrap": "{{ ('a ' * 9999999)|wordwrap(1)|length }}{{ 'a' * 10 ** 11 }}",
     "huge range": "{% for _ in range(1000000000) %}x{% endfor %}",
     "range by message": "{% for _ in range(messages[2].content|int) %}x{% endfor %}",
-    "range to list, doubled": _NS + "{% set n.l = range(99999)|list %}" + _LOOP + "{% set n.l = n.l * 2 %}{% endfor %}",
+    "range to list, doubled": _NS
+    + "{% set n.l = range(99999)|list %}"
+    + _LOOP
+    + "{% set n.l = n.l * 2 %}{% endfor %}",
     "batch": "{{ range(9)|batch(9999999999, 0)|list|length }}",
     "slice": "{{ range(9)|slice(9999999999, 0)|list|length }}",
     "join of much": "{% set a = 'a' * 999999 %}{{ range(99999)|join(a)|length }}",
     "sum of lists": "{{ ([[1] * 9999] * 99999)|sum(start=[])|length }}",
     "lorem ipsum": "{{ lipsum(n=99999, html=false, min=9999, max=99999) }}",
-    "doubling by message": "{% set n = namespace(x=messages[0].content) %}{% for _ in range(n.x|length * 9) %}"
+    "doubling by message": "{% set n = namespace(x=messages[0].content) %}"
+    "{% for _ in range(n.x|length * 9) %}"
     "{% set n.x = n.x ~ n.x %}{% endfor %}",
     "product of messages": "{% for a in messages %}" * 40 + "x" + "{% endfor %}" * 40,
     "sorting": "{{ (range(99999)|list * 99)|sort|sort(reverse=true)|unique|list|length }}" * 9,
     "regular expression": "{{ ('www.' ~ 'a.' * 99999)|urlize|length }}" * 99 + _LOOP * 2 + "{% endfor %}" * 2,
-    "strftime": "{{ strftime_now('%99999999999d') }}{{ strftime_now('%Y' * 9999999) * 9 }}{{ 'a' * 10 ** 10 }}",
+    "strftime": "{{ strftime_now('%99999999999d') }}{{ strftime_now('%Y' * 9999999) * 9 }}"
+    "{{ 'a' * 10 ** 10 }}",
     "deep parentheses": "{{ " + "(" * 50_000 + "1" + ")" * 50_000 + " }}",
     "deep lists": "{{ " + "[" * 30_000 + "]" * 30_000 + " }}",
     "long sum": "{{ " + "+".join(["x"] * 50_000) + " }}",
@@ -167,6 +191,9 @@ BOMBS: Final[dict[str, str]] = {
     "many macros": "".join(f"{{% macro m{i}() %}}{{% endmacro %}}" for i in range(5_000)),
     "long comparison": "{{ " + " < ".join(["1"] * 50_000) + " }}",
     "endless output": "{% set a = 'a' * 999999 %}" + _LOOP + "{{ a }}{% endfor %}",
-    "cycler": "{% set c = cycler(*range(99999)) %}" + _LOOP * 2 + "{{ c.next() }}{% endfor %}" + "{% endfor %}",
+    "cycler": "{% set c = cycler(*range(99999)) %}"
+    + _LOOP * 2
+    + "{{ c.next() }}{% endfor %}"
+    + "{% endfor %}",
     "debug of everything": _NS + _LOOP + "{% set n.d = {'a': n.d, 'b': n.d} %}{% endfor %}{{ n.d|pprint }}",
 }

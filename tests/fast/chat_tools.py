@@ -53,7 +53,8 @@ def said(role: str, content: str) -> Message:
 
 def called(*calls: tuple[str, str, Mapping[str, Any]], content: str | None = None) -> Message:
     tool_calls = tuple(
-        ToolCall(id=id, name=name, arguments=json.dumps(arguments, ensure_ascii=False)) for id, name, arguments in calls
+        ToolCall(id=id, name=name, arguments=json.dumps(arguments, ensure_ascii=False))
+        for id, name, arguments in calls
     )
     return Message(role="assistant", content=content, tool_calls=tool_calls)
 
@@ -99,13 +100,13 @@ CHATS: dict[str, Chat] = {
         tools=[WEATHER, CLOCK],
     ),
     "thinking": Chat(messages=[said("user", "Hi")], variables={"enable_thinking": True}),
-    "no thinking": Chat(
-        messages=[said("user", "Hi")], tools=[WEATHER], variables={"enable_thinking": False}
-    ),
+    "no thinking": Chat(messages=[said("user", "Hi")], tools=[WEATHER], variables={"enable_thinking": False}),
 }
 
 
-def plain_context(chat: Chat, *, text_arguments: bool = False, no_content: str | None = None) -> dict[str, Any]:
+def plain_context(
+    chat: Chat, *, text_arguments: bool = False, no_content: str | None = None
+) -> dict[str, Any]:
     """What transformers would be given: arguments as objects or text, absent content as None or empty."""
     messages = []
     for message in chat.messages:
@@ -130,7 +131,7 @@ def plain_context(chat: Chat, *, text_arguments: bool = False, no_content: str |
 
 
 class _Generation(ext.Extension):
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012 - as the library declares it
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -179,9 +180,7 @@ USER_FIELDS: dict[str, Callable[[str], Chat]] = {
     "tool_call_id": lambda text: Chat(messages=[Message(role="tool", content="x", tool_call_id=text)]),
     "id of a call": lambda text: _with_call(ToolCall(id=text, name="f", arguments="{}")),
     "name of a call": lambda text: _with_call(ToolCall(name=text, arguments="{}")),
-    "value of an argument": lambda text: _with_call(
-        ToolCall(name="f", arguments=json.dumps({"a": [text]}))
-    ),
+    "value of an argument": lambda text: _with_call(ToolCall(name="f", arguments=json.dumps({"a": [text]}))),
     "name of an argument": lambda text: _with_call(ToolCall(name="f", arguments=json.dumps({text: 1}))),
     "name of a tool": lambda text: Chat(
         messages=[said("user", "x")], tools=[{"type": "function", "function": {"name": text}}]

@@ -1,7 +1,7 @@
-"""Templates that real models have, on real conversations: what transformers renders, and what we render.
+"""Templates that real models have: what transformers renders, and what we do. And all the hostile ones.
 
-They come from the source package of llama-cpp-python, which holds over a hundred. It is not part of the
-project: the test takes it from TOKENMILL_TEST_SDIST or gets it with pip.
+The real ones come from the source package of llama-cpp-python, which holds over a hundred. It is not part of
+the project: the test takes it from TOKENMILL_TEST_SDIST or gets it with pip.
 """
 
 import ast
@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from scripts.scorecard.hostile_templates import Case, cases, check, check_unguarded
 from tests.fast.chat_tools import CHATS, Chat, plain_context
 from tokenmill.core import ModelFormatError, UsageError
 from tokenmill.models.chat_template import ChatTemplate
@@ -28,6 +29,7 @@ FOLDER = Path(__file__).parents[2] / "build" / "sdist"
 NUM_TEMPLATES = 110
 BOS, EOS = "<s>", "</s>"
 FAILED = "None"
+NO_TOOLS: tuple[list[object] | None, ...] = (None, [])
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,7 @@ def templates_in(package: Path) -> Iterator[tuple[str, str]]:
 def references(source: str, chat: Chat) -> list[str]:
     """What transformers renders of the shapes that a caller could give, the usual one first."""
     prompts = []
-    for no_content, text_arguments, no_tools in itertools.product((None, ""), (False, True), (None, [])):
+    for no_content, text_arguments, no_tools in itertools.product((None, ""), (False, True), NO_TOOLS):
         context = plain_context(chat, text_arguments=text_arguments, no_content=no_content)
         messages, tools = context.pop("messages"), context.pop("tools") or no_tools
         options = {"add_generation_prompt": True, "bos_token": BOS, "eos_token": EOS, **context}
@@ -111,3 +113,14 @@ def test_equal_to_transformers(templates: dict[str, str]) -> None:
     print(f"{num_equal} equal, {num_refused} refused by both, {len(differ)} differ")
     assert not differ
     assert num_equal > 900
+
+
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+def test_hostile_templates_are_held(case: Case) -> None:
+    assert check(case) is None
+
+
+def test_plain_jinja2_holds_few_of_them() -> None:
+    outcomes = [(case.kind, check_unguarded(case)) for case in cases()]
+    assert sum(kind == "escape" and outcome == "it reached the canary" for kind, outcome in outcomes) > 30
+    assert all(outcome for kind, outcome in outcomes if kind == "bomb")

@@ -52,7 +52,7 @@ class ToolCall:
         if not self.name:
             raise UsageError("a tool call has no name", hint="name the function that was called")
         hint = 'give the text of a JSON object, like \'{"city": "Rome"}\''
-        if not isinstance(self.arguments, str):
+        if not _is_text(self.arguments):
             kind = type(self.arguments).__name__
             raise UsageError(f"the arguments of the tool call {self.name!r} are {kind}, no text", hint=hint)
         try:
@@ -82,16 +82,16 @@ class Message:
         _check_name("the role of a message", self.role)
         _check_name("the name of a message", self.name)
         _check_name("the tool_call_id of a message", self.tool_call_id)
-        calls = self.tool_calls
-        if not isinstance(calls, tuple) or not all(isinstance(call, ToolCall) for call in calls):
+        calls, content = self.tool_calls, self.content
+        if not _are_tool_calls(calls):
             raise UsageError("tool_calls is no tuple of ToolCall", hint="give tuple[ToolCall, ...]")
         if len(calls) > _MAX_TOOL_CALLS:
             raise UsageError(f"a message has {len(calls)} tool calls", hint=f"at most {_MAX_TOOL_CALLS}")
         if calls and self.role != "assistant":
             raise UsageError(f"a message of the role {self.role!r} has tool calls", hint="only assistants do")
-        if not isinstance(self.content, str) and not (self.content is None and calls):
+        if not (_is_text(content) or (content is None and calls)):
             raise UsageError(
-                f"the content of a message is {type(self.content).__name__}, no text",
+                f"the content of a message is {type(content).__name__}, no text",
                 hint="give one string: join text parts; images, audio and files are not supported",
             )
 
@@ -195,7 +195,17 @@ class Score:
 
 def _check_name(what: str, value: object) -> None:
     if not isinstance(value, str) or len(value) > _MAX_NAME_CHARS:
-        raise UsageError(f"{what} is {str(value)[:40]!r}", hint=f"use text of up to {_MAX_NAME_CHARS} characters")
+        raise UsageError(
+            f"{what} is {str(value)[:40]!r}", hint=f"use text of up to {_MAX_NAME_CHARS} characters"
+        )
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _are_tool_calls(value: object) -> bool:
+    return isinstance(value, tuple) and all(isinstance(each, ToolCall) for each in value)
 
 
 def _no_number(name: str) -> None:

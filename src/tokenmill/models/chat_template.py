@@ -52,6 +52,7 @@ class ChatTemplate:
         return self.rendered(template_context(messages, tools, variables), add_generation_prompt)
 
     def rendered(self, context: Mapping[str, Any], add_generation_prompt: bool, mark: str = "") -> str:
+        """The prompt text of a context that `template_context` made; see `defuse` for the mark."""
         full = {**context, "add_generation_prompt": add_generation_prompt, **self._tokens}
         answer = self._process.render(self.source, full, mark)
         if "text" in answer:

@@ -23,16 +23,64 @@ _MAX_TOOLS: Final = 1024
 _MAX_VARIABLES: Final = 64
 _GIVEN: Final = frozenset({"messages", "tools", "add_generation_prompt", "bos_token", "eos_token"})
 
-_TYPES: Final = frozenset("function object array string number integer boolean null".split())
+_TYPES: Final = frozenset(["function", "object", "array", "string", "number", "integer", "boolean", "null"])
 _SCHEMAS: Final = frozenset(  # keys whose value is a schema, or a list of them
-    "function parameters items prefixItems contains anyOf oneOf allOf not if then else"
-    " additionalProperties propertyNames return returns".split()
+    [
+        "function",
+        "parameters",
+        "items",
+        "prefixItems",
+        "contains",
+        "anyOf",
+        "oneOf",
+        "allOf",
+        "not",
+        "if",
+        "then",
+        "else",
+        "additionalProperties",
+        "propertyNames",
+        "return",
+        "returns",
+    ]
 )
-_NAMED_SCHEMAS: Final = frozenset("properties patternProperties dependentSchemas $defs definitions".split())
+_NAMED_SCHEMAS: Final = frozenset(
+    ["properties", "patternProperties", "dependentSchemas", "$defs", "definitions"]
+)
 _OTHERS: Final = frozenset(
-    "name description strict type required enum const default examples title format pattern nullable $ref"
-    " minimum maximum exclusiveMinimum exclusiveMaximum multipleOf minLength maxLength minItems maxItems"
-    " uniqueItems minProperties maxProperties deprecated readOnly writeOnly $schema $id".split()
+    [
+        "name",
+        "description",
+        "strict",
+        "type",
+        "required",
+        "enum",
+        "const",
+        "default",
+        "examples",
+        "title",
+        "format",
+        "pattern",
+        "nullable",
+        "$ref",
+        "minimum",
+        "maximum",
+        "exclusiveMinimum",
+        "exclusiveMaximum",
+        "multipleOf",
+        "minLength",
+        "maxLength",
+        "minItems",
+        "maxItems",
+        "uniqueItems",
+        "minProperties",
+        "maxProperties",
+        "deprecated",
+        "readOnly",
+        "writeOnly",
+        "$schema",
+        "$id",
+    ]
 )
 _STRUCTURE: Final = _SCHEMAS | _NAMED_SCHEMAS | _OTHERS
 _WORD: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -126,8 +174,8 @@ def _variables(variables: Mapping[str, Any], rewrite: _Rewrite) -> dict[str, Any
     if len(variables) > _MAX_VARIABLES:
         raise UsageError(f"{len(variables)} template variables", hint=f"give at most {_MAX_VARIABLES}")
     for name in variables:
-        if not isinstance(name, str) or not name.isidentifier() or len(name) > 64 or name in _GIVEN:
-            raise UsageError(f"template variable {str(name)[:40]!r} cannot be set", hint="use another name")
+        if not _key(name, "variables").isidentifier() or len(name) > 64 or name in _GIVEN:
+            raise UsageError(f"template variable {name[:40]!r} cannot be set", hint="use another name")
 
     def unless_word(text: str) -> str:
         return text if _WORD.fullmatch(text) else rewrite(text)
@@ -145,9 +193,7 @@ def _json(value: object, what: str, rewrite: _Rewrite, depth: int = 0) -> Any:
     if isinstance(value, list | tuple):
         return [_json(each, what, rewrite, below) for each in value]
     if isinstance(value, Mapping):
-        return {
-            rewrite(_key(key, what)): _json(each, what, rewrite, below) for key, each in value.items()
-        }
+        return {rewrite(_key(key, what)): _json(each, what, rewrite, below) for key, each in value.items()}
     raise UsageError(f"{what} has a value of type {type(value).__name__}", hint="give JSON values only")
 
 

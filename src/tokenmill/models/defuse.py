@@ -9,7 +9,7 @@ is a template that deletes text from the middle of a string and so joins its two
 import functools
 import re
 from collections.abc import Iterable
-from itertools import chain
+from itertools import chain, islice
 
 from tokenmill.core import ModelFormatError, UsageError
 
@@ -22,8 +22,13 @@ def unused_character(texts: Iterable[str]) -> str:
     Rare ideographs first, of which a conversation that uses all is hard to imagine, then private use.
     """
     given = list(texts)
-    for char in map(chr, chain(range(0x2A6D6, 0x20000, -1), range(0x10FFFD, 0xF0000, -1))):
+    candidates = map(chr, chain(range(0x2A6D6, 0x20000, -1), range(0x10FFFD, 0xF0000, -1)))
+    for char in islice(candidates, 16):  # one of them will do, and a search is quicker than a set
         if not any(char in text for text in given):
+            return char
+    used = set().union(*given)
+    for char in candidates:
+        if char not in used:
             return char
     raise UsageError("the conversation uses every character there is", hint="shorten it")
 

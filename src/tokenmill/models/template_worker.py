@@ -72,7 +72,7 @@ class _Arguments(dict[str, Any]):
 class _Generation(ext.Extension):
     """`{% generation %}` marks the model's own words for training; in a prompt it is its content."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012 - as the library declares it
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -96,7 +96,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
 
     def handle_exception(self, source: str | None = None) -> NoReturn:
         """Leave the traceback as it is: making it pretty would run code."""
-        raise  # noqa: PLE0704
+        raise
 
     def _to_json(
         self,
@@ -107,6 +107,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         sort_keys: bool = False,
     ) -> str:
         """JSON without HTML escapes, other scripts readable."""
+        value = None if isinstance(value, _NoTools) else value
         text = json.dumps(
             value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
         )
@@ -179,9 +180,7 @@ def _strftime_now(pattern: str) -> str:
     return datetime.now().strftime(pattern)
 
 
-def _template_line(
-    environment: TemplateEnvironment, source: str, traceback: TracebackType | None
-) -> str:
+def _template_line(environment: TemplateEnvironment, source: str, traceback: TracebackType | None) -> str:
     """`line 7: ` if the error came while line 7 of the template ran."""
     line = 0
     while traceback is not None:
