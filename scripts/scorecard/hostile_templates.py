@@ -2,8 +2,8 @@
 
 Each reaches us through one of the three doors of a template: GGUF metadata, `tokenizer_config.json`,
 `chat_template.jinja`. An escape tries to read or to touch a canary file; it may render to harmless text, or
-fail with one error. A bomb must fail with one error, which names the file, within a bound of time. No file may
-be left behind. `check_unguarded` is the control: the same template in plain Jinja2, with no sandbox and no
+fail with one error. A bomb must fail with one error, which names the file, within a bound of time. No file
+may be left behind. `check_unguarded` is the control: the same template in plain Jinja2, without sandbox or
 limits but those that keep this machine alive.
 """
 

@@ -91,8 +91,10 @@ def test_the_worker_sees_no_environment(tmp_path: Path, monkeypatch: pytest.Monk
     assert render_with_walls_down(down, "environment", tmp_path, monkeypatch)
 
 
-DOUBLING = "{% set n = namespace(x='a') %}{% for _ in range(26) %}{% set n.x = n.x ~ n.x %}{% endfor %}"
-"{{ n.x|length }}"
+DOUBLING = (
+    "{% set n = namespace(x='a') %}{% for _ in range(26) %}{% set n.x = n.x ~ n.x %}{% endfor %}"
+    "{{ n.x|length }}"
+)
 COUNTING = "{% for a in range(2000) %}{% for b in range(2000) %}{% endfor %}{% endfor %}done"
 
 

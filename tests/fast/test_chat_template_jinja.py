@@ -128,6 +128,12 @@ def test_refusal() -> None:
         template.render(CHATS["one"].messages)
 
 
+def test_a_refusal_cannot_write_to_the_terminal() -> None:
+    template = ChatTemplate("{{ raise_exception('a\\x1b[2Jb\\nc') }}")
+    with pytest.raises(UsageError, match=r"\(a\?\[2Jb\)$"):
+        template.render(CHATS["one"].messages)
+
+
 def test_budget_grows_with_the_conversation() -> None:
     assert template_process._SECONDS_PER_CHAR * (1 << 20) > template_process._MAX_SECONDS
     source = "{% for m in messages %}" + "{% for _ in range(40) %}x{% endfor %}" + "{% endfor %}"

@@ -9,7 +9,7 @@ import pytest
 from tests.fast.chat_tools import CHATS, CLOCK, USER_FIELDS, WEATHER, Chat, called, said
 from tests.fast.model_files import tiny_gguf
 from tokenmill.core import Message, ToolCall, UsageError
-from tokenmill.models import chat_template
+from tokenmill.models import chat_template, conversation
 from tokenmill.models.chat_template import ChatTemplate, encode_chat
 from tokenmill.models.conversation import template_context
 from tokenmill.models.defuse import Defuser, unused_character
@@ -163,7 +163,7 @@ def test_messages_that_are_refused(problem: str, fields: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize(
-    "arguments", ["", "{", "[]", "null", '{"a": NaN}', '{"a":' * 9999, {"a": 1}, "9" * 9999]
+    "arguments", ["", "{", "[]", "null", '{"a": NaN}', '{"a":' * 9999, {"a": 1}, "9" * 9999, " " * (2 << 20)]
 )
 def test_arguments_that_are_no_json_object(arguments: Any) -> None:
     with pytest.raises(UsageError, match="arguments of the tool call 'f' are"):
@@ -196,6 +196,14 @@ BAD_TOOLS: list[tuple[str, Any, Any]] = [
 def test_tools_and_variables_that_are_refused(problem: str, tools: Any, variables: Any) -> None:
     with pytest.raises(UsageError, match=problem):
         ChatTemplate("x").render(HELLO, tools=tools, variables=variables)
+
+
+def test_values_without_text_count_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    tools = [{"name": "f", "enum": [0] * 1000}]
+    assert ChatTemplate("x").render(HELLO, tools=tools) == "x"
+    monkeypatch.setattr(conversation, "_MAX_CHARS", 8000)
+    with pytest.raises(UsageError, match="over 8000 characters"):
+        ChatTemplate("x").render(HELLO, tools=tools)
 
 
 def test_the_mark_is_unused() -> None:

@@ -33,6 +33,7 @@ Tier = Literal["fast", "standard", "batch"]
 
 _MAX_NAME_CHARS: Final = 256
 _MAX_TOOL_CALLS: Final = 128
+_MAX_ARGUMENTS_CHARS: Final = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,9 @@ class ToolCall:
         if not _is_text(self.arguments):
             kind = type(self.arguments).__name__
             raise UsageError(f"the arguments of the tool call {self.name!r} are {kind}, no text", hint=hint)
+        if len(self.arguments) > _MAX_ARGUMENTS_CHARS:
+            hint = f"at most {_MAX_ARGUMENTS_CHARS} characters"
+            raise UsageError(f"the arguments of the tool call {self.name!r} are too long", hint=hint)
         try:
             is_object = isinstance(json.loads(self.arguments, parse_constant=_no_number), dict)
         except (ValueError, RecursionError):

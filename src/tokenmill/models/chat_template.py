@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from tokenmill.core import Message, ModelFormatError, ResourceError, UsageError
-from tokenmill.models.conversation import ROLES, template_context
+from tokenmill.models.conversation import template_context
 from tokenmill.models.defuse import Defuser, unused_character
 from tokenmill.models.template_process import TemplateProcess
 from tokenmill.models.tokenizer import Tokenizer
 
-__all__ = ["MAX_TEMPLATE_CHARS", "ROLES", "ChatTemplate", "encode_chat"]
+__all__ = ["MAX_TEMPLATE_CHARS", "ChatTemplate", "encode_chat"]
 
 MAX_TEMPLATE_CHARS: Final = 1 << 18
 
@@ -54,14 +54,14 @@ class ChatTemplate:
     def rendered(self, context: Mapping[str, Any], add_generation_prompt: bool, mark: str = "") -> str:
         """The prompt text of a context that `template_context` made; see `defuse` for the mark."""
         full = {**context, "add_generation_prompt": add_generation_prompt, **self._tokens}
-        answer = self._process.render(self.source, full, mark)
-        if "text" in answer:
-            return answer["text"]
-        if "refused" in answer:
-            raise UsageError(f"{self.origin}: refuses these messages ({answer['refused']})")
-        if "exhausted" in answer:
-            raise ResourceError(f"{self.origin}: takes too much to render ({answer['exhausted']})")
-        reason = answer.get("broken") or answer.get("escaped")
+        ((outcome, text),) = self._process.render(self.source, full, mark).items()
+        if outcome == "text":
+            return text
+        reason = "".join(char if char.isprintable() else "?" for char in text if char != mark)
+        if outcome == "refused":
+            raise UsageError(f"{self.origin}: refuses these messages ({reason})")
+        if outcome == "exhausted":
+            raise ResourceError(f"{self.origin}: takes too much to render ({reason})")
         raise ModelFormatError(f"{self.origin}: cannot be rendered ({reason})")
 
 

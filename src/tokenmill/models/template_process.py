@@ -53,14 +53,16 @@ class TemplateProcess:
             answer = exchange(child, f"[{json.dumps(head)}, {text}]\n".encode(), _WAIT_SECONDS)
             if answer is None or "exhausted" in answer or "escaped" in answer:
                 self._stop()  # what is left of it serves nobody
-            return answer or {"exhausted": _reason(child.returncode, seconds, memory)}
+            if answer is None:
+                return {"exhausted": _reason(child.returncode, seconds, memory)}
+            return {key: str(value) for key, value in answer.items()}
 
     def _started(self) -> "subprocess.Popen[bytes]":
         if self._child is not None and self._child.poll() is not None:
             self._stop()
         if self._child is None:
             self._child = subprocess.Popen(
-                [sys.executable, "-I", str(_WORKER)],
+                [sys.executable, "-EP", str(_WORKER)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -82,4 +84,4 @@ def _reason(returncode: int, seconds: float, memory: int) -> str:
         -signal.SIGPROF: f"over {seconds:.1f} s of processor time",
         -signal.SIGKILL: f"no answer within {_WAIT_SECONDS:.0f} s",
     }
-    return reasons.get(returncode, f"over {memory >> 20} MiB of memory")
+    return reasons.get(returncode, f"exit code {returncode}, with {memory >> 20} MiB of memory")

@@ -18,7 +18,6 @@ import signal
 import sys
 from collections.abc import Callable, Mapping
 from datetime import datetime
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, NoReturn
 
@@ -136,14 +135,15 @@ def serve() -> None:
     """Answer requests: `source`, `mark`, the budget as `seconds` and `memory_bytes`; and the context."""
     environment = TemplateEnvironment()
     render(environment, _WARM_UP, {"messages": [], "tools": None})
-    base = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    size_file = os.open("/proc/self/statm", os.O_RDONLY)
     for kind in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE):
         resource.setrlimit(kind, (0, 0))
     sys.addaudithook(_end_at_event)
     for line in sys.stdin.buffer:
         request, context = json.loads(line)
         environment.mark = request["mark"]
-        resource.setrlimit(resource.RLIMIT_AS, (base + request["memory_bytes"], resource.RLIM_INFINITY))
+        now = int(os.pread(size_file, 99, 0).split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (now + request["memory_bytes"], resource.RLIM_INFINITY))
         signal.setitimer(signal.ITIMER_PROF, request["seconds"])  # its signal ends the process
         answer = render(environment, request["source"], context)
         signal.setitimer(signal.ITIMER_PROF, 0)
