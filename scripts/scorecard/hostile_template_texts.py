@@ -150,7 +150,7 @@ BOMBS: Final[dict[str, str]] = {
     "repetition of a list": "{{ ([1] * 10000000000)|length }}",
     "repetition, folded": "{{ ('a' * 99999) * 99999 * 99999 }}",
     "power": "{{ 9 ** (9 ** (9 ** 9)) }}",
-    "power in a test": "{% if 7 ** (7 ** (7 ** 7)) is even %}x{% endif %}",
+    "power in a test": "{% if (7 ** (7 ** (7 ** 7))) is even %}x{% endif %}",
     "big multiplication": "{% set n = namespace(i=3) %}"
     + _LOOP
     + "{% set n.i = n.i * n.i %}{% endfor %}{{ n.i }}",

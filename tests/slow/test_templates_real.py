@@ -115,7 +115,7 @@ def test_equal_to_transformers(templates: dict[str, str]) -> None:
     assert num_equal > 900
 
 
-@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", list(cases()), ids=lambda case: case.name)
 def test_hostile_templates_are_held(case: Case) -> None:
     assert check(case) is None
 
