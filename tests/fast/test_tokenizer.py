@@ -95,7 +95,7 @@ def test_tokens_that_take_spaces_along(tokenizer: Tokenizer, tmp_path: Path) -> 
 
 
 BAD_FIELDS = {
-    "tokenizer.ggml.model": "llama",
+    "tokenizer.ggml.model": "bert",
     "tokenizer.ggml.pre": "mystery",
     "tokenizer.ggml.tokens": [1, 2, 3],
     "tokenizer.ggml.merges": ["one", "two"],
