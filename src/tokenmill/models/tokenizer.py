@@ -25,6 +25,10 @@ from tokenmill.models.tokenizer_pipeline import guarded, read_pipeline
 __all__ = ["Tokenizer"]
 
 _MAX_FILE_BYTES: Final = 64 << 20
+# White space as Unicode and the library have it; `str.strip` would take four control characters more.
+_WHITE: Final = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
+    map(chr, range(0x2000, 0x200B))
+)
 
 
 class Tokenizer:
@@ -108,13 +112,13 @@ class Tokenizer:
         for match in self._pattern.finditer(text):
             control = match.group()
             plain = _without(text[at : match.start()], mark)
-            plain = plain.lstrip() if strip_left else plain
+            plain = plain.lstrip(_WHITE) if strip_left else plain
             strip_right, strip_left = self._parts.strips[control]
-            ids += self._plain_ids(plain.rstrip() if strip_right else plain, at)
+            ids += self._plain_ids(plain.rstrip(_WHITE) if strip_right else plain, at)
             ids.append(self._parts.controls[control])
             at = match.end()
         plain = _without(text[at:], mark)
-        return ids + self._plain_ids(plain.lstrip() if strip_left else plain, at)
+        return ids + self._plain_ids(plain.lstrip(_WHITE) if strip_left else plain, at)
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of token ids, from its start; control tokens vanish unless kept.

@@ -29,8 +29,15 @@ _SPACE: Final = "▁"
 _MAX_PIECE_CHARS: Final = 256
 _ESCAPE: Final[Mapping[str, Any]] = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
 _PREFIX: Final[Mapping[str, Any]] = {"type": "Prepend", "prepend": _SPACE}
+# A Unigram model of the library would take the text <0x41> for the byte token: it is cut after the <.
+_CUT_BYTE_TEXT: Final[Mapping[str, Any]] = {
+    "type": "Split",
+    "pattern": {"Regex": "<(?=0x[0-9A-F]{2}>)"},
+    "behavior": "MergedWithPrevious",
+    "invert": False,
+}
 _MERGE_SPACES: Final[tuple[Mapping[str, Any], ...]] = (
-    {"type": "Replace", "pattern": {"Regex": "^ +| +$"}, "content": ""},
+    {"type": "Replace", "pattern": {"Regex": r"\A +| +\z"}, "content": ""},
     {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "},
 )
 
@@ -63,11 +70,11 @@ class _Vocabulary:
 
     def scores(self) -> list[float]:
         """One number a token. Raises ModelFormatError."""
-        values = self.metadata.get(f"{_FIELD}.scores")
-        if isinstance(values, np.ndarray) and values.dtype.kind in "fiu" and np.isfinite(values).all():
-            if len(values) == len(self.tokens):
-                return [float(value) for value in values]
-        raise ModelFormatError(f"{self.source}: {_FIELD}.scores is not one finite number a token")
+        values: Any = self.metadata.get(f"{_FIELD}.scores")
+        is_list = isinstance(values, np.ndarray) and values.dtype.kind in "fiu"
+        if not is_list or len(values) != len(self.tokens) or not np.isfinite(values).all():
+            raise ModelFormatError(f"{self.source}: {_FIELD}.scores is not one finite number a token")
+        return [float(value) for value in values]
 
 
 def gguf_tokenizer(gguf: GgufFile) -> tokenizers.Tokenizer:
@@ -203,7 +210,14 @@ def _unigram(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
         *((_PREFIX,) if is_prefixed else ()),
         _ESCAPE,
     ]
-    inner = _assembled(vocabulary, unigram, steps, decoders=_text_decoders(is_prefixed), add_bos=False)
+    inner = _assembled(
+        vocabulary,
+        unigram,
+        steps,
+        pre_tokenizers=[_CUT_BYTE_TEXT] if _BYTE in vocabulary.types else (),
+        decoders=_text_decoders(is_prefixed),
+        add_bos=False,
+    )
     characters = vocabulary.metadata.get(f"{_FIELD}.precompiled_charsmap")
     if characters is not None:
         if not isinstance(characters, np.ndarray) or characters.dtype.itemsize != 1:

@@ -13,8 +13,9 @@ for a character that cannot be written otherwise; vocabularies with all 256 byte
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Literal, TypeVar
 
 import tokenizers
@@ -69,6 +70,8 @@ def read_pipeline(inner: tokenizers.Tokenizer, source: str) -> Pipeline:
         raise ModelFormatError(f"{source}: added_tokens: a control token shorter than two characters")
     _check_model(inner, source)
     is_byte_level = _is_byte_level(inner, source)
+    # The text of other added tokens is decoded like that of pieces.
+    verbatim = added.keys() if is_byte_level else set(controls.values())
     start = _without_controls(inner, controls, source)
     after, restarts = _continuation(start, source)
     return Pipeline(
@@ -77,9 +80,7 @@ def read_pipeline(inner: tokenizers.Tokenizer, source: str) -> Pipeline:
         restarts=restarts,
         controls=controls,
         strips={token.content: (token.lstrip, token.rstrip) for token in added.values()},
-        token_bytes=_token_bytes(
-            inner, {token_id: token.content for token_id, token in added.items()}, is_byte_level, source
-        ),
+        token_bytes=_token_bytes(inner, verbatim, is_byte_level, source),
         lead="kept" if is_byte_level else _lead(inner, source),
         prompt_prefix=_prompt_prefix(inner, source),
     )
@@ -255,33 +256,39 @@ def _prompt_prefix(inner: tokenizers.Tokenizer, source: str) -> tuple[int, ...]:
 
 
 def _token_bytes(
-    inner: tokenizers.Tokenizer, added: Mapping[int, str], is_byte_level: bool, source: str
+    inner: tokenizers.Tokenizer, verbatim: Collection[int], is_byte_level: bool, source: str
 ) -> tuple[bytes, ...]:
-    """Bytes of every id. Ids must be nearly dense: 0 to the number of tokens, with few holes."""
+    """Bytes of every id; those of `verbatim` ids are their text. Ids must be nearly dense, from 0 on."""
     vocabulary: dict[str, int] = inner.get_vocab(with_added_tokens=True)
     highest = max(vocabulary.values(), default=-1)
     if not 0 <= highest < min(2 * len(vocabulary), _MAX_VOCABULARY):
         raise ModelFormatError(f"{source}: the vocabulary is empty, too large or has holes")
+    kinds = {step["type"] for step in _steps(_settings(inner.decoder), "decoders")}
+    written = _stand_in_bytes() if is_byte_level else partial(_piece_bytes, "ByteFallback" in kinds)
     table = [b""] * (highest + 1)
-    alphabet = _byte_alphabet()
-    has_bytes = any(step["type"] == "ByteFallback" for step in _steps(_settings(inner.decoder), "decoders"))
     for text, token_id in vocabulary.items():
-        if not is_byte_level:
-            byte = _BYTE_TOKEN.fullmatch(text) if has_bytes else None
-            table[token_id] = bytes.fromhex(byte[1]) if byte else text.replace(_SPACE, " ").encode()
-            continue
-        stood_for = "" if token_id in added else text.translate(alphabet)
-        # A token that is not all stand-ins is its own text; no text is encoded to it.
-        is_text = not stood_for or max(stood_for) > "\xff"
-        table[token_id] = text.encode() if is_text else stood_for.encode("latin-1")
+        table[token_id] = text.encode() if token_id in verbatim else written(text)
     return tuple(table)
 
 
-def _byte_alphabet() -> dict[int, int]:
-    """GPT-2's stand-ins to bytes: printable Latin-1 is itself, the others are U+0100 and up.
+def _piece_bytes(has_byte_tokens: bool, text: str) -> bytes:
+    """The bytes of a SentencePiece token."""
+    byte = _BYTE_TOKEN.fullmatch(text) if has_byte_tokens else None
+    return bytes.fromhex(byte[1]) if byte else text.replace(_SPACE, " ").encode()
 
-    Latin-1 characters that are no stand-in go to U+FFFF, which no byte is.
+
+def _stand_in_bytes() -> Callable[[str], bytes]:
+    """From a byte-level token to its bytes; one that is not all stand-ins is its own text, as in the library.
+
+    GPT-2's stand-ins: printable Latin-1 is itself, the other bytes are U+0100 and up.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = sorted(set(range(256)) - printable)
-    return dict.fromkeys(others, 0xFFFF) | {0x100 + index: byte for index, byte in enumerate(others)}
+    # Latin-1 characters that are no stand-in go to U+FFFF, which no byte is.
+    alphabet = dict.fromkeys(others, 0xFFFF) | {0x100 + index: byte for index, byte in enumerate(others)}
+
+    def written(text: str) -> bytes:
+        stood_for = text.translate(alphabet)
+        return stood_for.encode("latin-1") if max(stood_for, default="") <= "\xff" else text.encode()
+
+    return written
