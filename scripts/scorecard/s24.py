@@ -17,6 +17,8 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +26,7 @@ import tokenizers
 
 from scripts.scorecard import Line
 from scripts.scorecard.vocabularies import CHATML, KINDS, LLAMA_CHAT, description
-from tokenmill.core import Message
+from tokenmill.core import Message, ModelFormatError
 from tokenmill.models.chat_template import ChatTemplate, encode_chat
 from tokenmill.models.gguf import GgufFile
 from tokenmill.models.tokenizer import Tokenizer
@@ -110,22 +112,23 @@ def subjects() -> list[Subject]:
         found.append(_subject(kind, tokenizer, text))
     folder = os.environ.get("TOKENMILL_TEST_VOCABS")
     for path in sorted(Path(folder).glob("ggml-vocab-*.gguf")) if folder else ():
-        with GgufFile.open(path) as gguf:
-            if gguf.metadata.get("tokenizer.ggml.pre") is None or "bert" in path.name:
-                continue
+        with GgufFile.open(path) as gguf, suppress(ModelFormatError):  # of a kind that is not supported
             tokenizer = Tokenizer.from_gguf(gguf)
-        found.append(_subject(path.stem, tokenizer, tokenizer.to_json()))
+            found.append(_subject(path.stem, tokenizer, tokenizer.to_json()))
     return found
 
 
 def _subject(name: str, tokenizer: Tokenizer, text: str) -> Subject:
     controls = list(tokenizer.special_tokens)
     begin, end = (controls[1], controls[2]) if len(controls) > 2 else (controls[0], controls[-1])
-    if "<|im_start|>" in controls:
-        template = ChatTemplate(CHATML)
-    else:
-        template = ChatTemplate(LLAMA_CHAT, bos_token=begin, eos_token=end)
-    return Subject(name, tokenizer, tokenizers.Tokenizer.from_str(text), template)
+    source = CHATML if "<|im_start|>" in controls else LLAMA_CHAT
+    return Subject(name, tokenizer, tokenizers.Tokenizer.from_str(text), _template(source, begin, end))
+
+
+@cache
+def _template(source: str, begin: str, end: str) -> ChatTemplate:
+    """One process renders for all vocabularies with these tokens."""
+    return ChatTemplate(source, bos_token=begin, eos_token=end)
 
 
 def _controls(case: _Case, guard: bool) -> list[int]:
