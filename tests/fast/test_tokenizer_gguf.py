@@ -258,7 +258,7 @@ def test_what_is_wrong_is_named(tmp_path: Path, problem: str) -> None:
 
 def test_a_vocabulary_beyond_the_embeddings_and_ids_beyond_the_vocabulary(tmp_path: Path) -> None:
     tokens, merges, types = tiny_vocabulary()
-    changes = {"tokens": [*tokens, "more"], "merges": merges, "token_type": [*types, 1]}
+    changes: dict[str, Any] = {"tokens": [*tokens, "more"], "merges": merges, "token_type": [*types, 1]}
     (tmp_path / "model.gguf").write_bytes(
         tiny_gguf(**{f"tokenizer__ggml__{name}": value for name, value in changes.items()})
     )

@@ -1,4 +1,4 @@
-"""Vocabularies of real models: the golden token ids that come with llama.cpp, made by the models' own tokenizers.
+"""Vocabularies of real models: llama.cpp's golden token ids, which the models' own tokenizers have made.
 
 They lie in the source package of llama-cpp-python, which is fetched once into a cache folder, or in the
 folder that TOKENMILL_TEST_VOCABS names (the package's `vendor/llama.cpp/models`). Nothing of it is kept here.
@@ -104,11 +104,8 @@ def test_goldens(folder: Path, tmp_path: Path, name: str) -> None:
         expected = [int(each) for each in line.split()]
         assert tokenizer.encode(text) == rebuilt.encode(text) == expected
         assert library.encode(text, add_special_tokens=False).ids == expected
-    assert (
-        tokenizer.prompt_prefix
-        == rebuilt.prompt_prefix
-        == tuple([PREFIXES[name]] if name in PREFIXES else [])
-    )
+    prefix = (PREFIXES[name],) if name in PREFIXES else ()
+    assert tokenizer.prompt_prefix == rebuilt.prompt_prefix == prefix
     for text in many_scripts(1000):
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == comes_back_as(name, text)
