@@ -28,6 +28,8 @@ GOLDENS = (
     *("mpt", "phi-3", "qwen2", "refact", "starcoder"),
 )
 NFC = ("command-r", "mpt", "qwen2")
+# Falcon's vocabulary has no token for these, and no token for what is unknown: its tokenizer drops them.
+LACKING = {"falcon": dict.fromkeys(map(ord, "\x03\x04\x05\x0b\x11\x13\x14\x15\x16\x17\x19\x1c\x1d\x1e"))}
 SPACE_SIGN = ("gemma-4", "llama-spm", "phi-3")
 PREFIXES = {
     "command-r": 5,
@@ -86,7 +88,7 @@ def opened(folder: Path, name: str) -> Tokenizer:
 
 
 def comes_back_as(name: str, text: str) -> str:
-    normal = unicodedata.normalize("NFC", text) if name in NFC else text
+    normal = unicodedata.normalize("NFC", text) if name in NFC else text.translate(LACKING.get(name, {}))
     return normal.replace("▁", " ") if name in SPACE_SIGN else normal
 
 
