@@ -134,4 +134,4 @@ def test_refused(folder: Path, name: str) -> None:
 
 def test_control_tokens_of_real_vocabularies(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKENMILL_TEST_VOCABS", str(folder))
-    assert s24.run(cases=5000, seed=3, guard=True).violations == 0
+    assert s24.run(cases=1000, seed=3, guard=True).violations == 0
