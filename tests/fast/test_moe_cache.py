@@ -18,6 +18,7 @@ from tokenmill.core import UsageError
 from tokenmill.engine.core import CoreConfig, EngineCore
 from tokenmill.engine.embedding import EmbeddingState
 from tokenmill.engine.taps.routing import RoutingStats, routing
+from tokenmill.engine.taps.tap import Recording, Tap, ablate
 from tokenmill.kernels import (
     Executor,
     ExpertCacheStats,
@@ -191,6 +192,22 @@ def test_routing_counts_choices_of_every_token() -> None:
     ex.run(batch)
     alone = routing(engine(plan), plan, windows[:1])[1]
     np.testing.assert_array_equal(np.rint(alone.load_X * 29 * 2), (ex.buffer("route")[:29] != 0).sum(axis=0))
+
+
+def test_a_tap_may_change_who_is_asked() -> None:
+    plan, seen = make_moe_plan("i8c"), Recording()
+    core = engine(plan)
+    read = [f"blocks.{layer}.hook_resid_{at}" for layer in (0, 1) for at in ("mid", "post")]
+    state = EmbeddingState("a", [1, 2, 3], "last")
+    edit = ablate("blocks.0.mlp.hook_route")
+    state.taps = (edit, *(Tap(point=point, handler=seen) for point in read))
+    core.submit(state)
+    while core.has_work:
+        core.step()
+    state.embedding()
+    mid, post, mid_1, post_1 = (seen.rows("a", point).values_TD for point in read)
+    np.testing.assert_array_equal(mid, post)
+    assert not np.array_equal(mid_1, post_1)
 
 
 def test_balance_of_a_load() -> None:
