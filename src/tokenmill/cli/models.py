@@ -83,7 +83,7 @@ def _check_source(path: Path) -> None:
 
     if path.is_dir():
         ModelDirectory.open(path)
-    elif path.exists():
+    elif path.is_file():
         with GgufFile.open(path) as gguf:
             gguf_architecture(gguf)
 

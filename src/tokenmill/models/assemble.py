@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenmill import __version__
-from tokenmill.core import Message, UsageError
+from tokenmill.core import Message, ModelFormatError, UsageError
 from tokenmill.models.architecture import Architecture
 from tokenmill.models.convert import GgufWeights, gguf_architecture
 from tokenmill.models.directory import LAYOUT, ModelDirectory
@@ -124,7 +124,9 @@ def _convert_weights(staging: Path, gguf: GgufFile, architecture: Architecture, 
 
 def _write_small_files(staging: Path, gguf: GgufFile, architecture: Architecture) -> None:
     tokenizer = Tokenizer.from_gguf(gguf)
-    template = gguf.metadata.get("tokenizer.chat_template")
+    template = gguf.metadata.get("tokenizer.chat_template", "")
+    if not isinstance(template, str):
+        raise ModelFormatError(f"{gguf.path}: tokenizer.chat_template is no text")
     config = architecture.to_config()
     eos = config["eos_token_id"]
     files = {
@@ -133,7 +135,7 @@ def _write_small_files(staging: Path, gguf: GgufFile, architecture: Architecture
         "tokenizer.json": tokenizer.to_json(),
         "tokenizer_config.json": json.dumps(_tokenizer_config(gguf, tokenizer, architecture), indent=2),
     }
-    if isinstance(template, str) and template:
+    if template:
         files["chat_template.jinja"] = template
     for name, text in files.items():
         with atomic_file(staging / name) as file:

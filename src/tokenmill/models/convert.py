@@ -62,7 +62,7 @@ def gguf_architecture(gguf: GgufFile) -> Architecture:
     Raises ModelFormatError naming the key that is missing, out of bounds or not supported.
     """
     source = str(gguf.path)
-    metadata = {key: value for key, value in gguf.metadata.items() if isinstance(value, int | float | str)}
+    metadata = _scalars(gguf)
     family = metadata.get("general.architecture")
     if family != "llama":
         raise ModelFormatError(f"{source}: general.architecture is {family!r}", hint="supported: llama")
@@ -85,6 +85,17 @@ def gguf_architecture(gguf: GgufFile) -> Architecture:
                 f"{source}: llama.{key} differs from the head size {architecture.head_dim}"
             )
     return architecture
+
+
+def _scalars(gguf: GgufFile) -> dict[str, int | float | str]:
+    """The metadata that are single values; that is what every number of the architecture has to be."""
+    found = {key: value for key, value in gguf.metadata.items() if isinstance(value, int | float | str)}
+    numbers = (*_CONFIG_FIELDS.values(), "rope.dimension_count", "attention.value_length")
+    ids = (f"tokenizer.ggml.{token}_token_id" for token in ("bos", "eos"))
+    for key in (*(f"llama.{number}" for number in numbers), *ids):
+        if key in gguf.metadata and key not in found:
+            raise ModelFormatError(f"{gguf.path}: {key} is a list, expected one value")
+    return found
 
 
 def hf_name(name: str, source: str) -> str:

@@ -24,6 +24,7 @@ __all__ = ["Tokenizer"]
 _MAX_FILE_BYTES: Final = 64 << 20
 _MAX_SPECIAL_TOKENS: Final = 4096
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
+_MAX_TOKEN_TYPE: Final = 6
 _T = TypeVar("_T")
 
 
@@ -170,9 +171,10 @@ _PRE_TOKENIZERS: Final[Mapping[str, Callable[[], pre_tokenizers.PreTokenizer]]] 
 def _gguf_vocabulary(gguf: GgufFile) -> tuple[list[str], list[tuple[str, str]], list[int]]:
     source, field = str(gguf.path), "tokenizer.ggml"
     metadata = gguf.metadata
-    if metadata.get(f"{field}.model") != "gpt2":
+    model = metadata.get(f"{field}.model")
+    if not isinstance(model, str) or model != "gpt2":
         raise ModelFormatError(f"{source}: {field}.model is not gpt2 (byte-level BPE)")
-    if metadata.get(f"{field}.add_space_prefix", False):
+    if metadata.get(f"{field}.add_space_prefix", False) is not False:
         raise ModelFormatError(f"{source}: {field}.add_space_prefix is not supported")
     tokens = _strings(metadata.get(f"{field}.tokens"), f"{source}: {field}.tokens")
     if len(set(tokens)) != len(tokens):
@@ -185,6 +187,8 @@ def _gguf_vocabulary(gguf: GgufFile) -> tuple[list[str], list[tuple[str, str]], 
     types = metadata.get(f"{field}.token_type")
     if not isinstance(types, np.ndarray) or types.dtype.kind not in "iu" or len(types) != len(tokens):
         raise ModelFormatError(f"{source}: {field}.token_type is not one number a token")
+    if len(types) and not 0 <= types.min() <= types.max() <= _MAX_TOKEN_TYPE:
+        raise ModelFormatError(f"{source}: {field}.token_type has a type beyond 0 to {_MAX_TOKEN_TYPE}")
     if np.count_nonzero(types != _NORMAL) > _MAX_SPECIAL_TOKENS:
         raise ModelFormatError(f"{source}: {field}.token_type has over {_MAX_SPECIAL_TOKENS} special tokens")
     return tokens, [(left, right) for left, right in pairs], types.tolist()
