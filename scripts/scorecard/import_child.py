@@ -25,7 +25,7 @@ from typing import Any, Final
 import numpy as np
 
 from tokenmill.core.errors import TokenmillError
-from tokenmill.models import architecture, gguf, safetensors, template_worker, tokenizer
+from tokenmill.models import gguf, hf_config, safetensors, template_worker, tokenizer
 from tokenmill.models.directory import ModelDirectory
 from tokenmill.models.library import Library
 from tokenmill.models.pull import import_model
@@ -214,8 +214,8 @@ def _no_fail(*_: object, **__: object) -> None:
 
 
 def _without_bounds() -> None:
-    endless = dict.fromkeys(architecture._BOUNDS, (float("-inf"), float("inf")))
-    architecture._BOUNDS = endless  # type: ignore[misc]
+    endless = dict.fromkeys(hf_config._BOUNDS, (float("-inf"), float("inf")))
+    hf_config._BOUNDS = endless  # type: ignore[misc]
 
 
 def _replace(owner: object, name: str, value: object) -> Callable[[], None]:
@@ -230,7 +230,7 @@ CONTROLS: Final[dict[str, Callable[[], None]]] = {
     "gguf checks": _replace(gguf._Parser, "fail", _no_fail),
     "safetensors checks": _replace(safetensors, "_fail", _no_fail),
     "config bounds": _without_bounds,
-    "config features": _replace(architecture, "_refuse_unsupported", _no_fail),
+    "config features": _replace(hf_config, "_refuse_unsupported", _no_fail),
     "tokenizer pipeline": _replace(tokenizer, "_check_pipeline", _no_fail),
 }
 """The guards that the control leaves out, one at a time."""

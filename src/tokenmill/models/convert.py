@@ -18,6 +18,7 @@ from tokenmill.core.errors import ModelFormatError
 from tokenmill.models.architecture import Architecture
 from tokenmill.models.bfloat16 import F32Array, U16Array
 from tokenmill.models.gguf import GgufFile, Grid
+from tokenmill.models.hf_config import read_architecture
 
 __all__ = ["GgufWeights", "gguf_architecture", "hf_name", "split_head_rows"]
 
@@ -78,7 +79,7 @@ def gguf_architecture(gguf: GgufFile) -> Architecture:
     config["vocab_size"] = gguf.tensor("token_embd.weight").shape[0]
     for field in ("bos_token_id", "eos_token_id"):
         config[field] = metadata.get(f"tokenizer.ggml.{field}")
-    architecture = Architecture.from_config(config, source)
+    architecture = read_architecture(config, source)
     for key in ("rope.dimension_count", "attention.value_length"):
         if metadata.get(f"llama.{key}", architecture.head_dim) != architecture.head_dim:
             raise ModelFormatError(
