@@ -19,7 +19,7 @@ from typing import IO, NamedTuple
 
 from scripts.scorecard.hostile_files import CANARY, HostileCase, write_case
 from scripts.scorecard.import_child import Answer
-from tokenmill.core import UsageError
+from tokenmill.core import StorageError, UsageError
 
 __all__ = ["MAX_BYTES", "MAX_CPU_S", "ImportProbe", "Tried", "faults"]
 
@@ -136,7 +136,8 @@ def _message_faults(case: HostileCase, answer: Answer, target: Path) -> Iterator
     """One line that names file and field, and the next step."""
     message = answer.message
     named = message.replace(str(target), "", 1)
-    if named == message and case.exit_code != UsageError.exit_code:  # then the name itself is the fault
+    # Of a name that cannot be used the name itself is the fault, of a full disk the store's place.
+    if named == message and case.exit_code not in (UsageError.exit_code, StorageError.exit_code):
         yield f"does not name the file: {message}"
     if not re.search(case.field, named):
         yield f"does not name {case.field}: {named}"

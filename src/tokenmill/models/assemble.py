@@ -7,11 +7,12 @@ template, every tensor) is opened once here, so that a bad file fails at import 
 
 import json
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -29,6 +30,9 @@ from tokenmill.models.safetensors import StoredArray, write_safetensors
 from tokenmill.models.tokenizer import Tokenizer
 
 __all__ = ["Origin", "from_gguf", "from_hf_folder", "write_manifest"]
+
+_MAX_SMALL_BYTES: Final = 64 << 20
+"""Of a file that is not weights; tokenizers of large vocabularies have half of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +84,7 @@ def from_hf_folder(folder: Path, staging: Path, origin: Origin, progress: Progre
     Only files that are ever read are taken, never code. Raises ModelFormatError or StorageError.
     """
     names = [name for name in LAYOUT if name != "model.gguf" and (folder / name).is_file()]
+    _check_sources(folder, names)
     for name in names:
         with disk_errors(folder / name), (folder / name).open("rb") as source:
             size = os.fstat(source.fileno()).st_size
@@ -97,6 +102,20 @@ def from_hf_folder(folder: Path, staging: Path, origin: Origin, progress: Progre
             files={},
         ),
     )
+
+
+def _check_sources(folder: Path, names: Sequence[str]) -> None:
+    """Refuse links that leave the folder (or the hub's cache it is a snapshot of), and endless small files."""
+    root = folder.resolve()
+    roots = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
+    for name in names:
+        path = folder / name
+        if not any(path.resolve().is_relative_to(each) for each in roots):
+            raise ModelFormatError(
+                f"{path}: is a link to a file outside the folder", hint="put the file itself into the folder"
+            )
+        if not name.endswith(".safetensors") and path.stat().st_size > _MAX_SMALL_BYTES:
+            raise ModelFormatError(f"{path}: has {path.stat().st_size} bytes, at most {_MAX_SMALL_BYTES}")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -63,10 +63,10 @@ def gguf_architecture(gguf: GgufFile) -> Architecture:
     Raises ModelFormatError naming the key that is missing, out of bounds or not supported.
     """
     source = str(gguf.path)
-    metadata = _scalars(gguf)
-    family = metadata.get("general.architecture")
-    if family != "llama":
+    family = gguf.metadata.get("general.architecture")
+    if not isinstance(family, str) or family != "llama":
         raise ModelFormatError(f"{source}: general.architecture is {family!r}", hint="supported: llama")
+    metadata = _scalars(gguf)
     for key in _UNSUPPORTED_KEYS:
         if f"llama.{key}" in gguf.metadata and metadata.get(f"llama.{key}") not in ("none", 0):
             raise ModelFormatError(f"{source}: llama.{key} is not supported")
@@ -96,6 +96,8 @@ def _scalars(gguf: GgufFile) -> dict[str, int | float | str]:
     for key in (*(f"llama.{number}" for number in numbers), *ids):
         if key in gguf.metadata and key not in found:
             raise ModelFormatError(f"{gguf.path}: {key} is a list, expected one value")
+    if (key := f"llama.{_CONFIG_FIELDS['rms_norm_eps']}") not in found:  # a config.json has a default for it
+        raise ModelFormatError(f"{gguf.path}: {key} is missing")
     return found
 
 

@@ -40,6 +40,8 @@ _BOUNDS: Final[Mapping[str, tuple[float, float]]] = {
     "moe_intermediate_size": (8, 1 << 18),
     "decoder_sparse_step": (1, 1024),
 }
+_MAX_EXPERTS: Final = 1 << 15
+"""In all layers together: each has three tensors, of which tables are made before a file is looked at."""
 _DEFAULTS: Final[Mapping[str, Any]] = {"rms_norm_eps": 1e-6}
 _ACTIVATIONS: Final[Mapping[str, Activation]] = {
     "silu": "silu",
@@ -77,6 +79,11 @@ def read_architecture(config: Mapping[str, Any], source: str) -> Architecture:
     rope_field = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
     rope = read.mapping(rope_field)
     experts = _experts(read, family)
+    if experts is not None and num_layers * experts.num_experts > _MAX_EXPERTS:
+        raise ModelFormatError(
+            f"{source}: {family.experts_field} {experts.num_experts} times num_hidden_layers {num_layers} is over "
+            f"{_MAX_EXPERTS}"
+        )
     architecture = Architecture(
         family=name,
         vocab_size=vocab_size,

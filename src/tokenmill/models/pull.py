@@ -101,7 +101,7 @@ def _naming(source: Path, staging: Path) -> Iterator[None]:
     """Errors about a copy in `staging`, which is gone when they are read, name what the user gave."""
     try:
         yield
-    except (ModelFormatError, ResourceError) as error:
+    except (ModelFormatError, NotFoundError, ResourceError) as error:
         message = error.message.replace(str(staging / "model.gguf"), str(source))
         error.message = message.replace(str(staging), str(source))
         error.args = (error.message,)
