@@ -25,11 +25,21 @@ _Json = dict[str, Any]
 
 def hostile_folders() -> list[HostileCase]:
     """More than 200 cases."""
-    cases = [*_sound(), *_configs(), *_features(), *_experts(), *_texts(), *_generation(), *_tokenizer_configs()]
+    cases = [
+        *_sound(),
+        *_configs(),
+        *_features(),
+        *_experts(),
+        *_texts(),
+        *_generation(),
+        *_tokenizer_configs(),
+    ]
     return [*cases, *_tokenizers(), *_vocabularies(), *_pipelines(), *_templates(), *_strangers()]
 
 
-def _config(name: str, change: _Json, field: str, expected: Expected = "refused", *, without: str = "") -> HostileCase:
+def _config(
+    name: str, change: _Json, field: str, expected: Expected = "refused", *, without: str = ""
+) -> HostileCase:
     config = {**json.loads(sound_folder()["config.json"]), **change}
     config.pop(without, None)
     return _file("config", name, "config.json", json.dumps(config).encode(), field, expected)
@@ -51,7 +61,9 @@ def _file(
     expected: Expected = "refused",
     exit_code: int = 4,
 ) -> HostileCase:
-    return folder_case(f"folder {family}", name, {file: content}, field or file, expected, exit_code=exit_code)
+    return folder_case(
+        f"folder {family}", name, {file: content}, field or file, expected, exit_code=exit_code
+    )
 
 
 def _sound() -> Iterator[HostileCase]:
@@ -73,7 +85,10 @@ def _configs() -> Iterator[HostileCase]:
     for field in _REQUIRED:
         yield _config(f"{field} is null", {field: None}, field)
         yield _config(f"{field} is missing", {}, field, without=field)
-    for field, values in (("rms_norm_eps", (0, -1e-5, 1, "x", math.nan)), ("rope_theta", (0, -1, 1e300, "x", math.inf))):
+    for field, values in (
+        ("rms_norm_eps", (0, -1e-5, 1, "x", math.nan)),
+        ("rope_theta", (0, -1, 1e300, "x", math.inf)),
+    ):
         for value in values:
             yield _config(f"{field} is {value!r}", {field: value}, field)
     for field in ("bos_token_id", "eos_token_id"):
@@ -84,29 +99,53 @@ def _configs() -> Iterator[HostileCase]:
     others |= {"vocab_size": (262, 264, 1 << 21), "intermediate_size": (64, 1 << 18)}
     for field, numbers in others.items():
         for number in numbers:
-            yield _config(f"{field} is {number}, the tensors say another", {field: number}, f"{field}|tensor|tokenizer")
-    largest = {"num_hidden_layers": 1024, "hidden_size": 1 << 16, "vocab_size": 1 << 21, "intermediate_size": 1 << 18}
+            yield _config(
+                f"{field} is {number}, the tensors say another", {field: number}, f"{field}|tensor|tokenizer"
+            )
+    largest = {
+        "num_hidden_layers": 1024,
+        "hidden_size": 1 << 16,
+        "vocab_size": 1 << 21,
+        "intermediate_size": 1 << 18,
+    }
     yield _config("the largest of all", largest, "tensor|head_dim")
 
 
 def _features() -> Iterator[HostileCase]:
     """Features that change what is computed: each is known, or refused by its name."""
-    changes: list[_Json] = [{"model_type": value} for value in (None, 1, [], "", "x" * 10_000, "LLAMA", "../evil", "gpt2")]
+    changes: list[_Json] = [
+        {"model_type": value} for value in (None, 1, [], "", "x" * 10_000, "LLAMA", "../evil", "gpt2")
+    ]
     changes += [{"hidden_act": value} for value in (1, [], "nobody", "__import__('os')", {"a": 1})]
     changes += [{"tie_word_embeddings": value} for value in (0, 1, "true", [], {})]
-    changes += [{field: value} for field in ("attention_bias", "mlp_bias") for value in (True, "yes", 1.5, [1])]
+    changes += [
+        {field: value} for field in ("attention_bias", "mlp_bias") for value in (True, "yes", 1.5, [1])
+    ]
     changes += [{"quantization_config": value} for value in ({}, {"quant_method": "gptq"}, "x", [1])]
     changes += [{"sliding_window": value} for value in (0, -1, 128, "x", [1])]
-    changes += [{"rope_scaling": value} for value in ("x", [1], {"rope_type": "dynamic"}, {"rope_type": 1}, {"type": []})]
+    changes += [
+        {"rope_scaling": value}
+        for value in ("x", [1], {"rope_type": "dynamic"}, {"rope_type": 1}, {"type": []})
+    ]
     rope: list[_Json] = [{"rope_type": "linear"}, {"rope_type": "yarn", "factor": 2.0}]
     for value in (0, -1, math.nan, math.inf, "2", [2], 1e300, True):
         rope.append({"rope_type": "linear", "factor": value})
         rope.append({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": value})
-    llama3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64, "low_freq_factor": 4.0}
+    llama3 = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "original_max_position_embeddings": 64,
+        "low_freq_factor": 4.0,
+    }
     rope += [{**llama3, "high_freq_factor": value} for value in (4.0, 1.0, math.nan, None, "x")]
     changes += [{"rope_scaling": value} for value in rope]
     changes += [{"partial_rotary_factor": value} for value in (0.5, "1", [1])]
-    changes += [{"rope_interleaved": True}, {"clip_qkv": 8}, {"n_shared_experts": 2}, {"num_local_experts": 8}]
+    changes += [
+        {"rope_interleaved": True},
+        {"clip_qkv": 8},
+        {"n_shared_experts": 2},
+        {"num_local_experts": 8},
+    ]
     for change in changes:
         ((field, value),) = change.items()
         fields = f"{field}|rope_type|factor|original|freq|tensor|attention_bias"
@@ -120,11 +159,21 @@ def _experts() -> Iterator[HostileCase]:
         base = {"model_type": family}
         yield _config(f"a {family} without experts", base, "tensor|expert|head_dim|rope|attention_bias")
         huge = {**base, count: 1024, "num_experts_per_tok": 2, "num_hidden_layers": 1024}
-        yield _config(f"a {family} of a million experts", huge, "tensor|expert|layers|head_dim|attention_bias")
+        yield _config(
+            f"a {family} of a million experts", huge, "tensor|expert|layers|head_dim|attention_bias"
+        )
         for value in (0, -1, 2**31, "8", math.nan, [8]):
             yield _config(f"a {family} of {value!r} experts", {**base, count: value}, count)
-            yield _config(f"a {family} that takes {value!r}", {**base, count: 8, "num_experts_per_tok": value}, "num_experts_per_tok")
-        yield _config(f"a {family} that takes more than it has", {**base, count: 2, "num_experts_per_tok": 3}, "num_experts_per_tok")
+            yield _config(
+                f"a {family} that takes {value!r}",
+                {**base, count: 8, "num_experts_per_tok": value},
+                "num_experts_per_tok",
+            )
+        yield _config(
+            f"a {family} that takes more than it has",
+            {**base, count: 2, "num_experts_per_tok": 3},
+            "num_experts_per_tok",
+        )
     for value in ("x", [1.5], {"a": 1}, [None], 7):
         change = {"model_type": "qwen3_moe", "mlp_only_layers": value}
         yield _config(f"mlp_only_layers is {value!r}", change, "mlp_only_layers")
@@ -177,13 +226,22 @@ def _tokenizer_configs() -> Iterator[HostileCase]:
     own: _Json = json.loads(sound_folder()["tokenizer_config.json"])
 
     def case(name: str, change: _Json, expected: Expected = "refused") -> HostileCase:
-        changes = {"tokenizer_config.json": json.dumps({**own, **change}).encode(), "chat_template.jinja": None}
+        changes = {
+            "tokenizer_config.json": json.dumps({**own, **change}).encode(),
+            "chat_template.jinja": None,
+        }
         return folder_case("folder tokenizer config", name, changes, "chat_template", expected)
 
     templates: tuple[Any, ...] = (1, True, {}, {"default": "x"}, 1.5)
     for value in templates:
         yield case(f"chat_template is {value!r}", {"chat_template": value})
-    lists: tuple[Any, ...] = ([], [1], [{}], [{"name": "rag", "template": "x"}], [{"name": [], "template": "x"}])
+    lists: tuple[Any, ...] = (
+        [],
+        [1],
+        [{}],
+        [{"name": "rag", "template": "x"}],
+        [{"name": [], "template": "x"}],
+    )
     for each in lists:
         yield case(f"chat_template is {each!r}", {"chat_template": each}, "either")
     for each in ([{"name": "default", "template": 1}], [{"name": "default", "template": ["x"]}]):
@@ -195,7 +253,12 @@ def _tokenizer_configs() -> Iterator[HostileCase]:
         yield case(f"{name} of its own", {name: "EvilTokenizer"}, "either")
 
 
-def _tokenizer(name: str, change: Callable[[_Json], object], field: str = "tokenizer.json", expected: Expected = "refused") -> HostileCase:
+def _tokenizer(
+    name: str,
+    change: Callable[[_Json], object],
+    field: str = "tokenizer.json",
+    expected: Expected = "refused",
+) -> HostileCase:
     value = json.loads(sound_folder()["tokenizer.json"])
     change(value)
     text = json.dumps(value).encode()
@@ -204,24 +267,49 @@ def _tokenizer(name: str, change: Callable[[_Json], object], field: str = "token
 
 def _tokenizers() -> Iterator[HostileCase]:
     """Parts that are missing or of another type, and added tokens that collide."""
-    for key in ("version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder", "model"):
+    for key in (
+        "version",
+        "truncation",
+        "padding",
+        "added_tokens",
+        "normalizer",
+        "pre_tokenizer",
+        "post_processor",
+        "decoder",
+        "model",
+    ):
         for value in (1, "x", [1], {"type": "Nobody"}, {"type": 1}):
             expected: Expected = "either" if key == "version" else "refused"
-            yield _tokenizer(f"{key} is {value!r}", lambda own, k=key, v=value: own.update({k: v}), expected=expected)
-    yield from (_tokenizer(f"without {key}", lambda own, k=key: own.pop(k)) for key in ("pre_tokenizer", "decoder", "model"))
+            yield _tokenizer(
+                f"{key} is {value!r}", lambda own, k=key, v=value: own.update({k: v}), expected=expected
+            )
+    yield from (
+        _tokenizer(f"without {key}", lambda own, k=key: own.pop(k))
+        for key in ("pre_tokenizer", "decoder", "model")
+    )
     for content in ("", "a", "\u0120", " "):
-        yield _tokenizer(f"a control token {content!r}", lambda own, c=content: own["added_tokens"][0].update(content=c), expected="either")
+        yield _tokenizer(
+            f"a control token {content!r}",
+            lambda own, c=content: own["added_tokens"][0].update(content=c),
+            expected="either",
+        )
     for number in (-1, 1.5, "1", 100_000, 2**31, 2**32 - 1, 2**63, 10**30):
         added = {"id": number, "content": "<evil>", "single_word": False, "lstrip": False}
         added |= {"rstrip": False, "normalized": False, "special": True}
-        yield _tokenizer(f"an added token {number}", lambda own, a=added: own["added_tokens"].append(a), expected="either")
+        yield _tokenizer(
+            f"an added token {number}", lambda own, a=added: own["added_tokens"].append(a), expected="either"
+        )
     extra = [{**added, "id": 300 + at, "content": f"<{at}>"} for at in range(5000)]
     yield _tokenizer("5,000 control tokens", lambda own: own["added_tokens"].extend(extra))
-    texts = {"added_tokens of a megabyte": "x" * (1 << 20)}
-    for name, content in texts.items():
-        yield _tokenizer(name, lambda own, c=content: own["added_tokens"][0].update(content=c), expected="either")
-    for value in ({"max_length": 2**63 - 1, "strategy": "LongestFirst", "stride": 2**40, "direction": "Right"},):
-        yield _tokenizer("endless truncation", lambda own, v=value: own.update(truncation=v), expected="either")
+    for size in (5000, 1 << 20):
+        name, content = f"an added token of {size} characters", "x" * size
+        yield _tokenizer(name, lambda own, c=content: own["added_tokens"][0].update(content=c))
+    for value in (
+        {"max_length": 2**63 - 1, "strategy": "LongestFirst", "stride": 2**40, "direction": "Right"},
+    ):
+        yield _tokenizer(
+            "endless truncation", lambda own, v=value: own.update(truncation=v), expected="either"
+        )
     padding = {"strategy": {"Fixed": 2**40}, "direction": "Right", "pad_to_multiple_of": 2**40}
     padding |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "x"}
     yield _tokenizer("endless padding", lambda own: own.update(padding=padding), expected="loads")
@@ -241,15 +329,38 @@ def _vocabularies() -> Iterator[HostileCase]:
     yield case("two tokens of one id", "either", vocab={**vocab, last: 5})
     yield case("an empty vocabulary", vocab={})
     yield case("a vocabulary that is a list", vocab=[["a", 0]])
-    yield case("a token of no bytes", "refused", vocab={**{k: v for k, v in vocab.items() if k != last}, "\u4e16": vocab[last]})
+    yield case(
+        "a token of no bytes",
+        "refused",
+        vocab={**{k: v for k, v in vocab.items() if k != last}, "\u4e16": vocab[last]},
+    )
     yield case("9,000 tokens more", vocab={**vocab, **{f"t{at}": 300 + at for at in range(9000)}})
     merges: list[Any] = own["model"]["merges"]
-    broken: list[Any] = ["he", "h e l", "", ["h"], ["h", "e", "l"], [], 1, None, {}, ["zz", "qq"], "zz qq", ["h", 1]]
+    broken: list[Any] = [
+        "he",
+        "h e l",
+        "",
+        ["h"],
+        ["h", "e", "l"],
+        [],
+        1,
+        None,
+        {},
+        ["zz", "qq"],
+        "zz qq",
+        ["h", 1],
+    ]
     for value in broken:
         yield case(f"a merge {value!r}", merges=[*merges, value])
     for kind in ("WordPiece", "WordLevel", "Unigram", "BPE2"):
         yield case(f"a model of kind {kind}", type=kind)
-    for key, value in (("byte_fallback", "x"), ("dropout", 2.0), ("dropout", 0.5), ("unk_token", 1), ("fuse_unk", [])):
+    for key, value in (
+        ("byte_fallback", "x"),
+        ("dropout", 2.0),
+        ("dropout", 0.5),
+        ("unk_token", 1),
+        ("fuse_unk", []),
+    ):
         yield case(f"{key} is {value!r}", "either", **{key: value})
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         yield case(f"{key} of 100,000", "either", **{key: "#" * 100_000})
@@ -264,33 +375,77 @@ def _pipelines() -> Iterator[HostileCase]:
         steps = {"type": "Sequence", "pretokenizers": [step, {**byte_level, "use_regex": False}]}
         return lambda own: own.update(pre_tokenizer=steps)
 
-    patterns = ("(", "[", "(?P<x>a)(?P<x>b)", r"\p{Nobody}", "a{99999999}", "(a{1000}){1000}", "(" * 5000 + ")" * 5000)
+    patterns = (
+        "(",
+        "[",
+        "(?P<x>a)(?P<x>b)",
+        r"\p{Nobody}",
+        "a{99999999}",
+        "(a{1000}){1000}",
+        "(" * 5000 + ")" * 5000,
+    )
     for pattern in patterns:
         expected: Expected = "either" if "1000" in pattern else "refused"
         yield _tokenizer(f"a pattern {pattern[:30]}", split(pattern), expected=expected)
     for pattern in ("(a+)+$", "(.*)*x", "(?:(?:a|a)*)*b", "(x+x+)+y", r"(\w+\s?)*$"):
         yield _tokenizer(f"a slow pattern {pattern}", split(pattern), expected="either")
     for depth in (10, 120, 1000, 100_000):
-        text = b'{"type":"Sequence","pretokenizers":[' * depth + json.dumps(byte_level).encode() + b"]}" * depth
+        text = (
+            b'{"type":"Sequence","pretokenizers":[' * depth + json.dumps(byte_level).encode() + b"]}" * depth
+        )
         own = sound_folder()["tokenizer.json"].decode()
         value = json.loads(own)
         value["pre_tokenizer"] = "HERE"
         content = json.dumps(value).encode().replace(b'"HERE"', text)
         expected = "either" if depth < 128 else "refused"
-        yield _file("tokenizer", f"steps nested {depth} deep", "tokenizer.json", content, "tokenizer.json", expected)
-    normalizers: list[_Json] = [{"type": "Lowercase"}, {"type": "StripAccents"}, {"type": "Strip", "strip_left": True, "strip_right": True}]
-    normalizers += [{"type": "Replace", "pattern": {"String": "e"}, "content": "x" * 100}, {"type": "Prepend", "prepend": "\u2581"}]
-    normalizers += [{"type": "Precompiled", "precompiled_charsmap": "AAAA"}, {"type": "Precompiled", "precompiled_charsmap": "!!"}]
+        yield _file(
+            "tokenizer", f"steps nested {depth} deep", "tokenizer.json", content, "tokenizer.json", expected
+        )
+    normalizers: list[_Json] = [
+        {"type": "Lowercase"},
+        {"type": "StripAccents"},
+        {"type": "Strip", "strip_left": True, "strip_right": True},
+    ]
+    normalizers += [
+        {"type": "Replace", "pattern": {"String": "e"}, "content": "x" * 100},
+        {"type": "Prepend", "prepend": "\u2581"},
+    ]
+    normalizers += [
+        {"type": "Precompiled", "precompiled_charsmap": "AAAA"},
+        {"type": "Precompiled", "precompiled_charsmap": "!!"},
+    ]
     for step in normalizers:
-        yield _tokenizer(f"normalizer {json.dumps(step)[:50]}", lambda own, s=step: own.update(normalizer=s), expected="either")
-    decoders: list[_Json] = [{"type": "WordPiece", "prefix": "##", "cleanup": True}, {"type": "Fuse"}, {"type": "ByteFallback"}]
+        yield _tokenizer(
+            f"normalizer {json.dumps(step)[:50]}",
+            lambda own, s=step: own.update(normalizer=s),
+            expected="either",
+        )
+    decoders: list[_Json] = [
+        {"type": "WordPiece", "prefix": "##", "cleanup": True},
+        {"type": "Fuse"},
+        {"type": "ByteFallback"},
+    ]
     for step in decoders:
         yield _tokenizer(f"decoder {step['type']}", lambda own, s=step: own.update(decoder=s))
     for kind in ("Metaspace", "Whitespace", "BertPreTokenizer", "CharDelimiterSplit"):
-        step = {"type": kind, "replacement": "\u2581", "prepend_scheme": "always", "split": True, "delimiter": "x"}
+        step = {
+            "type": kind,
+            "replacement": "\u2581",
+            "prepend_scheme": "always",
+            "split": True,
+            "delimiter": "x",
+        }
         yield _tokenizer(f"pre-tokenizer {kind}", lambda own, s=step: own.update(pre_tokenizer=s))
-    post = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "[X]", "type_id": 0}}], "pair": []}
-    yield _tokenizer("a post-processor of unknown tokens", lambda own: own.update(post_processor={**post, "special_tokens": {}}), expected="either")
+    post = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "[X]", "type_id": 0}}],
+        "pair": [],
+    }
+    yield _tokenizer(
+        "a post-processor of unknown tokens",
+        lambda own: own.update(post_processor={**post, "special_tokens": {}}),
+        expected="either",
+    )
 
 
 def _templates() -> Iterator[HostileCase]:
@@ -314,13 +469,35 @@ def _templates() -> Iterator[HostileCase]:
 
 def _strangers() -> Iterator[HostileCase]:
     """Folders of other formats, and files where folders are."""
-    for name in ("pytorch_model.bin", "model.pt", "model.pkl", "model.ckpt", "tf_model.h5", "flax_model.msgpack", "model.onnx"):
+    for name in (
+        "pytorch_model.bin",
+        "model.pt",
+        "model.pkl",
+        "model.ckpt",
+        "tf_model.h5",
+        "flax_model.msgpack",
+        "model.onnx",
+    ):
         changes: dict[str, Content | None] = {"model.safetensors": None, name: b"\x80\x04N."}
         yield folder_case("folder stranger", f"weights in {name}", changes, "model.safetensors")
     nested = {f"in/folder/{name}": content for name, content in sound_folder().items()}
-    yield HostileCase(family="folder stranger", name="a folder of a folder", files=nested, target="in", field="config.json", exit_code=3)
+    yield HostileCase(
+        family="folder stranger",
+        name="a folder of a folder",
+        files=nested,
+        target="in",
+        field="config.json",
+        exit_code=3,
+    )
     one = copy.copy(dict(sound_folder()))
     del one["config.json"]
     files: dict[str, Content] = {f"in/folder/{name}": content for name, content in one.items()}
     files["in/folder/config.json/x"] = b"{}"
-    yield HostileCase(family="folder stranger", name="config.json is a folder", files=files, target="in/folder", field="config.json", exit_code=3)
+    yield HostileCase(
+        family="folder stranger",
+        name="config.json is a folder",
+        files=files,
+        target="in/folder",
+        field="config.json",
+        exit_code=3,
+    )

@@ -227,12 +227,25 @@ def _strings() -> Iterator[HostileCase]:
     pairs = text("general.license") + value_bytes("x")
     again = twice[:16] + struct.pack("<Q", len(metadata) + 1) + pairs + twice[24:]
     yield _case("string", "a key twice", again, "general.license")
-    for name in ("../../etc/passwd", "/etc/passwd", "..", "blk.0.attn_q.weight\\..", "blk.00000.attn_q.weight"):
+    for name in (
+        "../../etc/passwd",
+        "/etc/passwd",
+        "..",
+        "blk.0.attn_q.weight\\..",
+        "blk.00000.attn_q.weight",
+    ):
         renamed = [*tensors, dataclasses.replace(tensors[0], name=name)]
         yield _case("string", f"tensor named {name}", small_gguf(tensors=renamed), _escaped(name))
     longest = "general." + "x" * 247
-    yield _case("string", "a text beyond the limit", small_gguf({longest: "y" * (1 << 20) + "y"}), "general.x")
-    yield _case("string", "an architecture of 1 MiB", small_gguf({"general.architecture": "y" * (1 << 20)}), "general.architecture")
+    yield _case(
+        "string", "a text beyond the limit", small_gguf({longest: "y" * (1 << 20) + "y"}), "general.x"
+    )
+    yield _case(
+        "string",
+        "an architecture of 1 MiB",
+        small_gguf({"general.architecture": "y" * (1 << 20)}),
+        "general.architecture",
+    )
 
 
 def _metadata_types() -> Iterator[HostileCase]:
@@ -266,7 +279,9 @@ def _metadata_types() -> Iterator[HostileCase]:
     flag = struct.pack("<IB", BOOL, 2)
     for key in ("tokenizer.ggml.add_space_prefix", "general.license"):
         yield _case("type", f"{key} is a boolean of 2", small_gguf({key: flag}), _escaped(key))
-    yield _case("type", "add_space_prefix", small_gguf({"tokenizer.ggml.add_space_prefix": True}), "add_space")
+    yield _case(
+        "type", "add_space_prefix", small_gguf({"tokenizer.ggml.add_space_prefix": True}), "add_space"
+    )
 
 
 def _metadata_numbers() -> Iterator[HostileCase]:
@@ -277,8 +292,13 @@ def _metadata_numbers() -> Iterator[HostileCase]:
             yield _case("number", f"{key} is {value}", small_gguf({key: value}), _named(key))
         broken = small_gguf({key: struct.pack("<If", F32, 2.5)})
         yield _case("number", f"{key} is 2.5", broken, _named(key))
-        yield _case("number", f"{key} is 1e300", small_gguf({key: struct.pack("<Id", _F64, 1e300)}), _named(key))
-    for key, values in (("llama.attention.layer_norm_rms_epsilon", (0.0, -1.0, 1e30)), ("llama.rope.freq_base", (0.0, -5.0))):
+        yield _case(
+            "number", f"{key} is 1e300", small_gguf({key: struct.pack("<Id", _F64, 1e300)}), _named(key)
+        )
+    for key, values in (
+        ("llama.attention.layer_norm_rms_epsilon", (0.0, -1.0, 1e30)),
+        ("llama.rope.freq_base", (0.0, -5.0)),
+    ):
         for value in values:
             yield _case("number", f"{key} is {value}", small_gguf({key: value}), _named(key))
     for heads, kv in ((3, 2), (4, 3), (2, 4), (1, 2)):
@@ -314,7 +334,13 @@ def _metadata_numbers() -> Iterator[HostileCase]:
         for number in (262, 263, 267, 2**31, 2**32 - 1):
             key = f"tokenizer.ggml.{token}_token_id"
             data = small_gguf({key: struct.pack("<II", U32, number)})
-            yield _case("number", f"{token} is token {number}", data, f"{token}_token_id", "refused" if number > 262 else "loads")
+            yield _case(
+                "number",
+                f"{token} is token {number}",
+                data,
+                f"{token}_token_id",
+                "refused" if number > 262 else "loads",
+            )
     for alignment in (0, 3, 31, 1 << 20, 2**32 - 1):
         data = small_gguf({"general.alignment": alignment})
         yield _case("number", f"alignment {alignment}", data, "general.alignment")
@@ -331,7 +357,12 @@ def _arrays() -> Iterator[HostileCase]:
     for kind in (13, 14, 255, 2**31, 2**32 - 1):
         value = struct.pack("<IIQ", ARRAY, kind, 1) + bytes(64)
         yield _case("array", f"of type {kind}", small_gguf({"x.odd": value}), "x.odd")
-        yield _case("array", f"a value of type {kind}", small_gguf({"x.odd": struct.pack("<I", kind) + bytes(8)}), "x.odd")
+        yield _case(
+            "array",
+            f"a value of type {kind}",
+            small_gguf({"x.odd": struct.pack("<I", kind) + bytes(8)}),
+            "x.odd",
+        )
     for kind in (_U8, U32, F32, BOOL, STRING, U64, _I64, _F64):
         for count in (2**20, *_HUGE):
             value = struct.pack("<IIQ", ARRAY, kind, count)
@@ -355,8 +386,14 @@ def _tensor_tables() -> Iterator[HostileCase]:
 
     yield table("one twice", [first, second, second, *rest], name)
     yield table("an unknown one", [*tensors, dataclasses.replace(second, name="blk.0.evil.weight")], "evil")
-    yield table("one of layer 9999", [*tensors, dataclasses.replace(second, name="blk.9999.attn_norm.weight")], "9999")
-    yield table("one of layer 01", [*tensors, dataclasses.replace(second, name="blk.01.attn_norm.weight")], "attn_norm|beyond")
+    yield table(
+        "one of layer 9999", [*tensors, dataclasses.replace(second, name="blk.9999.attn_norm.weight")], "9999"
+    )
+    yield table(
+        "one of layer 01",
+        [*tensors, dataclasses.replace(second, name="blk.01.attn_norm.weight")],
+        "attn_norm|beyond",
+    )
     yield table("none", [], "token_embd")
     for index in (0, 1, 3, len(tensors) - 1):
         lacking = [*tensors[:index], *tensors[index + 1 :]]
@@ -368,20 +405,56 @@ def _tensor_tables() -> Iterator[HostileCase]:
     for offset in (1, 31, 33, 2**32 + 1, 2**63 + 7):
         yield table(f"at offset {offset}", [first, dataclasses.replace(second, offset=offset), *rest], name)
     for offset in (1 << 20, 1 << 40, 2**63, 2**64 - 32):
-        yield table(f"beyond the end at {offset}", [first, dataclasses.replace(second, offset=offset), *rest], f"{name}|leaves a gap")
-    shapes: list[tuple[int, ...]] = [(), (0,), (0, 64), (64, 0), (1, 1, 1, 1, 1), (65,), (32,), (2**63, 2), (2**32, 2**32)]
-    shapes += [(2**62, 4), (2**64 - 1,), (2**64 - 1,) * 4, (2**33, 2**31), (64, 1), (1, 64), (8, 8), (1, 1, 1, 64)]
+        yield table(
+            f"beyond the end at {offset}",
+            [first, dataclasses.replace(second, offset=offset), *rest],
+            f"{name}|leaves a gap",
+        )
+    shapes: list[tuple[int, ...]] = [
+        (),
+        (0,),
+        (0, 64),
+        (64, 0),
+        (1, 1, 1, 1, 1),
+        (65,),
+        (32,),
+        (2**63, 2),
+        (2**32, 2**32),
+    ]
+    shapes += [
+        (2**62, 4),
+        (2**64 - 1,),
+        (2**64 - 1,) * 4,
+        (2**33, 2**31),
+        (64, 1),
+        (1, 64),
+        (8, 8),
+        (1, 1, 1, 64),
+    ]
     for shape in shapes:
-        yield table(f"shape {shape}", [first, dataclasses.replace(second, shape=shape), *rest], f"{name}|tensor 1|dimensions|overlaps|gap")
+        yield table(
+            f"shape {shape}",
+            [first, dataclasses.replace(second, shape=shape), *rest],
+            f"{name}|tensor 1|dimensions|overlaps|gap",
+        )
     for kind in (4, 5, 9, 31, 32, 33, 36, 37, 38, 40, 255, 2**31, 2**32 - 1):
         yield table(f"type {kind}", [dataclasses.replace(first, type_id=kind), second, *rest], first.name)
     for kind in (16, 17, 18, 19, 22, 24, 27, 28, 29, 34, 35, 39):
-        yield table(f"a type that is not read, {kind}", [dataclasses.replace(first, type_id=kind), second, *rest], first.name)
+        yield table(
+            f"a type that is not read, {kind}",
+            [dataclasses.replace(first, type_id=kind), second, *rest],
+            first.name,
+        )
     for kind in (2, 3, 8):
         wrong = dataclasses.replace(second, type_id=kind, shape=(33,))
         yield table(f"rows of 33 in type {kind}", [first, wrong, *rest], name)
     data = small_gguf()
-    yield _case("tensors", "a megabyte between two", small_gguf(tensors=[first, dataclasses.replace(second, data=second.data + bytes(1 << 20)), *rest]), "tensor|file")
+    yield _case(
+        "tensors",
+        "a megabyte between two",
+        small_gguf(tensors=[first, dataclasses.replace(second, data=second.data + bytes(1 << 20)), *rest]),
+        "tensor|file",
+    )
     zip_end = b"PK\x05\x06" + bytes(18)
     yield _case("polyglot", "ZIP directory at the end", data + bytes(64) + zip_end, "file|tensor")
     yield _case("polyglot", "64 KiB of zeros at the end", data + bytes(1 << 16), "file|tensor")
@@ -405,10 +478,18 @@ def _values() -> Iterator[HostileCase]:
         for dtype, stored in (("F32", np.float32), ("F16", np.float16)):
             values = np.full(norm.shape, value, stored)
             last = dataclasses.replace(norm, dtype=dtype, data=values.tobytes())
-            yield _case("value", f"{dtype} weight is {label}", small_gguf(tensors=[*tensors[:-1], last]), norm.name)
+            yield _case(
+                "value", f"{dtype} weight is {label}", small_gguf(tensors=[*tensors[:-1], last]), norm.name
+            )
     norm = tensors[-1]
     huge = dataclasses.replace(norm, data=np.full(norm.shape, 3.4e38, np.float32).tobytes())
-    yield _case("value", "a float32 that no bfloat16 holds", small_gguf(tensors=[*tensors[:-1], huge]), norm.name, "either")
+    yield _case(
+        "value",
+        "a float32 that no bfloat16 holds",
+        small_gguf(tensors=[*tensors[:-1], huge]),
+        norm.name,
+        "either",
+    )
 
 
 def _vocabularies() -> Iterator[HostileCase]:
@@ -425,8 +506,15 @@ def _vocabularies() -> Iterator[HostileCase]:
     yield vocabulary("no token", "tokens|token_type", tokens=struct.pack("<IIQ", ARRAY, STRING, 0))
     yield vocabulary("a token twice", "tokens", tokens=[*tokens[:-1], tokens[-2]])
     yield vocabulary("a control token twice", "tokens", tokens=[tokens[1], *tokens[1:]])
-    yield vocabulary("more tokens than embeddings", "tokens|tokenizer", tokens=[*tokens, "zz"], token_type=[*types, 1])
-    yield vocabulary("far more tokens", "tokens|tokenizer", tokens=[*tokens, *(f"t{i}" for i in range(9000))], token_type=[*types, *[1] * 9000])
+    yield vocabulary(
+        "more tokens than embeddings", "tokens|tokenizer", tokens=[*tokens, "zz"], token_type=[*types, 1]
+    )
+    yield vocabulary(
+        "far more tokens",
+        "tokens|tokenizer",
+        tokens=[*tokens, *(f"t{i}" for i in range(9000))],
+        token_type=[*types, *[1] * 9000],
+    )
     yield vocabulary("an empty token", "token", "either", tokens=[*tokens[:-1], ""])
     yield vocabulary("a token of other characters", "token", tokens=[*tokens[:-1], "\u4e16"])
     yield vocabulary("a token with a zero", "token", tokens=[*tokens[:-1], "a\0b"])
@@ -437,10 +525,18 @@ def _vocabularies() -> Iterator[HostileCase]:
         yield vocabulary(f"{count} types", "token_type", token_type=value)
     for kind in (-1, 7, 2**31 - 1):
         yield vocabulary(f"a type {kind}", "token_type", token_type=[*types[:-1], kind])
-    yield vocabulary("types as floats", "token_type", token_type=struct.pack(f"<IIQ{len(types)}f", ARRAY, F32, len(types), *types))
+    yield vocabulary(
+        "types as floats",
+        "token_type",
+        token_type=struct.pack(f"<IIQ{len(types)}f", ARRAY, F32, len(types), *types),
+    )
     many = [f"<|{i}|>" for i in range(5000)]
-    yield vocabulary("5,000 control tokens", "token_type|tokens", tokens=[*tokens, *many], token_type=[*types, *[3] * 5000])
-    yield vocabulary("a control token of one character", "special|control", token_type=[*types[:10], 3, *types[11:]])
+    yield vocabulary(
+        "5,000 control tokens", "token_type|tokens", tokens=[*tokens, *many], token_type=[*types, *[3] * 5000]
+    )
+    yield vocabulary(
+        "a control token of one character", "special|control", token_type=[*types[:10], 3, *types[11:]]
+    )
     broken = {
         "of one": "he",
         "of three": "h e l",
@@ -470,7 +566,10 @@ def _templates() -> Iterator[tuple[str, str]]:
     """A few; the hundred are a corpus of their own."""
     yield "a syntax error", "{% if %}"
     yield "an endless output", "{% set x = 'x' * 1000000 %}{% for i in range(100000) %}{{ x }}{% endfor %}"
-    yield "a doubling", "{% set ns = namespace(x='x') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}"
+    yield (
+        "a doubling",
+        "{% set ns = namespace(x='x') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+    )
     yield "an endless loop", "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     yield "300,000 characters", "x" * 300_000
     yield "a way to Python", "{{ messages.__class__.__mro__[1].__subclasses__()[0]('touch canary') }}"
@@ -479,6 +578,7 @@ def _templates() -> Iterator[tuple[str, str]]:
 
 def _sizes() -> Iterator[HostileCase]:
     """Many of everything: bounded, and quick to refuse."""
+
     def keys(count: int) -> dict[str, Any]:
         return {f"x.{index}": 1 for index in range(count)}
 
@@ -489,7 +589,9 @@ def _sizes() -> Iterator[HostileCase]:
     yield _case("size", "16,000 tensors in one place", head + entry + bytes(64), "overlaps")
     entry = b"".join(text(f"blk.{i}.x") + struct.pack("<IQIQ", 1, 1, 0, 32 * i) for i in range(16_000))
     yield _case("size", "16,000 tensors", head + entry + bytes(32 * 16_001), "general|missing|llama|tensor")
-    yield _case("size", "70,000 tensors", head[:8] + struct.pack("<Q", 70_000) + head[16:] + entry, "tensor count")
+    yield _case(
+        "size", "70,000 tensors", head[:8] + struct.pack("<Q", 70_000) + head[16:] + entry, "tensor count"
+    )
     flags = struct.pack("<IIQ", ARRAY, BOOL, 1 << 20) + bytes(1 << 20)
     yield _loads("a million flags", small_gguf({"x.flags": flags}))
     texts = struct.pack("<IIQ", ARRAY, STRING, 200_000) + b"".join(text(f"{i:06}") for i in range(200_000))
@@ -501,7 +603,9 @@ def _no_files() -> Iterator[HostileCase]:
     yield _case("path", "empty file", b"", "empty|cannot be read|magic")
     yield _case("path", "a pipe without a writer", Fifo(), "file", exit_code=3)
     for name in ("..gguf.gguf", "a b.gguf", "con.gguf", "-rf.gguf", "x" * 150 + ".gguf", "\u202e.gguf"):
-        yield _case("path", f"file named {name[:20]!r}", small_gguf(), "model name", exit_code=2, target=f"in/{name}")
+        yield _case(
+            "path", f"file named {name[:20]!r}", small_gguf(), "model name", exit_code=2, target=f"in/{name}"
+        )
 
 
 def _patched(data: bytes, at: int, value: bytes) -> bytes:

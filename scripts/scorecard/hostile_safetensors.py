@@ -90,13 +90,17 @@ def _parts() -> tuple[dict[str, Any], bytes]:
     return header, weights[8 + size :]
 
 
-def _case(family: str, name: str, weights: Content, field: str, expected: Expected = "refused") -> HostileCase:
+def _case(
+    family: str, name: str, weights: Content, field: str, expected: Expected = "refused"
+) -> HostileCase:
     return folder_case(f"safetensors {family}", name, {_WEIGHTS: weights}, field, expected)
 
 
 def _sound() -> Iterator[HostileCase]:
     yield folder_case("safetensors sound", "as it is", {}, "", "loads")
-    yield _case("sound", "without metadata", with_header(lambda header: header.pop("__metadata__")), "", "loads")
+    yield _case(
+        "sound", "without metadata", with_header(lambda header: header.pop("__metadata__")), "", "loads"
+    )
     header, _ = _parts()
     turned = json.dumps(dict(reversed(header.items()))).encode()
     yield _case("sound", "names in another order", with_header(text=turned), "", "loads")
@@ -166,7 +170,9 @@ def _json() -> Iterator[HostileCase]:
         yield _case("json", name, with_header(text=text), "header|tensor")
     header, _ = _parts()
     first = json.dumps({next(iter(header)): next(iter(header.values()))})[:-1]
-    yield _case("json", "a key twice", with_header(text=(first + "," + json.dumps(header)[1:]).encode()), "twice")
+    yield _case(
+        "json", "a key twice", with_header(text=(first + "," + json.dumps(header)[1:]).encode()), "twice"
+    )
     name = "model.norm.weight"
     twice = json.dumps(header)[:-1] + f', "{name}": {json.dumps(header[name])}}}'
     yield _case("json", "a tensor twice", with_header(text=twice.encode()), "twice")
@@ -176,12 +182,16 @@ def _json() -> Iterator[HostileCase]:
     bad_metadata: tuple[Any, ...] = (1, None, [], "x", {"a": 1}, {"a": {}}, {"a": None}, {"a": "x" * 70_000})
     for value in bad_metadata:
         label = f"metadata {str(value)[:20]}"
-        yield _case("json", label, with_header(lambda head, v=value: head.update(__metadata__=v)), "__metadata__")
+        yield _case(
+            "json", label, with_header(lambda head, v=value: head.update(__metadata__=v)), "__metadata__"
+        )
     for item in (b"[],", b"{},", b"300,", b'"",'):
         text = b'{"a": [' + item * (7_900_000 // len(item)) + b"0]}"
         yield _case("json", f"8 MB of {item.decode()}", with_header(text=text), "header|tensor a")
     many = {f"t{index}": {"dtype": "BF16", "shape": [0], "data_offsets": [0, 0]} for index in range(50_000)}
-    yield _case("json", "50,000 empty tensors", with_header(lambda head: head.update(many)), "t0|t1|tensor|header")
+    yield _case(
+        "json", "50,000 empty tensors", with_header(lambda head: head.update(many)), "t0|t1|tensor|header"
+    )
 
 
 def _entries() -> Iterator[HostileCase]:
@@ -197,14 +207,55 @@ def _entries() -> Iterator[HostileCase]:
         yield entry(f"dtype {str(dtype)[:20]!r}", dtype=dtype)
     for dtype in ("F32", "F64", "U8", "I64", "BOOL", "F8_E4M3"):
         yield entry(f"dtype {dtype} of the same bytes", dtype=dtype)
-    shapes: list[Any] = [None, 64, "64", {}, ["64"], [64.0], [-64], [64, -1], [True], [None], [[64]], [63], [65], []]
-    shapes += [[0], [0, 2**60], [1] * 9, [64] + [1] * 1000, [64, 1], [8, 8], [2**63, 2], [2**32, 2**32], [2**48] * 8]
+    shapes: list[Any] = [
+        None,
+        64,
+        "64",
+        {},
+        ["64"],
+        [64.0],
+        [-64],
+        [64, -1],
+        [True],
+        [None],
+        [[64]],
+        [63],
+        [65],
+        [],
+    ]
+    shapes += [
+        [0],
+        [0, 2**60],
+        [1] * 9,
+        [64] + [1] * 1000,
+        [64, 1],
+        [8, 8],
+        [2**63, 2],
+        [2**32, 2**32],
+        [2**48] * 8,
+    ]
     shapes += [[math.nan], [math.inf], [1e400], *([value] for value in _HUGE)]
     for shape in shapes:
         yield entry(f"shape {str(shape)[:40]}", shape=shape)
-    offsets: list[Any] = [None, 0, "0", {}, [], [first], [first, last, last], [last, first], [first, None], ["0", "1"]]
+    offsets: list[Any] = [
+        None,
+        0,
+        "0",
+        {},
+        [],
+        [first],
+        [first, last, last],
+        [last, first],
+        [first, None],
+        ["0", "1"],
+    ]
     offsets += [[-2, last], [first + 0.5, last], [first, last + 2], [first + 2, last], [first - 2, last - 2]]
-    offsets += [[True, last], [0, 128], [len(data), len(data) + 128], *([value, value + 128] for value in _HUGE)]
+    offsets += [
+        [True, last],
+        [0, 128],
+        [len(data), len(data) + 128],
+        *([value, value + 128] for value in _HUGE),
+    ]
     for pair in offsets:
         found = "tensor|file" if isinstance(pair, list) and len(pair) == 2 else name
         data_case = with_header(lambda head, p=pair: head[name].update(data_offsets=p))
@@ -227,15 +278,35 @@ def _tensors() -> Iterator[HostileCase]:
         head[new] = head.pop(old)
 
     for name in (names[0], one, names[-1]):
-        yield _case("tensors", f"{name} renamed", with_header(lambda head, n=name: rename(head, n, "evil")), "evil|missing")
-        yield _case("tensors", f"{name} taken out", with_header(lambda head, n=name: head.pop(n)), "tensor|file")
-    for extra in ("lm_head.weight", "model.layers.2.mlp.up_proj.weight", "evil", "model.layers.-1.x", "x" * 200):
+        yield _case(
+            "tensors",
+            f"{name} renamed",
+            with_header(lambda head, n=name: rename(head, n, "evil")),
+            "evil|missing",
+        )
+        yield _case(
+            "tensors", f"{name} taken out", with_header(lambda head, n=name: head.pop(n)), "tensor|file"
+        )
+    for extra in (
+        "lm_head.weight",
+        "model.layers.2.mlp.up_proj.weight",
+        "evil",
+        "model.layers.-1.x",
+        "x" * 200,
+    ):
         more = with_header(lambda head, n=extra: head.update({n: lm_head}))
         yield _case("tensors", f"one more, {extra[:40]}", more, f"{extra[:40]}|lm_head")
     for shape in ([64, 96], [96 * 64], [96, 64, 1], [48, 128]):
-        yield _case("tensors", f"{one} as {shape}", with_header(lambda head, s=shape: head[one].update(shape=s)), one)
+        yield _case(
+            "tensors", f"{one} as {shape}", with_header(lambda head, s=shape: head[one].update(shape=s)), one
+        )
     other = header["model.layers.0.mlp.up_proj.weight"]["data_offsets"]
-    yield _case("tensors", "two in one place", with_header(lambda head: head[one].update(data_offsets=other)), "overlaps")
+    yield _case(
+        "tensors",
+        "two in one place",
+        with_header(lambda head: head[one].update(data_offsets=other)),
+        "overlaps",
+    )
     yield _case("tensors", "all in one place", with_header(_all_in_one_place), "overlaps|tensor|file")
     yield _case("tensors", "a hole at the start", with_header(_moved(2), data=b"xx" + data), "gap")
     yield _case("tensors", "none", with_header(text=b'{"__metadata__": {}}', data=b""), "missing")
@@ -259,8 +330,31 @@ def _moved(by: int) -> _Change:
 
 def _names() -> Iterator[HostileCase]:
     """Names that climb out of a folder, or that terminals and shells take for something else."""
-    names = ["../../etc/passwd", "/etc/passwd", "..", ".", "", "a/b", "a\\b", "C:\\x", "a..b", "-rf", "~", "$(id)"]
-    names += ["a\nb", "a\x00b", "\x1b[31mred", "\u202eevil", "caf\u00e9", "a b", "x" * 300, "%s%n", "__class__.__init__"]
+    names = [
+        "../../etc/passwd",
+        "/etc/passwd",
+        "..",
+        ".",
+        "",
+        "a/b",
+        "a\\b",
+        "C:\\x",
+        "a..b",
+        "-rf",
+        "~",
+        "$(id)",
+    ]
+    names += [
+        "a\nb",
+        "a\x00b",
+        "\x1b[31mred",
+        "\u202eevil",
+        "caf\u00e9",
+        "a b",
+        "x" * 300,
+        "%s%n",
+        "__class__.__init__",
+    ]
     for name in names:
         entry = {"dtype": "BF16", "shape": [0], "data_offsets": [0, 0]}
         wrong = with_header(lambda head, n=name, e=entry: head.update({n: e}))
@@ -270,7 +364,12 @@ def _names() -> Iterator[HostileCase]:
 def _values() -> Iterator[HostileCase]:
     """Weights that are no finite numbers, in each type and place."""
     header, data = _parts()
-    for label, bits in (("NaN", 0x7FC0), ("infinity", 0x7F80), ("minus infinity", 0xFF80), ("odd NaN", 0xFF81)):
+    for label, bits in (
+        ("NaN", 0x7FC0),
+        ("infinity", 0x7F80),
+        ("minus infinity", 0xFF80),
+        ("odd NaN", 0xFF81),
+    ):
         for name in ("model.norm.weight", "model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight"):
             last = header[name]["data_offsets"][1]
             wrong = data[: last - 2] + bits.to_bytes(2, "little") + data[last:]
@@ -301,10 +400,25 @@ def _shards() -> Iterator[HostileCase]:
         return json.dumps(wrong).encode()
 
     yield case("as it is", {_INDEX: json.dumps(index).encode()}, "either")
-    paths: list[object] = ["../secret.safetensors", "/etc/passwd", "..", "", ".", "./", "a/b.safetensors", "~/x"]
+    paths: list[object] = [
+        "../secret.safetensors",
+        "/etc/passwd",
+        "..",
+        "",
+        ".",
+        "./",
+        "a/b.safetensors",
+        "~/x",
+    ]
     paths += ["..\\x.safetensors", "C:\\x.safetensors", "model-00003-of-00002.safetensors", "config.json"]
     paths += ["hf://other/model/model.safetensors", "https://example.com/x.safetensors", "file:///etc/passwd"]
-    paths += ["model-00001-of-00002.safetensors\0", "con.safetensors", "-rf.safetensors", "pytorch_model.bin", "x" * 5000]
+    paths += [
+        "model-00001-of-00002.safetensors\0",
+        "con.safetensors",
+        "-rf.safetensors",
+        "pytorch_model.bin",
+        "x" * 5000,
+    ]
     paths += [None, 1, [], {}, ["model-00001-of-00002.safetensors"], True]
     outside = {"outside/secret.safetensors": second, "in/secret.safetensors": second}
     for path in paths:
@@ -329,13 +443,26 @@ def _shards() -> Iterator[HostileCase]:
 
 def _indices(index: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
     """Indices that are none."""
-    values: list[Any] = [None, 1, "x", [], {}, {"weight_map": None}, {"weight_map": []}, {"weight_map": {}}, {"weight_map": "x"}]
+    values: list[Any] = [
+        None,
+        1,
+        "x",
+        [],
+        {},
+        {"weight_map": None},
+        {"weight_map": []},
+        {"weight_map": {}},
+        {"weight_map": "x"},
+    ]
     yield from ((f"an index of {str(value)[:30]}", json.dumps(value).encode()) for value in values)
     texts = json.dumps(index)
     yield "an index cut short", texts[: len(texts) // 2].encode()
     yield "an index of another encoding", texts.encode("utf-16")
     yield "an index nested without end", b'{"weight_map": ' * 50_000
-    yield "an index that has a key twice", texts.replace('{"model.embed', '{"model.norm.weight": "../x", "model.embed').encode()
+    yield (
+        "an index that has a key twice",
+        texts.replace('{"model.embed', '{"model.norm.weight": "../x", "model.embed').encode(),
+    )
     extra = copy.deepcopy(dict(index))
     extra["weight_map"]["evil"] = "model-00001-of-00002.safetensors"
     yield "an index with one tensor more", json.dumps(extra).encode()
@@ -373,7 +500,14 @@ def _links() -> Iterator[HostileCase]:
     sound = sound_folder()
     secret = {"outside/secret": b"{}", "outside/weights": sound[_WEIGHTS], "outside/folder/x": b""}
     for name in (_WEIGHTS, "config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        for target in ("/etc/passwd", "../../outside/weights", "/proc/self/environ", "/dev/zero", name, "nowhere"):
+        for target in (
+            "/etc/passwd",
+            "../../outside/weights",
+            "/proc/self/environ",
+            "/dev/zero",
+            name,
+            "nowhere",
+        ):
             is_gone = target in ("/dev/zero", name, "nowhere") and "_" in name  # no file: left out
             case = folder_case("link", f"{name} to {target}", {name: Link(target)}, "", others=secret)
             expected: Expected = "either" if is_gone else "refused"
@@ -381,7 +515,13 @@ def _links() -> Iterator[HostileCase]:
             yield HostileCase(**{**vars(case), "expected": expected, "exit_code": exit_code})
     moved = {f"in/hub/blobs/{at:064x}": content for at, content in enumerate(sound.values())}
     links = {f"in/hub/snapshots/abc/{name}": Link(f"../../blobs/{at:064x}") for at, name in enumerate(sound)}
-    hub = HostileCase(family="link", name="a hub's cache", files={**moved, **links}, target="in/hub/snapshots/abc", expected="loads")
+    hub = HostileCase(
+        family="link",
+        name="a hub's cache",
+        files={**moved, **links},
+        target="in/hub/snapshots/abc",
+        expected="loads",
+    )
     yield hub
     inside = {"real.json": sound["config.json"], "config.json": Link("real.json")}
     yield folder_case("link", "within the folder", inside, "", "loads")
@@ -395,4 +535,10 @@ def _polyglots() -> Iterator[HostileCase]:
     yield _case("polyglot", "a GGUF", tiny_gguf(), "header")
     yield _case("polyglot", "HTML", b"<html>" * 999, "header")
     metadata = {"a": "PK\x05\x06" + "\0" * 18}
-    yield _case("polyglot", "a ZIP in the metadata", with_header(lambda head: head.update(__metadata__=metadata)), "", "either")
+    yield _case(
+        "polyglot",
+        "a ZIP in the metadata",
+        with_header(lambda head: head.update(__metadata__=metadata)),
+        "",
+        "either",
+    )

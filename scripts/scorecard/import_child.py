@@ -130,9 +130,7 @@ def _run(job: dict[str, str], watch: _Watch) -> Answer:
     foreign = [name for name in set(sys.modules) - modules_before if _lies_in(sys.modules[name], case)]
     left = sorted({*_left_files(case, found["outcome"] != "refused"), *(_open_things() - open_before)})
     os.chdir("/")
-    return Answer(
-        **found, cpu_s=cpu_s, wall_s=wall_s, grew_bytes=grew, events=[*events, *foreign], left=left
-    )
+    return Answer(**found, cpu_s=cpu_s, wall_s=wall_s, grew_bytes=grew, events=[*events, *foreign], left=left)
 
 
 def _import(target: Path, library: Library) -> dict[str, Any]:

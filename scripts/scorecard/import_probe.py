@@ -48,7 +48,9 @@ class ImportProbe:
     def __init__(self, control: str = "") -> None:
         self._control = control
         self._child: subprocess.Popen[str] | None = None
-        self._folder = Path(tempfile.mkdtemp(prefix="hostile-", dir=_MEMORY if os.access(_MEMORY, os.W_OK) else None))
+        self._folder = Path(
+            tempfile.mkdtemp(prefix="hostile-", dir=_MEMORY if os.access(_MEMORY, os.W_OK) else None)
+        )
         self._count = 0
 
     def __enter__(self) -> "ImportProbe":

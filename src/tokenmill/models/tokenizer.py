@@ -23,6 +23,9 @@ __all__ = ["Tokenizer"]
 
 _MAX_FILE_BYTES: Final = 64 << 20
 _MAX_SPECIAL_TOKENS: Final = 4096
+_MAX_TOKEN_CHARS: Final = 4096
+_LONG_CONTENT: Final = re.compile(rf'"content"\s*:\s*"(?:[^"\\]|\\.){{{_MAX_TOKEN_CHARS}}}')
+_MAX_SPECIAL_CHARS: Final = 1 << 17
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 _MAX_TOKEN_TYPE: Final = 6
 _T = TypeVar("_T")
@@ -56,6 +59,8 @@ class Tokenizer:
             raise ModelFormatError(f"{path}: cannot be read ({error})") from error
         if not text:
             raise ModelFormatError(f"{path}: has {size} bytes, expected 1 to {_MAX_FILE_BYTES}")
+        if _LONG_CONTENT.search(text):  # the library takes 75 bytes for each of theirs
+            raise ModelFormatError(f"{path}: added_tokens has a token of over {_MAX_TOKEN_CHARS} characters")
         return cls(_guarded(lambda: tokenizers.Tokenizer.from_str(text), str(path)), str(path))
 
     @classmethod
@@ -213,6 +218,8 @@ def _check_pipeline(inner: tokenizers.Tokenizer, specials: Mapping[str, int], so
         raise ModelFormatError(f"{source}: the decoder is not ByteLevel")
     if len(specials) > _MAX_SPECIAL_TOKENS or any(len(text) < 2 for text in specials):
         raise ModelFormatError(f"{source}: too many special tokens, or one shorter than two characters")
+    if sum(map(len, specials)) > _MAX_SPECIAL_CHARS:  # they become one pattern
+        raise ModelFormatError(f"{source}: special tokens of over {_MAX_SPECIAL_CHARS} characters")
 
 
 def _settings(component: Any) -> dict[str, Any]:
@@ -229,9 +236,10 @@ def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
 def _token_bytes(inner: tokenizers.Tokenizer, added: Mapping[int, str], source: str) -> tuple[bytes, ...]:
     """Bytes of every id. Ids must be dense: 0 to the number of tokens."""
     vocabulary: dict[str, int] = inner.get_vocab(with_added_tokens=True)
-    table = [b""] * (max(vocabulary.values(), default=-1) + 1 if len(vocabulary) < 1 << 22 else 0)
-    if not table or len(table) > 2 * len(vocabulary):
+    highest = max(vocabulary.values(), default=-1)
+    if not 0 <= highest < min(2 * len(vocabulary), 1 << 22):
         raise ModelFormatError(f"{source}: the vocabulary is empty, too large or has holes")
+    table = [b""] * (highest + 1)
     alphabet = _byte_alphabet()
     for text, id in vocabulary.items():
         try:
