@@ -89,7 +89,7 @@ def _plain(name: str, runs: int, seed: int, folder: Path) -> int:
 
 def _guided(name: str, runs: int, seed: int, folder: Path) -> int:
     """In a child: never returns, as the fuzzer ends the process."""
-    import atheris
+    import atheris  # type: ignore[import-untyped,import-not-found,unused-ignore]
 
     with atheris.instrument_imports(include=["tokenmill.models", "scripts.fuzz_targets"]):
         from scripts.fuzz_targets import TARGETS, try_input, working_folder

@@ -1,4 +1,4 @@
-"""What the fuzzer feeds: the readers of model files, each with sound seeds and mutations that know its structure.
+"""What the fuzzer feeds: the readers of model files, sound seeds, mutations that know their structure.
 
 A reader may take its input or raise an error of ours; any other exception, a second of processor time or
 64 MiB more memory for one input is a finding. Sound seeds come from the corpora of the scorecard.
@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from scripts.scorecard.gguf_borders import borders
-from scripts.scorecard.hostile_gguf import small_gguf
-from scripts.scorecard.hostile_safetensors import hostile_safetensors, sound_folder
+from scripts.scorecard.gguf_cases import small_gguf
+from scripts.scorecard.hostile_safetensors import sound_folder
+from scripts.scorecard.hostile_shards import hostile_shards
 from tokenmill.core import TokenmillError
 from tokenmill.models.convert import GgufWeights, gguf_architecture
 from tokenmill.models.directory import ModelDirectory
@@ -35,7 +36,8 @@ _MAX_BYTES = 64 << 20
 _INDEX = "model.safetensors.index.json"
 _NUMBERS = (0, 1, 7, 8, 31, 32, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, 2**63, 2**64 - 1)
 _VALUES: tuple[Any, ...] = (
-    *(None, True, False, -1, 0, 1, 2, 64, 2**31, 2**63, 2**64, 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf")),
+    *(None, True, False, -1, 0, 1, 2, 64, 2**31, 2**63, 2**64, 10**400, 0.5, -0.0, 1e308),
+    *(float("nan"), float("inf")),
     *("", "x", "\x00", "\ud800", "../x", "llama", "mixtral", "x" * 9000, [], [[]], [1], ["x"], {}, {"a": 1}),
 )  # fmt: skip
 
@@ -46,7 +48,7 @@ class Finding(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A reader: the name of its file in a folder, sound inputs, a mutation, and what is done with the file."""
+    """A reader: the name of its file, sound inputs, a mutation, and what is done with the file."""
 
     file: str
     seeds: Callable[[], list[bytes]]
@@ -140,7 +142,7 @@ def _config_seeds() -> list[bytes]:
 
 @cache
 def _sharded() -> dict[str, bytes]:
-    case = next(case for case in hostile_safetensors() if case.title == "shards: as it is")
+    case = next(case for case in hostile_shards() if case.title == "shards: as it is")
     files = {path.removeprefix("in/folder/"): content for path, content in case.files.items()}
     return {name: content for name, content in files.items() if isinstance(content, bytes)}
 
@@ -159,7 +161,7 @@ def _fields() -> list[tuple[int, int]]:
     return [(border.at, border.size) for border in borders(small_gguf())]
 
 
-def _mutate_gguf(_: bytes, rng: random.Random) -> bytes:
+def _mutate_gguf(__: bytes, rng: random.Random) -> bytes:
     """Lies in a few fields of the header of the sound file, its end cut off, or a part of it twice."""
     data = bytearray(small_gguf())
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
@@ -203,7 +205,7 @@ def _spoil(value: Any, rng: random.Random) -> None:
             del value[key]
         elif kind < 0.3 and isinstance(value, dict):
             value[rng.choice(("x", "evil", "type", f"{key}x"))] = value[key]
-        elif kind < 0.3:
+        elif kind < 0.3 and isinstance(value, list):
             value.append(value[key])
         elif kind < 0.45 and isinstance(value[key], int) and not isinstance(value[key], bool):
             value[key] += rng.choice((-1, 1, 2, 64, -64))

@@ -6,14 +6,14 @@ Each case is a sound folder but for one file. The same every time.
 import copy
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from scripts.scorecard.hostile_files import Content, Expected, Fifo, Hole, HostileCase
 from scripts.scorecard.hostile_safetensors import folder_case, sound_folder
 
-__all__ = ["hostile_folders"]
+__all__ = ["any_of", "file_case", "hostile_folders"]
 
 _SIZES = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
@@ -34,7 +34,7 @@ def hostile_folders() -> list[HostileCase]:
         *_generation(),
         *_tokenizer_configs(),
     ]
-    return [*cases, *_tokenizers(), *_vocabularies(), *_pipelines(), *_templates(), *_strangers()]
+    return [*cases, *_templates(), *_strangers()]
 
 
 def _config(
@@ -42,7 +42,7 @@ def _config(
 ) -> HostileCase:
     config = {**json.loads(sound_folder()["config.json"]), **change}
     config.pop(without, None)
-    return _file("config", name, "config.json", json.dumps(config).encode(), field, expected)
+    return file_case("config", name, "config.json", json.dumps(config).encode(), field, expected)
 
 
 def _ids(name: str, change: _Json, field: str) -> HostileCase:
@@ -52,7 +52,7 @@ def _ids(name: str, change: _Json, field: str) -> HostileCase:
     return replace(case, files=files)
 
 
-def _file(
+def file_case(
     family: str,
     name: str,
     file: str,
@@ -61,6 +61,7 @@ def _file(
     expected: Expected = "refused",
     exit_code: int = 4,
 ) -> HostileCase:
+    """The sound folder with one file of other content."""
     return folder_case(
         f"folder {family}", name, {file: content}, field or file, expected, exit_code=exit_code
     )
@@ -70,9 +71,9 @@ def _sound() -> Iterator[HostileCase]:
     yield _config("fields that nobody knows", {"x": [1, {"y": None}], "torch_dtype": "float64"}, "", "loads")
     yield _config("an id list", {"eos_token_id": [2, 0]}, "", "loads")
     for name in ("tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
-        yield _file("sound", f"without {name}", name, None, "", "loads")
+        yield file_case("sound", f"without {name}", name, None, "", "loads")
     for name in ("README.md", "model.py", "tokenmill.json", ".git/config"):
-        yield _file("sound", f"with {name}", name, b"{", "", "loads")
+        yield file_case("sound", f"with {name}", name, b"{", "", "loads")
 
 
 def _configs() -> Iterator[HostileCase]:
@@ -92,7 +93,7 @@ def _configs() -> Iterator[HostileCase]:
         for value in values:
             yield _config(f"{field} is {value!r}", {field: value}, field)
     for field in ("bos_token_id", "eos_token_id"):
-        for value in (-1, 263, 2**63, 1.0, "2", True, {}, [[2]], [2, None, "x"], [0] * 65, [263]):
+        for value in any_of(-1, 263, 2**63, 1.0, "2", True, {}, [[2]], [2, None, "x"], [0] * 65, [263]):
             yield _ids(f"{field} is {str(value)[:20]!r}", {field: value}, field)
     others: dict[str, tuple[int, ...]] = {"hidden_size": (128,), "num_hidden_layers": (1, 3, 1024)}
     others |= {"num_attention_heads": (3, 8, 1), "num_key_value_heads": (1, 3, 4), "head_dim": (14, 15, 32)}
@@ -114,18 +115,18 @@ def _configs() -> Iterator[HostileCase]:
 def _features() -> Iterator[HostileCase]:
     """Features that change what is computed: each is known, or refused by its name."""
     changes: list[_Json] = [
-        {"model_type": value} for value in (None, 1, [], "", "x" * 10_000, "LLAMA", "../evil", "gpt2")
+        {"model_type": value} for value in any_of(None, 1, [], "", "x" * 10_000, "LLAMA", "../evil", "gpt2")
     ]
-    changes += [{"hidden_act": value} for value in (1, [], "nobody", "__import__('os')", {"a": 1})]
-    changes += [{"tie_word_embeddings": value} for value in (0, 1, "true", [], {})]
+    changes += [{"hidden_act": value} for value in any_of(1, [], "nobody", "__import__('os')", {"a": 1})]
+    changes += [{"tie_word_embeddings": value} for value in any_of(0, 1, "true", [], {})]
     changes += [
         {field: value} for field in ("attention_bias", "mlp_bias") for value in (True, "yes", 1.5, [1])
     ]
-    changes += [{"quantization_config": value} for value in ({}, {"quant_method": "gptq"}, "x", [1])]
-    changes += [{"sliding_window": value} for value in (0, -1, 128, "x", [1])]
+    changes += [{"quantization_config": value} for value in any_of({}, {"quant_method": "gptq"}, "x", [1])]
+    changes += [{"sliding_window": value} for value in any_of(0, -1, 128, "x", [1])]
     changes += [
         {"rope_scaling": value}
-        for value in ("x", [1], {"rope_type": "dynamic"}, {"rope_type": 1}, {"type": []})
+        for value in any_of("x", [1], {"rope_type": "dynamic"}, {"rope_type": 1}, {"type": []})
     ]
     rope: list[_Json] = [{"rope_type": "linear"}, {"rope_type": "yarn", "factor": 2.0}]
     for value in (0, -1, math.nan, math.inf, "2", [2], 1e300, True):
@@ -137,7 +138,7 @@ def _features() -> Iterator[HostileCase]:
         "original_max_position_embeddings": 64,
         "low_freq_factor": 4.0,
     }
-    rope += [{**llama3, "high_freq_factor": value} for value in (4.0, 1.0, math.nan, None, "x")]
+    rope += [{**llama3, "high_freq_factor": value} for value in any_of(4.0, 1.0, math.nan, None, "x")]
     changes += [{"rope_scaling": value} for value in rope]
     changes += [{"partial_rotary_factor": value} for value in (0.5, "1", [1])]
     changes += [
@@ -174,7 +175,7 @@ def _experts() -> Iterator[HostileCase]:
             {**base, count: 2, "num_experts_per_tok": 3},
             "num_experts_per_tok",
         )
-    for value in ("x", [1.5], {"a": 1}, [None], 7):
+    for value in any_of("x", [1.5], {"a": 1}, [None], 7):
         change = {"model_type": "qwen3_moe", "mlp_only_layers": value}
         yield _config(f"mlp_only_layers is {value!r}", change, "mlp_only_layers")
 
@@ -202,23 +203,25 @@ def _texts() -> Iterator[HostileCase]:
             is_odd = name == "a megabyte of lists" and "_" in file
             expected: Expected = "either" if is_odd else "refused"
             field, exit_code = ("MB are needed", 5) if is_hole else (file, 4)
-            yield _file("text", f"{file}: {name}", file, content, field, expected, exit_code)
-        yield _file("text", f"{file}: a hole of 100 MB", file, Hole(100 << 20))
-    yield _file("text", "config.json is a pipe", "config.json", Fifo(), "config.json", exit_code=3)
-    yield _file("text", "without config.json", "config.json", None, exit_code=3)
-    yield _file("text", "without tokenizer.json", "tokenizer.json", None)
-    yield _file("text", "tokenizer.json is a pipe", "tokenizer.json", Fifo())
-    yield _file("text", "without model.safetensors", "model.safetensors", None)
-    yield _file("text", "model.safetensors is a pipe", "model.safetensors", Fifo())
+            yield file_case("text", f"{file}: {name}", file, content, field, expected, exit_code)
+        yield file_case("text", f"{file}: a hole of 100 MB", file, Hole(100 << 20))
+    yield file_case("text", "config.json is a pipe", "config.json", Fifo(), "config.json", exit_code=3)
+    yield file_case("text", "without config.json", "config.json", None, exit_code=3)
+    yield file_case("text", "without tokenizer.json", "tokenizer.json", None)
+    yield file_case("text", "tokenizer.json is a pipe", "tokenizer.json", Fifo())
+    yield file_case("text", "without model.safetensors", "model.safetensors", None)
+    yield file_case("text", "model.safetensors is a pipe", "model.safetensors", Fifo())
 
 
 def _generation() -> Iterator[HostileCase]:
-    for value in (-1, 263, 2**63, "2", 2.0, True, {}, [263], [[2]], list(range(65))):
+    for value in any_of(-1, 263, 2**63, "2", 2.0, True, {}, [263], [[2]], list(range(65))):
         text = json.dumps({"eos_token_id": value}).encode()
-        yield _file("generation", f"eos {str(value)[:30]!r}", "generation_config.json", text, "eos_token_id")
+        yield file_case(
+            "generation", f"eos {str(value)[:30]!r}", "generation_config.json", text, "eos_token_id"
+        )
     for key in ("temperature", "max_length", "num_beams", "bad_words_ids"):
         text = json.dumps({key: [1e999, "x", None]}).encode()
-        yield _file("generation", f"odd {key}", "generation_config.json", text, "", "loads")
+        yield file_case("generation", f"odd {key}", "generation_config.json", text, "", "loads")
 
 
 def _tokenizer_configs() -> Iterator[HostileCase]:
@@ -247,205 +250,15 @@ def _tokenizer_configs() -> Iterator[HostileCase]:
     for each in ([{"name": "default", "template": 1}], [{"name": "default", "template": ["x"]}]):
         yield case(f"chat_template is {each!r}", {"chat_template": each})
     yield case("chat_template of 300,000 characters", {"chat_template": "x" * 300_000})
-    for token in (1, [], {"content": 1}, {"content": None}, {"a": "b"}, "x" * 100_000, True):
+    for token in any_of(1, [], {"content": 1}, {"content": None}, {"a": "b"}, "x" * 100_000, True):
         yield case(f"bos_token is {str(token)[:20]!r}", {"bos_token": token}, "either")
     for name in ("tokenizer_class", "processor_class"):
         yield case(f"{name} of its own", {name: "EvilTokenizer"}, "either")
 
 
-def _tokenizer(
-    name: str,
-    change: Callable[[_Json], object],
-    field: str = "tokenizer.json",
-    expected: Expected = "refused",
-) -> HostileCase:
-    value = json.loads(sound_folder()["tokenizer.json"])
-    change(value)
-    text = json.dumps(value).encode()
-    return _file("tokenizer", name, "tokenizer.json", text, field, expected)
-
-
-def _tokenizers() -> Iterator[HostileCase]:
-    """Parts that are missing or of another type, and added tokens that collide."""
-    for key in (
-        "version",
-        "truncation",
-        "padding",
-        "added_tokens",
-        "normalizer",
-        "pre_tokenizer",
-        "post_processor",
-        "decoder",
-        "model",
-    ):
-        for value in (1, "x", [1], {"type": "Nobody"}, {"type": 1}):
-            expected: Expected = "either" if key == "version" else "refused"
-            yield _tokenizer(
-                f"{key} is {value!r}", lambda own, k=key, v=value: own.update({k: v}), expected=expected
-            )
-    yield from (
-        _tokenizer(f"without {key}", lambda own, k=key: own.pop(k))
-        for key in ("pre_tokenizer", "decoder", "model")
-    )
-    for content in ("", "a", "\u0120", " "):
-        yield _tokenizer(
-            f"a control token {content!r}",
-            lambda own, c=content: own["added_tokens"][0].update(content=c),
-            expected="either",
-        )
-    for number in (-1, 1.5, "1", 100_000, 2**31, 2**32 - 1, 2**63, 10**30):
-        added = {"id": number, "content": "<evil>", "single_word": False, "lstrip": False}
-        added |= {"rstrip": False, "normalized": False, "special": True}
-        yield _tokenizer(
-            f"an added token {number}", lambda own, a=added: own["added_tokens"].append(a), expected="either"
-        )
-    extra = [{**added, "id": 300 + at, "content": f"<{at}>"} for at in range(5000)]
-    yield _tokenizer("5,000 control tokens", lambda own: own["added_tokens"].extend(extra))
-    for size in (5000, 1 << 20):
-        name, content = f"an added token of {size} characters", "x" * size
-        yield _tokenizer(name, lambda own, c=content: own["added_tokens"][0].update(content=c))
-    for value in (
-        {"max_length": 2**63 - 1, "strategy": "LongestFirst", "stride": 2**40, "direction": "Right"},
-    ):
-        yield _tokenizer(
-            "endless truncation", lambda own, v=value: own.update(truncation=v), expected="either"
-        )
-    padding = {"strategy": {"Fixed": 2**40}, "direction": "Right", "pad_to_multiple_of": 2**40}
-    padding |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "x"}
-    yield _tokenizer("endless padding", lambda own: own.update(padding=padding), expected="loads")
-
-
-def _vocabularies() -> Iterator[HostileCase]:
-    """Vocabulary and merges of the model."""
-    own: _Json = json.loads(sound_folder()["tokenizer.json"])
-    last = list(own["model"]["vocab"])[-1]
-
-    def case(name: str, expected: Expected = "refused", **changes: Any) -> HostileCase:
-        return _tokenizer(name, lambda value: value["model"].update(changes), expected=expected)
-
-    vocab: dict[str, Any] = own["model"]["vocab"]
-    for value in (-1, 1.5, "1", None, 2**31, 2**32 - 1, 2**32, 10**30, 263, 100_000):
-        yield case(f"a token with the id {value!r}", vocab={**vocab, last: value})
-    yield case("two tokens of one id", "either", vocab={**vocab, last: 5})
-    yield case("an empty vocabulary", vocab={})
-    yield case("a vocabulary that is a list", vocab=[["a", 0]])
-    yield case(
-        "a token of no bytes",
-        "refused",
-        vocab={**{k: v for k, v in vocab.items() if k != last}, "\u4e16": vocab[last]},
-    )
-    yield case("9,000 tokens more", vocab={**vocab, **{f"t{at}": 300 + at for at in range(9000)}})
-    merges: list[Any] = own["model"]["merges"]
-    broken: list[Any] = [
-        "he",
-        "h e l",
-        "",
-        ["h"],
-        ["h", "e", "l"],
-        [],
-        1,
-        None,
-        {},
-        ["zz", "qq"],
-        "zz qq",
-        ["h", 1],
-    ]
-    for value in broken:
-        yield case(f"a merge {value!r}", merges=[*merges, value])
-    for kind in ("WordPiece", "WordLevel", "Unigram", "BPE2"):
-        yield case(f"a model of kind {kind}", type=kind)
-    for key, value in (
-        ("byte_fallback", "x"),
-        ("dropout", 2.0),
-        ("dropout", 0.5),
-        ("unk_token", 1),
-        ("fuse_unk", []),
-    ):
-        yield case(f"{key} is {value!r}", "either", **{key: value})
-    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
-        yield case(f"{key} of 100,000", "either", **{key: "#" * 100_000})
-
-
-def _pipelines() -> Iterator[HostileCase]:
-    """Steps that change text, that are nested without end, or whose patterns explode."""
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-
-    def split(pattern: str) -> Callable[[_Json], object]:
-        step = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-        steps = {"type": "Sequence", "pretokenizers": [step, {**byte_level, "use_regex": False}]}
-        return lambda own: own.update(pre_tokenizer=steps)
-
-    patterns = (
-        "(",
-        "[",
-        "(?P<x>a)(?P<x>b)",
-        r"\p{Nobody}",
-        "a{99999999}",
-        "(a{1000}){1000}",
-        "(" * 5000 + ")" * 5000,
-    )
-    for pattern in patterns:
-        expected: Expected = "either" if "1000" in pattern else "refused"
-        yield _tokenizer(f"a pattern {pattern[:30]}", split(pattern), expected=expected)
-    for pattern in ("(a+)+$", "(.*)*x", "(?:(?:a|a)*)*b", "(x+x+)+y", r"(\w+\s?)*$"):
-        yield _tokenizer(f"a slow pattern {pattern}", split(pattern), expected="either")
-    for depth in (10, 120, 1000, 100_000):
-        text = (
-            b'{"type":"Sequence","pretokenizers":[' * depth + json.dumps(byte_level).encode() + b"]}" * depth
-        )
-        own = sound_folder()["tokenizer.json"].decode()
-        value = json.loads(own)
-        value["pre_tokenizer"] = "HERE"
-        content = json.dumps(value).encode().replace(b'"HERE"', text)
-        expected = "either" if depth < 128 else "refused"
-        yield _file(
-            "tokenizer", f"steps nested {depth} deep", "tokenizer.json", content, "tokenizer.json", expected
-        )
-    normalizers: list[_Json] = [
-        {"type": "Lowercase"},
-        {"type": "StripAccents"},
-        {"type": "Strip", "strip_left": True, "strip_right": True},
-    ]
-    normalizers += [
-        {"type": "Replace", "pattern": {"String": "e"}, "content": "x" * 100},
-        {"type": "Prepend", "prepend": "\u2581"},
-    ]
-    normalizers += [
-        {"type": "Precompiled", "precompiled_charsmap": "AAAA"},
-        {"type": "Precompiled", "precompiled_charsmap": "!!"},
-    ]
-    for step in normalizers:
-        yield _tokenizer(
-            f"normalizer {json.dumps(step)[:50]}",
-            lambda own, s=step: own.update(normalizer=s),
-            expected="either",
-        )
-    decoders: list[_Json] = [
-        {"type": "WordPiece", "prefix": "##", "cleanup": True},
-        {"type": "Fuse"},
-        {"type": "ByteFallback"},
-    ]
-    for step in decoders:
-        yield _tokenizer(f"decoder {step['type']}", lambda own, s=step: own.update(decoder=s))
-    for kind in ("Metaspace", "Whitespace", "BertPreTokenizer", "CharDelimiterSplit"):
-        step = {
-            "type": kind,
-            "replacement": "\u2581",
-            "prepend_scheme": "always",
-            "split": True,
-            "delimiter": "x",
-        }
-        yield _tokenizer(f"pre-tokenizer {kind}", lambda own, s=step: own.update(pre_tokenizer=s))
-    post = {
-        "type": "TemplateProcessing",
-        "single": [{"SpecialToken": {"id": "[X]", "type_id": 0}}],
-        "pair": [],
-    }
-    yield _tokenizer(
-        "a post-processor of unknown tokens",
-        lambda own: own.update(post_processor={**post, "special_tokens": {}}),
-        expected="either",
-    )
+def any_of(*values: Any) -> tuple[Any, ...]:
+    """Values of any types."""
+    return values
 
 
 def _templates() -> Iterator[HostileCase]:
@@ -454,17 +267,17 @@ def _templates() -> Iterator[HostileCase]:
         "no UTF-8": b"\xff\xfe",
         "300,000 characters": b"x" * 300_000,
         "a syntax error": b"{% if %}",
-        "a way to Python": b"{{ messages.__class__.__mro__[1].__subclasses__() }}{{ cycler.__init__.__globals__.os }}",
+        "a way to Python": b"{{ ().__class__.__mro__[1].__subclasses__() }}{{ cycler.__init__.__globals__ }}",
         "an include": b"{% include '/etc/passwd' %}",
         "an import": b"{% import 'os' as os %}",
     }
     for name, text in texts.items():
-        yield _file("template", name, "chat_template.jinja", text)
-    yield _file("template", "empty", "chat_template.jinja", b"", "", "loads")
-    yield _file("template", "zero bytes", "chat_template.jinja", b"a\0b", "", "either")
-    yield _file("template", "a hole of 10 MB", "chat_template.jinja", Hole(10 << 20))
+        yield file_case("template", name, "chat_template.jinja", text)
+    yield file_case("template", "empty", "chat_template.jinja", b"", "", "loads")
+    yield file_case("template", "zero bytes", "chat_template.jinja", b"a\0b", "", "either")
+    yield file_case("template", "a hole of 10 MB", "chat_template.jinja", Hole(10 << 20))
     bomb = b"{% set ns = namespace(x='x') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}"
-    yield _file("template", "a doubling", "chat_template.jinja", bomb, exit_code=7)
+    yield file_case("template", "a doubling", "chat_template.jinja", bomb, exit_code=7)
 
 
 def _strangers() -> Iterator[HostileCase]:

@@ -1,4 +1,4 @@
-"""Models that carry code: pickles under every name, polyglots, and modules in every place where others load them.
+"""Models that carry code: pickles under every name, polyglots, modules wherever others would load them.
 
 Each would create a canary file if anything of it ran. Folders that are sound beside their payload must load
 all the same: foreign code is left where it is.
@@ -10,8 +10,8 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from scripts.scorecard.gguf_cases import small_gguf
 from scripts.scorecard.hostile_files import CANARY, Content, Expected, HostileCase
-from scripts.scorecard.hostile_gguf import small_gguf
 from scripts.scorecard.hostile_safetensors import folder_case, sound_folder
 
 __all__ = ["hostile_payloads", "pickles"]

@@ -62,7 +62,7 @@ class Answer:
 
 
 class _Watch:
-    """An audit hook that notes what an import has no business doing. `folders` may be read, `home` written."""
+    """An audit hook that notes what an import has no business doing; it may write to its own store only."""
 
     def __init__(self) -> None:
         roots = {sys.prefix, sys.base_prefix, str(Path(gguf.__file__).parents[2]), "/proc", "/sys/devices"}

@@ -32,7 +32,7 @@ _ROOT = Path(__file__).parents[2]
 
 
 class Tried(NamedTuple):
-    """A case, how its import ended (None if the child hung or died), and everything that is wrong with that."""
+    """A case, how its import ended (None if the child hung or died), and all that is wrong with that."""
 
     case: HostileCase
     answer: Answer | None

@@ -15,6 +15,8 @@ from scripts.scorecard.hostile_files import HostileCase
 from scripts.scorecard.hostile_folders import hostile_folders
 from scripts.scorecard.hostile_gguf import hostile_gguf
 from scripts.scorecard.hostile_safetensors import hostile_safetensors
+from scripts.scorecard.hostile_shards import hostile_shards
+from scripts.scorecard.hostile_tokenizers import hostile_tokenizers
 from scripts.scorecard.import_child import CONTROLS
 from scripts.scorecard.import_probe import ImportProbe, Tried
 
@@ -51,7 +53,13 @@ def run(*, cases: int, seed: int, guard: bool) -> Line:
 
 def all_files() -> list[HostileCase]:
     """The whole corpus."""
-    return [*hostile_gguf(), *hostile_safetensors(), *hostile_folders()]
+    return [
+        *hostile_gguf(),
+        *hostile_safetensors(),
+        *hostile_shards(),
+        *hostile_folders(),
+        *hostile_tokenizers(),
+    ]
 
 
 def sample(files: Sequence[HostileCase], count: int) -> list[HostileCase]:
@@ -80,7 +88,7 @@ def tally(tried: Iterable[Tried]) -> tuple[int, int, dict[str, float | int | str
 
 
 def _unguarded(files: Sequence[HostileCase]) -> tuple[int, int, dict[str, float | int | str]]:
-    """Each control until its first violation; the figures name it. A control that finds none is no violation."""
+    """Each control until its first violation, which the figures name; 0 violations unless all are noticed."""
     count = violations = 0
     figures: dict[str, float | int | str] = {}
     for control in CONTROLS:

@@ -36,7 +36,7 @@ from tokenmill.engine.mock import MockScript
 from tokenmill.engine.serving.async_engine import AsyncEngine
 from tokenmill.engine.serving.messages import EngineSpec, decode_to_engine
 
-__all__ = ["listening", "run", "unsafe_uses"]
+__all__ = ["fuzz_frames", "listening", "ports_of_a_server", "run", "runs_naively", "unsafe_uses"]
 
 _WHAT = "code in models: unsafe imports, payloads that ran, open ports, frames that broke the engine"
 _ROOT = Path(__file__).parents[2]
@@ -79,13 +79,13 @@ def run(*, cases: int, seed: int, guard: bool) -> Line:
         with ImportProbe() as probe:
             ran = [f"{case.title}: {faults[0]}" for case, _, faults in probe.run(payloads) if faults]
     else:
-        ran = [case.title for case in payloads if _runs_naively(case.title)]
-    open_ports = asyncio.run(_ports()) if guard else _ports_of_a_server()
+        ran = [case.title for case in payloads if runs_naively(case.title)]
+    open_ports = asyncio.run(_ports()) if guard else ports_of_a_server()
     decode = decode_to_engine if guard else naive_decode
     wrong, counts = fuzz_frames(cases if guard else 200, seed, 2 if is_short else 40, decode)
     parts = {"unsafe imports": unsafe, "payloads": ran, "ports": open_ports, "frames": wrong}
     if not guard and not all(parts.values()):
-        parts = dict.fromkeys(parts, [])  # a control that was not noticed: the line fails
+        parts = {name: [] for name in parts}  # a control that was not noticed: the line fails
     figures: dict[str, float | int | str] = {f"violations, {name}": len(each) for name, each in parts.items()}
     figures |= {"modules": len(sources), "payloads": len(payloads), **counts}
     figures["first_violation"] = next((each[0] for each in parts.values() if each), "none")[:300]
@@ -157,12 +157,13 @@ def _family(pid: int) -> set[int]:
     return found
 
 
-def _ports_of_a_server() -> list[str]:
+def ports_of_a_server() -> list[str]:
+    """The control: what is found while this process listens."""
     with socket.create_server(("127.0.0.1", 0)):
         return listening({os.getpid()})
 
 
-def _runs_naively(title: str) -> bool:
+def runs_naively(title: str) -> bool:
     """Whether a payload runs where pickles and modules are loaded as others load them, in a child."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "scripts.scorecard.s21", title, folder]

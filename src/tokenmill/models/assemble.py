@@ -105,7 +105,7 @@ def from_hf_folder(folder: Path, staging: Path, origin: Origin, progress: Progre
 
 
 def _check_sources(folder: Path, names: Sequence[str]) -> None:
-    """Refuse links that leave the folder (or the hub's cache it is a snapshot of), and endless small files."""
+    """Refuse links that leave the folder (or the hub's cache that it is of), and endless small files."""
     root = folder.resolve()
     roots = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
     for name in names:

@@ -81,8 +81,8 @@ def read_architecture(config: Mapping[str, Any], source: str) -> Architecture:
     experts = _experts(read, family)
     if experts is not None and num_layers * experts.num_experts > _MAX_EXPERTS:
         raise ModelFormatError(
-            f"{source}: {family.experts_field} {experts.num_experts} times num_hidden_layers {num_layers} is over "
-            f"{_MAX_EXPERTS}"
+            f"{source}: {family.experts_field} {experts.num_experts} in each of {num_layers} layers: "
+            f"over {_MAX_EXPERTS} together"
         )
     architecture = Architecture(
         family=name,
@@ -205,7 +205,9 @@ class _Fields:
 def _layers(read: _Fields, family: Family, num_layers: int, experts: Experts | None) -> tuple[Layer, ...]:
     rotary = _rotary_layers(read, family, num_layers)
     windows = _windows(read, family, num_layers, rotary)
-    routed = _routed_layers(read, num_layers) if experts is not None else [False] * num_layers
+    routed = [experts is not None] * num_layers
+    if "decoder_sparse_step" in family.defaults:  # the others ignore it
+        routed = _routed_layers(read, num_layers)
     return tuple(
         Layer(rotary=turned, window=window, routed=is_routed)
         for turned, window, is_routed in zip(rotary, windows, routed, strict=True)
