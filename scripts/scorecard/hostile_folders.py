@@ -150,7 +150,7 @@ def _features() -> Iterator[HostileCase]:
     for change in changes:
         ((field, value),) = change.items()
         fields = f"{field}|rope_type|factor|original|freq|tensor|attention_bias"
-        yield _config(f"{field} is {str(value)[:70]!r}", change, fields)
+        yield _config(f"{field} is {str(value)[:140]!r}", change, fields)
 
 
 def _experts() -> Iterator[HostileCase]:

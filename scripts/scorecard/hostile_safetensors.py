@@ -266,9 +266,9 @@ def _entries() -> Iterator[HostileCase]:
         [2**32, 2**32],
         [2**48] * 8,
     ]
-    shapes += [[math.nan], [math.inf], [1e400], *([value] for value in _HUGE)]
+    shapes += [[math.nan], [math.inf], *([value] for value in _HUGE)]
     for shape in shapes:
-        yield entry(f"shape {str(shape)[:40]}", shape=shape)
+        yield entry(f"shape {shape!r:.40}", shape=shape)
     offsets: list[Any] = [
         None,
         0,
@@ -291,7 +291,7 @@ def _entries() -> Iterator[HostileCase]:
     for pair in offsets:
         found = "tensor|file" if isinstance(pair, list) and len(pair) == 2 else name
         data_case = with_header(put({"data_offsets": pair}, name))
-        yield _case("entry", f"offsets {str(pair)[:60]}", data_case, found)
+        yield _case("entry", f"offsets {pair!r:.60}", data_case, found)
     for key in ("dtype", "shape", "data_offsets"):
         yield _case("entry", f"no {key}", with_header(take(key, name)), name)
     yield entry("one field more", evil=1)

@@ -1,4 +1,4 @@
-"""Hostile model files: a part of each family of the corpus, each control, and what the probe itself must see."""
+"""Hostile model files: a part of each family of the corpus, a control, and what the probe itself must see."""
 
 import json
 from pathlib import Path
