@@ -35,7 +35,7 @@ def _shards() -> Iterator[HostileCase]:
         wrong["weight_map"]["model.norm.weight"] = shard
         return json.dumps(wrong).encode()
 
-    yield case("as it is", {_INDEX: json.dumps(index).encode()}, "either")
+    yield case("as it is", {_INDEX: json.dumps(index).encode()}, "loads")
     paths: list[object] = [
         "../secret.safetensors",
         "/etc/passwd",
