@@ -4,6 +4,7 @@ A reader may take its input or raise an error of ours; any other exception, a se
 64 MiB more memory for one input is a finding. Sound seeds come from the corpora of the scorecard.
 """
 
+import copy
 import json
 import random
 import resource
@@ -204,13 +205,13 @@ def _spoil(value: Any, rng: random.Random) -> None:
         if kind < 0.15:
             del value[key]
         elif kind < 0.3 and isinstance(value, dict):
-            value[rng.choice(("x", "evil", "type", f"{key}x"))] = value[key]
+            value[rng.choice(("x", "evil", "type", f"{key}x"))] = copy.deepcopy(value[key])
         elif kind < 0.3 and isinstance(value, list):
-            value.append(value[key])
+            value.append(copy.deepcopy(value[key]))
         elif kind < 0.45 and isinstance(value[key], int) and not isinstance(value[key], bool):
             value[key] += rng.choice((-1, 1, 2, 64, -64))
         else:
-            value[key] = rng.choice(_VALUES)
+            value[key] = copy.deepcopy(rng.choice(_VALUES))
         return
 
 

@@ -44,8 +44,10 @@ def hostile_gguf() -> list[HostileCase]:
         *_strings(),
         *_metadata_types(),
         *_metadata_numbers(),
+        *_metadata_mismatches(),
         *_arrays(),
         *_tensor_tables(),
+        *_tensor_shapes(),
         *gguf_content(),
         *_sizes(),
         *_no_files(),
@@ -237,6 +239,10 @@ def _metadata_numbers() -> Iterator[HostileCase]:
     ):
         for real in values:
             yield case("number", f"{key} is {real}", small_gguf({key: real}), named(key))
+
+
+def _metadata_mismatches() -> Iterator[HostileCase]:
+    """Numbers that do not fit each other or the tensors, and features that are not computed."""
     for heads, kv in ((3, 2), (4, 3), (2, 4), (1, 2)):
         data = small_gguf({"llama.attention.head_count": heads, "llama.attention.head_count_kv": kv})
         yield case("number", f"{heads} heads, {kv} of keys", data, "num_attention_heads|head_count|attn_")
@@ -312,41 +318,48 @@ def _arrays() -> Iterator[HostileCase]:
     yield case("array", "booleans of 2 and 3", small_gguf({"x.flags": value}), "x.flags")
 
 
+def _table(family: str, changed: Sequence[Tensor], field: str) -> HostileCase:
+    return case("tensors", family, small_gguf(tensors=changed), field)
+
+
 def _tensor_tables() -> Iterator[HostileCase]:
     """Tensors: twice, missing, unknown, overlapping, apart, of other shapes and types."""
     _, tensors = parts()
     first, second, *rest = tensors
     name = escaped(second.name)
 
-    def table(family: str, changed: Sequence[Tensor], field: str) -> HostileCase:
-        return case("tensors", family, small_gguf(tensors=changed), field)
-
-    yield table("one twice", [first, second, second, *rest], name)
-    yield table("an unknown one", [*tensors, dataclasses.replace(second, name="blk.0.evil.weight")], "evil")
-    yield table(
+    yield _table("one twice", [first, second, second, *rest], name)
+    yield _table("an unknown one", [*tensors, dataclasses.replace(second, name="blk.0.evil.weight")], "evil")
+    yield _table(
         "one of layer 9999", [*tensors, dataclasses.replace(second, name="blk.9999.attn_norm.weight")], "9999"
     )
-    yield table(
+    yield _table(
         "one of layer 01",
         [*tensors, dataclasses.replace(second, name="blk.01.attn_norm.weight")],
         "attn_norm|beyond",
     )
-    yield table("none", [], "token_embd")
+    yield _table("none", [], "token_embd")
     for index in (0, 1, 3, len(tensors) - 1):
         lacking = [*tensors[:index], *tensors[index + 1 :]]
         kind = tensors[index].name.removesuffix(".weight").rpartition(".")[2]
-        yield table(f"without {tensors[index].name}", lacking, f"{kind}|missing")
-    yield table("overlapping", [first, dataclasses.replace(second, offset=0), *rest], "overlaps")
+        yield _table(f"without {tensors[index].name}", lacking, f"{kind}|missing")
+    yield _table("overlapping", [first, dataclasses.replace(second, offset=0), *rest], "overlaps")
     half = len(first.data) // 64 * 32
-    yield table("half overlapping", [first, dataclasses.replace(second, offset=half), *rest], "overlaps")
+    yield _table("half overlapping", [first, dataclasses.replace(second, offset=half), *rest], "overlaps")
     for offset in (1, 31, 33, 2**32 + 1, 2**63 + 7):
-        yield table(f"at offset {offset}", [first, dataclasses.replace(second, offset=offset), *rest], name)
+        yield _table(f"at offset {offset}", [first, dataclasses.replace(second, offset=offset), *rest], name)
     for offset in (1 << 20, 1 << 40, 2**63, 2**64 - 32):
-        yield table(
+        yield _table(
             f"beyond the end at {offset}",
             [first, dataclasses.replace(second, offset=offset), *rest],
             f"{name}|leaves a gap",
         )
+
+
+def _tensor_shapes() -> Iterator[HostileCase]:
+    """Shapes and types that no tensor has, and data that are not of the file."""
+    first, second, *rest = parts()[1]
+    name = escaped(second.name)
     shapes: list[tuple[int, ...]] = [
         (),
         (0,),
@@ -369,24 +382,24 @@ def _tensor_tables() -> Iterator[HostileCase]:
         (1, 1, 1, 64),
     ]
     for shape in shapes:
-        yield table(
+        yield _table(
             f"shape {shape}",
             [first, dataclasses.replace(second, shape=shape), *rest],
             f"{name}|tensor 1|dimensions|overlaps|gap",
         )
     for type_id in (4, 5, 9, 31, 32, 33, 36, 37, 38, 40, 255, 2**31, 2**32 - 1):
-        yield table(
+        yield _table(
             f"type {type_id}", [dataclasses.replace(first, type_id=type_id), second, *rest], first.name
         )
     for type_id in (16, 17, 18, 19, 22, 24, 27, 28, 29, 34, 35, 39):
-        yield table(
+        yield _table(
             f"a type that is not read, {type_id}",
             [dataclasses.replace(first, type_id=type_id), second, *rest],
             first.name,
         )
     for type_id in (2, 3, 8):
         wrong = dataclasses.replace(second, type_id=type_id, shape=(33,))
-        yield table(f"rows of 33 in type {type_id}", [first, wrong, *rest], name)
+        yield _table(f"rows of 33 in type {type_id}", [first, wrong, *rest], name)
     data = small_gguf()
     yield case(
         "tensors",

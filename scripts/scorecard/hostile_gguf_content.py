@@ -24,6 +24,7 @@ def gguf_content() -> Iterator[HostileCase]:
     """Cases whose structure is sound."""
     yield from _values()
     yield from _vocabularies()
+    yield from _merges()
 
 
 def _values() -> Iterator[HostileCase]:
@@ -57,51 +58,56 @@ def _values() -> Iterator[HostileCase]:
     )
 
 
+def _vocabulary(name: str, field: str, expected: Expected = "refused", **changes: Any) -> HostileCase:
+    data = small_gguf({f"tokenizer.ggml.{key}": value for key, value in changes.items()})
+    return case("vocabulary", name, data, field, expected)
+
+
 def _vocabularies() -> Iterator[HostileCase]:
     """Tokens, merges, types and template that do not fit together."""
     metadata, _ = parts()
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
-    merges: list[str] = metadata["tokenizer.ggml.merges"]
     types: list[int] = metadata["tokenizer.ggml.token_type"]
 
-    def vocabulary(name: str, field: str, expected: Expected = "refused", **changes: Any) -> HostileCase:
-        data = small_gguf({f"tokenizer.ggml.{key}": value for key, value in changes.items()})
-        return case("vocabulary", name, data, field, expected)
-
-    yield vocabulary("no token", "tokens|token_type", tokens=struct.pack("<IIQ", ARRAY, STRING, 0))
-    yield vocabulary("a token twice", "tokens", tokens=[*tokens[:-1], tokens[-2]])
-    yield vocabulary("a control token twice", "tokens", tokens=[tokens[1], *tokens[1:]])
-    yield vocabulary(
+    yield _vocabulary("no token", "tokens|token_type", tokens=struct.pack("<IIQ", ARRAY, STRING, 0))
+    yield _vocabulary("a token twice", "tokens", tokens=[*tokens[:-1], tokens[-2]])
+    yield _vocabulary("a control token twice", "tokens", tokens=[tokens[1], *tokens[1:]])
+    yield _vocabulary(
         "more tokens than embeddings", "tokens|tokenizer", tokens=[*tokens, "zz"], token_type=[*types, 1]
     )
-    yield vocabulary(
+    yield _vocabulary(
         "far more tokens",
         "tokens|tokenizer",
         tokens=[*tokens, *(f"t{i}" for i in range(9000))],
         token_type=[*types, *[1] * 9000],
     )
-    yield vocabulary("an empty token", "token", "either", tokens=[*tokens[:-1], ""])
-    yield vocabulary("a token of other characters", "token", tokens=[*tokens[:-1], "\u4e16"])
-    yield vocabulary("a token with a zero", "token", tokens=[*tokens[:-1], "a\0b"])
-    yield vocabulary("a token of 100,000", "token", "either", tokens=[*tokens[:-1], "x" * 100_000])
+    yield _vocabulary("an empty token", "token", "either", tokens=[*tokens[:-1], ""])
+    yield _vocabulary("a token of other characters", "token", tokens=[*tokens[:-1], "\u4e16"])
+    yield _vocabulary("a token with a zero", "token", tokens=[*tokens[:-1], "a\0b"])
+    yield _vocabulary("a token of 100,000", "token", "either", tokens=[*tokens[:-1], "x" * 100_000])
     for count in (0, 1, len(types) - 1, len(types) + 1):
         short = [*types, 1][:count]
         value = short or struct.pack("<IIQ", ARRAY, I32, 0)
-        yield vocabulary(f"{count} types", "token_type", token_type=value)
+        yield _vocabulary(f"{count} types", "token_type", token_type=value)
     for kind in (-1, 7, 2**31 - 1):
-        yield vocabulary(f"a type {kind}", "token_type", token_type=[*types[:-1], kind])
-    yield vocabulary(
+        yield _vocabulary(f"a type {kind}", "token_type", token_type=[*types[:-1], kind])
+    yield _vocabulary(
         "types as floats",
         "token_type",
         token_type=struct.pack(f"<IIQ{len(types)}f", ARRAY, F32, len(types), *types),
     )
     many = [f"<|{i}|>" for i in range(5000)]
-    yield vocabulary(
+    yield _vocabulary(
         "5,000 control tokens", "token_type|tokens", tokens=[*tokens, *many], token_type=[*types, *[3] * 5000]
     )
-    yield vocabulary(
+    yield _vocabulary(
         "a control token of one character", "special|control", token_type=[*types[:10], 3, *types[11:]]
     )
+
+
+def _merges() -> Iterator[HostileCase]:
+    """Merges, kinds and templates."""
+    merges: list[str] = parts()[0]["tokenizer.ggml.merges"]
     broken = {
         "of one": "he",
         "of three": "h e l",
@@ -113,13 +119,13 @@ def _vocabularies() -> Iterator[HostileCase]:
         "of 100,000": "x" * 50_000 + " " + "y" * 50_000,
     }
     for name, merge in broken.items():
-        yield vocabulary(f"a merge {name}", "merges|tokenizer", merges=[*merges, merge])
-    yield vocabulary("a merge twice", "merges", "either", merges=[*merges, merges[0]])
-    yield vocabulary("no merges", "merges", merges=[])
+        yield _vocabulary(f"a merge {name}", "merges|tokenizer", merges=[*merges, merge])
+    yield _vocabulary("a merge twice", "merges", "either", merges=[*merges, merges[0]])
+    yield _vocabulary("no merges", "merges", merges=[])
     for pre in ("", "default", "nobody", "../../evil", "x" * 10_000):
-        yield vocabulary(f"pre-tokenizer {pre[:20]!r}", r"tokenizer\.ggml\.pre", pre=pre)
+        yield _vocabulary(f"pre-tokenizer {pre[:20]!r}", r"tokenizer\.ggml\.pre", pre=pre)
     for model in ("", "wordpiece", "os.system", "gpt2\x1b[31m", "x" * 10_000):
-        yield vocabulary(f"model {model[:20]!r}", r"tokenizer\.ggml\.model", model=model)
+        yield _vocabulary(f"model {model[:20]!r}", r"tokenizer\.ggml\.model", model=model)
     template = "tokenizer.chat_template"
     for name, source in _templates():
         is_bomb = name in ("an endless output", "a doubling", "an endless loop")

@@ -37,7 +37,7 @@ _Change = Callable[[dict[str, Any]], object]
 
 def hostile_safetensors() -> list[HostileCase]:
     """More than 200 cases."""
-    cases = [*_sound(), *_lengths(), *_json(), *_entries(), *_tensors(), *_names(), *_values()]
+    cases = [*_sound(), *_lengths(), *_json(), *_entries(), *_offsets(), *_tensors(), *_names(), *_values()]
     return [*cases, *_polyglots()]
 
 
@@ -228,8 +228,6 @@ def _json() -> Iterator[HostileCase]:
 def _entries() -> Iterator[HostileCase]:
     """What a tensor's entry may say: type, shape and offsets that are none, or lie."""
     name = "model.norm.weight"
-    header, data = weights_parts()
-    first, last = header[name]["data_offsets"]
 
     def entry(label: str, **changes: Any) -> HostileCase:
         return _case("entry", label, with_header(put(changes, name)), name)
@@ -269,6 +267,13 @@ def _entries() -> Iterator[HostileCase]:
     shapes += [[math.nan], [math.inf], *([value] for value in _HUGE)]
     for shape in shapes:
         yield entry(f"shape {shape!r:.40}", shape=shape)
+
+
+def _offsets() -> Iterator[HostileCase]:
+    """Places that are none, or lie, and entries that lack or have a field."""
+    name = "model.norm.weight"
+    header, data = weights_parts()
+    first, last = header[name]["data_offsets"]
     offsets: list[Any] = [
         None,
         0,
@@ -294,7 +299,7 @@ def _entries() -> Iterator[HostileCase]:
         yield _case("entry", f"offsets {pair!r:.60}", data_case, found)
     for key in ("dtype", "shape", "data_offsets"):
         yield _case("entry", f"no {key}", with_header(take(key, name)), name)
-    yield entry("one field more", evil=1)
+    yield _case("entry", "one field more", with_header(put({"evil": 1}, name)), name)
     entries: tuple[Any, ...] = (None, 1, "x", [], {})
     for value in entries:
         yield _case("entry", f"is {value!r}", with_header(put({name: value})), name)

@@ -15,7 +15,7 @@ _Json = dict[str, Any]
 
 def hostile_tokenizers() -> list[HostileCase]:
     """More than 100 cases."""
-    return [*_tokenizers(), *_vocabularies(), *_pipelines()]
+    return [*_tokenizers(), *_vocabularies(), *_pipelines(), *_steps()]
 
 
 def _tokenizer(
@@ -169,6 +169,10 @@ def _pipelines() -> Iterator[HostileCase]:
         yield file_case(
             "tokenizer", f"steps nested {depth} deep", "tokenizer.json", content, "tokenizer.json", expected
         )
+
+
+def _steps() -> Iterator[HostileCase]:
+    """Steps that change text."""
     normalizers: list[_Json] = [
         {"type": "Lowercase"},
         {"type": "StripAccents"},
