@@ -348,11 +348,12 @@ class _Parser:
         for tensor in sorted(tensors.values(), key=lambda each: each.offset):
             if start + tensor.offset < end:
                 self.fail(f"tensor {tensor.name}", "overlaps another tensor")
-            if start + tensor.offset - end >= alignment:
-                self.fail(f"tensor {tensor.name}", "leaves a gap before it")
+            gap = start + tensor.offset - end
             end = start + tensor.offset + tensor.num_bytes
             if end > self.size:
                 self.fail(f"tensor {tensor.name}", f"ends at {end}, the file at {self.size}")
+            if gap >= alignment:
+                self.fail(f"tensor {tensor.name}", "leaves a gap before it")
         if tensors and self.size - end >= alignment:  # the file may be something else as well, such as a ZIP
             self.fail("file", f"has {self.size} bytes, its last tensor ends at {end}")
         return {name: _moved(tensor, start) for name, tensor in tensors.items()}
