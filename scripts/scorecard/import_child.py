@@ -84,8 +84,9 @@ class _Watch:
         if event in _FORBIDDEN:
             fault = str(args)
         elif event == "subprocess.Popen":
-            own = [sys.executable, "-I", template_worker.__file__]
-            fault = "" if list(args[1])[:3] == own else str(args[1])
+            command = list(args[1])
+            is_own = command[0] == sys.executable and template_worker.__file__ in command[1:3]
+            fault = "" if is_own else str(command)
         elif event == "import":
             top = str(args[0]).partition(".")[0]
             fault = "" if top in sys.stdlib_module_names or top in _PACKAGES else str(args[0])
@@ -240,8 +241,8 @@ def main(control: str) -> None:
     if control:
         CONTROLS[control]()
     space = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + _SPARE_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (space, space))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (_FILE_BYTES, _FILE_BYTES))
+    for kind, limit in ((resource.RLIMIT_AS, space), (resource.RLIMIT_FSIZE, _FILE_BYTES)):
+        resource.setrlimit(kind, (limit, resource.getrlimit(kind)[1]))  # a child may set its own
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     gc.collect()
     gc.freeze()  # the modules are not looked through again in every case
