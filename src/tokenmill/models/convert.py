@@ -63,10 +63,10 @@ def gguf_architecture(gguf: GgufFile) -> Architecture:
     Raises ModelFormatError naming the key that is missing, out of bounds or not supported.
     """
     source = str(gguf.path)
-    metadata = {key: value for key, value in gguf.metadata.items() if isinstance(value, int | float | str)}
-    family = metadata.get("general.architecture")
-    if family != "llama":
+    family = gguf.metadata.get("general.architecture")
+    if not isinstance(family, str) or family != "llama":
         raise ModelFormatError(f"{source}: general.architecture is {family!r}", hint="supported: llama")
+    metadata = _scalars(gguf)
     for key in _UNSUPPORTED_KEYS:
         if f"llama.{key}" in gguf.metadata and metadata.get(f"llama.{key}") not in ("none", 0):
             raise ModelFormatError(f"{source}: llama.{key} is not supported")
@@ -86,6 +86,19 @@ def gguf_architecture(gguf: GgufFile) -> Architecture:
                 f"{source}: llama.{key} differs from the head size {architecture.head_dim}"
             )
     return architecture
+
+
+def _scalars(gguf: GgufFile) -> dict[str, int | float | str]:
+    """The metadata that are single values; that is what every number of the architecture has to be."""
+    found = {key: value for key, value in gguf.metadata.items() if isinstance(value, int | float | str)}
+    numbers = (*_CONFIG_FIELDS.values(), "rope.dimension_count", "attention.value_length")
+    ids = (f"tokenizer.ggml.{token}_token_id" for token in ("bos", "eos"))
+    for key in (*(f"llama.{number}" for number in numbers), *ids):
+        if key in gguf.metadata and key not in found:
+            raise ModelFormatError(f"{gguf.path}: {key} is a list, expected one value")
+    if (key := f"llama.{_CONFIG_FIELDS['rms_norm_eps']}") not in found:  # a config.json has a default for it
+        raise ModelFormatError(f"{gguf.path}: {key} is missing")
+    return found
 
 
 def hf_name(name: str, source: str) -> str:

@@ -156,8 +156,8 @@ class ModelDirectory:
         origin = f"{self.path / 'tokenizer_config.json'}: chat_template"
         value = config.get("chat_template")
         if isinstance(value, list):
-            named = {each.get("name"): each.get("template") for each in value if isinstance(each, dict)}
-            value = named.get("default")
+            defaults = (each for each in value if isinstance(each, dict) and each.get("name") == "default")
+            value = next((each.get("template") for each in defaults), None)
         if value is not None and not isinstance(value, str):
             raise ModelFormatError(f"{origin} is no text")
         return value, origin
