@@ -318,7 +318,7 @@ def main() -> None:
     model = random_model(mixtral_shaped(num_layers))
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         path = Path(folder) / "model.packed"
-        write_packed(path, model)
+        write_packed(path, model.pieces())
         size, dense = path.stat().st_size, model.num_linear_bytes + model.embed.data.nbytes
         del model
         budget = int(size * arguments.share) - dense - _RESERVE_BYTES
