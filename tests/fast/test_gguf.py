@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from tests.fast.model_files import ARRAY, STRING, Tensor, gguf_bytes, quantised, text, tiny_gguf, tiny_llama
 from tokenmill.core import ModelFormatError
-from tokenmill.models.bfloat16 import round_to_bf16, widen_bf16
 from tokenmill.models import gguf as gguf_module
+from tokenmill.models.bfloat16 import round_to_bf16, widen_bf16
 from tokenmill.models.gguf import GgufFile
 from tokenmill.models.gguf_quants import STORED_TYPES
 

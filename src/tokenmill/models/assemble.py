@@ -152,6 +152,9 @@ def _tokenizer_config(gguf: GgufFile, tokenizer: Tokenizer, architecture: Archit
         token_id = gguf.metadata.get(f"tokenizer.ggml.{key}_token_id")
         if isinstance(token_id, int) and 0 <= token_id < tokenizer.vocab_size:
             config[f"{field}_token"] = tokenizer.token_bytes(token_id).decode("utf-8", errors="replace")
+    adds_bos = gguf.metadata.get("tokenizer.ggml.add_bos_token")
+    if isinstance(adds_bos, bool):
+        config["add_bos_token"] = adds_bos
     return config
 
 

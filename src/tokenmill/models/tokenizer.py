@@ -132,6 +132,12 @@ class Tokenizer:
         """The bytes that one token stands for; b"" for an id that only pads the model's vocabulary."""
         return self._bytes[token_id] if 0 <= token_id < len(self._bytes) else b""
 
+    @property
+    def gguf_pre(self) -> str | None:
+        """GGUF's name of this pre-tokenizer (`tokenizer.ggml.pre`); None if it has none."""
+        own = _splitting(self._inner.pre_tokenizer)
+        return next((name for name, make in _PRE_TOKENIZERS.items() if _splitting(make()) == own), None)
+
     def to_json(self) -> str:
         """The `tokenizer.json` of this tokenizer."""
         return str(self._inner.to_str())
@@ -214,6 +220,13 @@ def _check_pipeline(inner: tokenizers.Tokenizer, specials: Mapping[str, int], so
 def _settings(component: Any) -> dict[str, Any]:
     """The JSON that a part of the pipeline pickles to; {} for a part that is not there."""
     return {} if component is None else dict(json.loads(component.__getstate__()))
+
+
+def _splitting(pre_tokenizer: Any) -> list[dict[str, Any]]:
+    """The steps of a pre-tokenizer, without what does not change where it splits."""
+    settings = _settings(pre_tokenizer)
+    steps = settings.get("pretokenizers", [settings])
+    return [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
