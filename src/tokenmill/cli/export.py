@@ -40,7 +40,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "--output",
         type=Path,
         metavar="PATH",
-        help="what to make, or the folder to make it in (default: MODEL-TYPE.gguf or MODEL-hf, here)",
+        help="what to make, or the folder to put it in (default: MODEL-TYPE.gguf or MODEL-hf, here)",
     )
 
 

@@ -31,7 +31,7 @@ __all__ = [
     "stored_tensors",
 ]
 
-RowOrder: TypeAlias = npt.NDArray[np.intp]
+_RowOrder: TypeAlias = npt.NDArray[np.intp]
 
 _GGUF_NAMES: Final[Mapping[str, str]] = {
     "model.embed_tokens": "token_embd",
@@ -146,13 +146,13 @@ def _interleaved_heads(architecture: Architecture, kind: str) -> int:
     return heads.get(kind, 0)
 
 
-def split_head_rows(num_heads: int, head_dim: int) -> RowOrder:
+def split_head_rows(num_heads: int, head_dim: int) -> _RowOrder:
     """Row order that undoes GGUF's interleaving: out[i] = stored[rows[i]], [num_heads * head_dim]."""
     rows = np.arange(num_heads * head_dim).reshape(num_heads, head_dim // 2, 2)
     return rows.swapaxes(1, 2).reshape(-1)
 
 
-def interleave_head_rows(num_heads: int, head_dim: int) -> RowOrder:
+def interleave_head_rows(num_heads: int, head_dim: int) -> _RowOrder:
     """Row order that GGUF's Llama family stores: stored[i] = rows[order[i]]; undoes `split_head_rows`."""
     return np.argsort(split_head_rows(num_heads, head_dim))
 
@@ -164,7 +164,7 @@ class GgufWeights:
         source = str(gguf.path)
         self._gguf = gguf
         self._shapes = architecture.tensor_shapes()
-        self._places: dict[str, tuple[str, slice, RowOrder | None]] = {}
+        self._places: dict[str, tuple[str, slice, _RowOrder | None]] = {}
         stored = stored_tensors(architecture)
         for name, tensor in stored.items():
             if name not in gguf.tensors:
@@ -214,7 +214,7 @@ class GgufWeights:
         for index, name in enumerate(tensor.parts):
             self._places[name] = (stored, slice(index * num_rows, (index + 1) * num_rows), order)
 
-    def _found(self, name: str) -> tuple[str, slice, RowOrder | None]:
+    def _found(self, name: str) -> tuple[str, slice, _RowOrder | None]:
         try:
             return self._places[name]
         except KeyError:

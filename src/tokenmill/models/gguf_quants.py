@@ -30,7 +30,7 @@ __all__ = [
     "store_grid",
 ]
 
-U8Array: TypeAlias = npt.NDArray[np.uint8]
+_U8Array: TypeAlias = npt.NDArray[np.uint8]
 
 GROUP: Final = 32
 """Weights in one group of a grid."""
@@ -103,7 +103,7 @@ class Grid:
         return Grid(values=self.values[rows], scales=self.scales[rows], mins=mins, bits=self.bits)
 
 
-def dequantize(dtype: str, stored: U8Array) -> F32Array:
+def dequantize(dtype: str, stored: _U8Array) -> F32Array:
     """Stored rows, [N, bytes a row], as weights, [N, K]. Infinite scales give NaN, as in the reference."""
     if dtype in _FLOATS:
         values = stored.view(_FLOATS[dtype])
@@ -116,7 +116,7 @@ def dequantize(dtype: str, stored: U8Array) -> F32Array:
     return weights.reshape(len(stored), -1)
 
 
-def exact_grid(dtype: str, stored: U8Array) -> Grid | None:
+def exact_grid(dtype: str, stored: _U8Array) -> Grid | None:
     """Stored rows, [N, bytes a row], as integers and scales; None for a type that has no grid."""
     if dtype not in _HAS_GRID:
         return None
@@ -136,7 +136,7 @@ def exact_grid(dtype: str, stored: U8Array) -> Grid | None:
     )
 
 
-def quantize(dtype: str, weights_NK: F32Array) -> U8Array:
+def quantize(dtype: str, weights_NK: F32Array) -> _U8Array:
     """Weights as stored rows, [N, bytes a row]: F32, F16, BF16, Q8_0 or Q4_0, rounded as the reference does.
 
     K must be a multiple of the block. A value or scale beyond float16 becomes infinite.
@@ -149,7 +149,7 @@ def quantize(dtype: str, weights_NK: F32Array) -> U8Array:
         return _blocks(dtype, values, scales.astype("<f2")).reshape(len(weights_NK), -1)
 
 
-def store_grid(dtype: str, grid: Grid) -> U8Array | None:
+def store_grid(dtype: str, grid: Grid) -> _U8Array | None:
     """The stored rows of a grid, exactly; None where the type cannot say the same (minima, too many bits)."""
     if grid.mins is not None or dtype not in ("Q8_0", "Q4_0") or (dtype == "Q4_0" and grid.bits > 4):
         return None
@@ -158,7 +158,7 @@ def store_grid(dtype: str, grid: Grid) -> U8Array | None:
     )
 
 
-def _blocks(dtype: str, values_BG: npt.NDArray[np.int8], scales_B1: npt.NDArray[np.float16]) -> U8Array:
+def _blocks(dtype: str, values_BG: npt.NDArray[np.int8], scales_B1: npt.NDArray[np.float16]) -> _U8Array:
     """Symmetric blocks of 32: the scale, then the values; 4 bits are stored from 0, low halves first."""
     scales = np.ascontiguousarray(scales_B1).view(np.uint8)
     if dtype == "Q8_0":
@@ -188,23 +188,23 @@ def _inverse(scales: F32Array) -> F32Array:
     return np.where(np.isfinite(inverse), inverse, np.float32(0))
 
 
-def _from_q5_1(blocks: U8Array) -> F32Array:
+def _from_q5_1(blocks: _U8Array) -> F32Array:
     weights = _five_bits(blocks, 4).astype(np.float32)
     weights *= _scales(blocks, 0)
     weights += _scales(blocks, 2)
     return weights
 
 
-def _from_q4_k(blocks: U8Array) -> F32Array:
+def _from_q4_k(blocks: _U8Array) -> F32Array:
     return _scaled_k(blocks, _halves_of_32(blocks[:, 16:144]))
 
 
-def _from_q5_k(blocks: U8Array) -> F32Array:
+def _from_q5_k(blocks: _U8Array) -> F32Array:
     high = (blocks[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None]) & np.uint8(1)
     return _scaled_k(blocks, _halves_of_32(blocks[:, 48:176]) | high << _FOUR)
 
 
-def _from_q6_k(blocks: U8Array) -> F32Array:
+def _from_q6_k(blocks: _U8Array) -> F32Array:
     low = (blocks[:, :128].reshape(-1, 2, 1, 64) >> np.array([[0], [4]], np.uint8)) & 15
     shifts = np.array([[0], [2], [4], [6]], np.uint8)
     high = (blocks[:, 128:192].reshape(-1, 2, 1, 32) >> shifts) & 3
@@ -215,7 +215,7 @@ def _from_q6_k(blocks: U8Array) -> F32Array:
     return weights
 
 
-def _scaled_k(blocks: U8Array, values_B8G: U8Array) -> F32Array:
+def _scaled_k(blocks: _U8Array, values_B8G: _U8Array) -> F32Array:
     """Q4_K and Q5_K: eight groups of 32, each with a 6-bit scale and minimum of the block's float16 ones."""
     packed = blocks[:, 4:16].reshape(-1, 3, 4)
     first, second, high = packed[:, 0], packed[:, 1], packed[:, 2]
@@ -227,27 +227,27 @@ def _scaled_k(blocks: U8Array, values_B8G: U8Array) -> F32Array:
     return weights
 
 
-def _halves(blocks: U8Array, at: int) -> npt.NDArray[np.float16]:
+def _halves(blocks: _U8Array, at: int) -> npt.NDArray[np.float16]:
     """The float16 at byte `at` of every block: [blocks, 1]."""
     return np.ascontiguousarray(blocks[:, at : at + 2]).view("<f2").astype(np.float16)
 
 
-def _scales(blocks: U8Array, at: int) -> F32Array:
+def _scales(blocks: _U8Array, at: int) -> F32Array:
     return _halves(blocks, at).astype(np.float32)
 
 
-def _nibbles(packed: U8Array) -> U8Array:
+def _nibbles(packed: _U8Array) -> _U8Array:
     """16 bytes a block to 32 values, low halves first."""
     return np.concatenate([packed & 15, packed >> 4], axis=1)
 
 
-def _five_bits(blocks: U8Array, at: int) -> U8Array:
+def _five_bits(blocks: _U8Array, at: int) -> _U8Array:
     """Four bytes of highest bits at `at`, then 16 bytes of low halves: [blocks, 32], 0..31."""
     high = np.unpackbits(blocks[:, at : at + 4], axis=1, bitorder="little")
     return _nibbles(blocks[:, at + 4 : at + 20]) | high << _FOUR
 
 
-def _halves_of_32(packed: U8Array) -> U8Array:
+def _halves_of_32(packed: _U8Array) -> _U8Array:
     """128 bytes to eight groups of 32: each 32 bytes hold one group's low halves, then the next one's."""
     return ((packed.reshape(-1, 4, 1, 32) >> np.array([[0], [4]], np.uint8)) & np.uint8(15)).reshape(
         -1, 8, 32
@@ -255,14 +255,14 @@ def _halves_of_32(packed: U8Array) -> U8Array:
 
 
 _FLOATS: Final = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-_GRID_VALUES: Final[Mapping[str, Callable[[U8Array], npt.NDArray[Any]]]] = {
+_GRID_VALUES: Final[Mapping[str, Callable[[_U8Array], npt.NDArray[Any]]]] = {
     "Q4_0": lambda blocks: _nibbles(blocks[:, 2:]).view(np.int8) - np.int8(8),
     "Q4_1": lambda blocks: _nibbles(blocks[:, 4:]),
     "Q5_0": lambda blocks: _five_bits(blocks, 2).view(np.int8) - np.int8(16),
     "Q8_0": lambda blocks: blocks[:, 2:].copy().view(np.int8),
 }
 _HAS_GRID: Final = frozenset(_GRID_VALUES)
-_DEQUANTIZE: Final[Mapping[str, Callable[[U8Array], F32Array]]] = {
+_DEQUANTIZE: Final[Mapping[str, Callable[[_U8Array], F32Array]]] = {
     "Q5_1": _from_q5_1,
     "Q4_K": _from_q4_k,
     "Q5_K": _from_q5_k,
