@@ -63,7 +63,7 @@ def adapter_tensors(
     rng = np.random.default_rng(seed)
     tensors: dict[str, F32Array] = {}
     for layer in range(architecture.num_layers):
-        for name, (num_out, num_in) in architecture.linear_shapes().items():
+        for name, (num_out, num_in) in architecture.linear_shapes(layer).items():
             if name.partition(".")[2] in matrices:
                 prefix = f"base_model.model.model.layers.{layer}.{name}"
                 down = rng.standard_normal((rank, num_in)) / np.sqrt(num_in)

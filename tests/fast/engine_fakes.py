@@ -23,7 +23,7 @@ from tokenmill.kernels import (
     StepBatch,
     StepPlan,
 )
-from tokenmill.models.architecture import Architecture
+from tokenmill.models.architecture import Architecture, Layer
 from tokenmill.models.chat_template import ChatTemplate
 from tokenmill.models.compile import ExecutorConfig
 from tokenmill.models.directory import ModelDirectory
@@ -175,6 +175,7 @@ class FakeModel:
             tied_embeddings=True,
             bos_token_id=None,
             eos_token_ids=(EOS,),
+            layers=(Layer(),),
         )
         self.executor: FakeExecutor | None = None
 

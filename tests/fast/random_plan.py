@@ -97,7 +97,7 @@ def make_plan(
             Quantize(src="z", act=act),
             Linear(weight=matrix(hidden, heads * head_dim), dst="x", accumulate=True, name=out),
             norm(f"{at}.ln2"),
-            Linear(weight=matrix(2 * inner, hidden), dst="h", gated=True, name=f"{at}.mlp.hook_post"),
+            Linear(weight=matrix(2 * inner, hidden), dst="h", gated="silu", name=f"{at}.mlp.hook_post"),
             Quantize(src="h", act=act),
             Linear(weight=matrix(hidden, inner), dst="x", accumulate=True, name=down),
         ]

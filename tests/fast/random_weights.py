@@ -3,7 +3,7 @@
 import numpy as np
 
 from tokenmill.kernels import F32Array
-from tokenmill.models.architecture import Architecture
+from tokenmill.models.architecture import Architecture, Layer
 from tokenmill.models.bfloat16 import U16Array, round_to_bf16, widen_bf16
 from tokenmill.models.gguf import Grid
 
@@ -24,6 +24,7 @@ def tiny_architecture(*, tied: bool = True) -> Architecture:
         tied_embeddings=tied,
         bos_token_id=None,
         eos_token_ids=(),
+        layers=(Layer(),) * 2,
     )
 
 

@@ -119,7 +119,7 @@ def test_smoothing_is_named_by_the_input_and_survives_the_cache(tmp_path: Path) 
     write_packed(tmp_path / "cache", packed)
     kept = read_packed(tmp_path / "cache")
     assert kept is not None
-    assert sorted(kept.norms) == sorted(packed.norms)
+    assert sorted(kept.floats) == sorted(packed.floats)
     for model in (packed, kept):
         plan = compile_plan(ARCHITECTURE, model)
         assert sorted(plan.smoothing) == sorted(names)
@@ -127,7 +127,7 @@ def test_smoothing_is_named_by_the_input_and_survives_the_cache(tmp_path: Path) 
             np.testing.assert_array_equal(factors, packed.smoothing[name])
             assert factors.shape == ((160,) if "mlp" in name else (96,))
     norm = RandomWeights(ARCHITECTURE).float32("model.layers.1.input_layernorm.weight")
-    true_norm = packed.norms["blocks.1.ln1"] * packed.smoothing["blocks.1.ln1.hook_normalized"]
+    true_norm = packed.floats["blocks.1.ln1"] * packed.smoothing["blocks.1.ln1.hook_normalized"]
     np.testing.assert_allclose(true_norm, norm, rtol=1e-6)
 
 

@@ -116,8 +116,8 @@ def test_the_file_gives_back_what_was_packed(tmp_path: Path, weights: WeightForm
     for name, linear in model.linears.items():
         np.testing.assert_array_equal(values_of(back.linears[name]), values_of(linear))
         assert back.linears[name].data.ctypes.data % 64 == 0
-    for name, weight in model.norms.items():
-        np.testing.assert_array_equal(back.norms[name], weight)
+    for name, weight in model.floats.items():
+        np.testing.assert_array_equal(back.floats[name], weight)
 
 
 def test_a_damaged_cache_file_is_no_cache(tmp_path: Path) -> None:
@@ -135,14 +135,15 @@ def test_a_damaged_cache_file_is_no_cache(tmp_path: Path) -> None:
 def test_smoothing_evens_outlier_channels() -> None:
     source = RandomWeights(ARCHITECTURE, outlier=60.0)
     plain = pack_model(ARCHITECTURE, source, "bf16")
-    peaks = dict(zip(plain.linears, activation_peaks(compile_plan(ARCHITECTURE, plain)), strict=True))
+    peaks = activation_peaks(compile_plan(ARCHITECTURE, plain))
     smoothed = pack_model(ARCHITECTURE, source, "w8a8")
-    before = peaks["blocks.1.gate_up"]
-    factors = smoothing_factors(before, stacked(source, "mlp.gate_proj", "mlp.up_proj"))
+    before = peaks["blocks.1.ln2.hook_normalized"]
+    matrix = stacked(source, "mlp.gate_proj", "mlp.up_proj")
+    factors = smoothing_factors(before, np.abs(matrix).max(axis=0))
     assert before.argmax() == 7
     assert np.isclose(np.log(factors).mean(), 0, atol=1e-5)
     assert (before / factors).max() / np.median(before / factors) < 0.5 * before.max() / np.median(before)
-    np.testing.assert_allclose(smoothed.norms["blocks.1.ln2"], plain.norms["blocks.1.ln2"] / factors)
+    np.testing.assert_allclose(smoothed.floats["blocks.1.ln2"], plain.floats["blocks.1.ln2"] / factors)
 
 
 def test_smoothed_8_bits_are_nearer_to_bf16_than_plain_8_bits() -> None:
@@ -154,11 +155,11 @@ def test_smoothed_8_bits_are_nearer_to_bf16_than_plain_8_bits() -> None:
         for name, linear in pack_model(ARCHITECTURE, source, "bf16").linears.items()
     }
     rough = type(smoothed)(
-        embed=smoothed.embed, linears=plain, norms=pack_model(ARCHITECTURE, source, "bf16").norms
+        embed=smoothed.embed, linears=plain, floats=pack_model(ARCHITECTURE, source, "bf16").floats
     )
     peaks = [activation_peaks(compile_plan(ARCHITECTURE, model)) for model in (smoothed, rough)]
     # The input of attention's output projection is the one that smoothing leaves in its place.
-    out = list(smoothed.linears).index("blocks.1.out")
+    out = "blocks.1.attn.hook_z"
     errors = [np.abs(each[out] - wanted[out]).mean() for each in peaks]
     assert errors[0] < errors[1]
 

@@ -10,8 +10,8 @@ import pytest
 
 from tokenmill.core import Message
 from tokenmill.models.chat_template import encode_chat
-from tokenmill.models.convert import stored_tensors
 from tokenmill.models.directory import ModelDirectory
+from tokenmill.models.gguf_names import stored_tensors
 from tokenmill.models.tokenizer import Tokenizer
 
 SCRIPTS = {

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tokenmill.core import ModelFormatError, UsageError
-from tokenmill.models.architecture import Architecture
 from tokenmill.models.bfloat16 import F32Array, U16Array
 from tokenmill.models.gguf import Grid
+from tokenmill.models.hf_config import read_architecture
 from tokenmill.models.torch_twin import HEAD_ROWS, TorchDecoder
 
 TOLERANCE = 1e-4
@@ -73,7 +73,7 @@ def reference(shape: str) -> LlamaForCausalLM:
 
 
 def twin_of(model: LlamaForCausalLM) -> TorchDecoder:
-    architecture = Architecture.from_config(model.config.to_dict(), "the reference's config")
+    architecture = read_architecture(model.config.to_dict(), "the reference's config")
     return TorchDecoder.load(architecture, StateDictSource(model))
 
 
@@ -102,7 +102,7 @@ def test_logits_equal_transformers(shape: str) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_names_are_those_of_a_checkpoint(shape: str) -> None:
     model = reference(shape)
-    architecture = Architecture.from_config(model.config.to_dict(), "the reference's config")
+    architecture = read_architecture(model.config.to_dict(), "the reference's config")
     twin = TorchDecoder(architecture)
     assert set(twin.state_dict()) == set(model.state_dict())
     assert {name: tuple(x.shape) for name, x in twin.named_parameters()} == architecture.tensor_shapes()
@@ -263,7 +263,7 @@ def test_misuse_is_a_usage_error() -> None:
 def test_weights_of_another_shape_are_refused_by_name() -> None:
     model = reference("grouped, tied")
     config = model.config.to_dict() | {"intermediate_size": 64}
-    architecture = Architecture.from_config(config, "config.json")
+    architecture = read_architecture(config, "config.json")
     with pytest.raises(ModelFormatError, match=r"gate_proj\.weight has shape \(80, 48\), not \(64, 48\)"):
         TorchDecoder.load(architecture, StateDictSource(model))
 

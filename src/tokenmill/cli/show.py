@@ -30,7 +30,7 @@ def weight_bytes(model: "ModelDirectory") -> dict[str, int]:
     """Bytes of matrices that one generated token reads, by weight format, without padding."""
     architecture = model.architecture
     head = (architecture.vocab_size, architecture.hidden_size)
-    blocks = list(architecture.linear_shapes().values()) * architecture.num_layers
+    blocks = architecture.active_shapes()
     num_weights = sum(rows * columns for rows, columns in [*blocks, head])
     channel_scales = 4 * sum(rows for rows, _ in [*blocks, head])
     w4a8 = _grid_bytes(model)

@@ -44,7 +44,7 @@ from tokenmill.kernels import (
     StepBatch,
     StepPlan,
 )
-from tokenmill.models.architecture import Architecture
+from tokenmill.models.architecture import Architecture, Layer
 from tokenmill.models.byte_tokenizer import END_TEXT, END_TOKEN, ByteTokenizer
 from tokenmill.models.chat_template import ChatTemplate
 from tokenmill.models.compile import ExecutorConfig
@@ -423,6 +423,7 @@ def _mock_architecture(max_positions: int) -> Architecture:
         tied_embeddings=True,
         bos_token_id=None,
         eos_token_ids=(END_TOKEN,),
+        layers=(Layer(),),
     )
 
 

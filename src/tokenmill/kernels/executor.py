@@ -160,7 +160,7 @@ class NativeExecutor:
                     w.scales,
                     w.mins,
                     op.accumulate,
-                    op.gated,
+                    op.gated is not None,
                     op.rows == "L",
                 )
             case Quantize():

@@ -8,17 +8,24 @@ the other, whatever mixture of prefill chunks and single decode tokens they are.
            ─Linear(+=)─► x ─Norm─► a ─Linear(gated)─► h ─Quantize─► a ─Linear(+=)─► x
            ... ─Select─► y ─Norm─► y ─Quantize─► a ─Linear─► logits
 
+A routed block has, in place of the gated linear and the one after it:
+
+    x ─Route─► route    a, route ─Gather─► ea ─ExpertLinear(gated)─► eh ─Quantize─► ea ─ExpertLinear─► eo
+      eo, route ─Combine(+=)─► x
+
+A block with norms on its outputs has Quantize(x) where the first norms are, and ─Linear─► o ─AddNorm─► x.
+
 Every operation may carry the name of the point it produces (`blocks.3.hook_resid_post`). A plan can be
 run from one operation to another, so a tap on a named point stops there, reads or replaces the
 buffer, and goes on.
 
 Shape legend: T rows of the step, S sequences, L rows that need logits, D model width, H query heads,
 G key-value heads, E head width, F inner width of the gated unit, V vocabulary, N and K outputs and
-inputs of a linear.
+inputs of a linear, X experts, P pairs of a row and an expert that it is sent to.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -29,12 +36,17 @@ __all__ = [
     "KV_DTYPES",
     "SPAN_BLOCKS",
     "ActFormat",
+    "Activation",
+    "AddNorm",
     "Attend",
     "BufferName",
+    "Combine",
     "Embed",
     "EmbedTable",
     "Executor",
+    "ExpertLinear",
     "F32Array",
+    "Gather",
     "I32Array",
     "KvDtype",
     "Linear",
@@ -42,11 +54,13 @@ __all__ = [
     "Norm",
     "Op",
     "PackedAdapter",
+    "PackedExperts",
     "PackedLinear",
     "PackedLowRank",
     "PlanShape",
     "Quantize",
     "RopeKv",
+    "Route",
     "Select",
     "StepBatch",
     "StepPlan",
@@ -69,7 +83,10 @@ KV_DTYPES: tuple[KvDtype, ...] = ("bf16", "int8")
 
 ActFormat = Literal["int8", "int8_groups", "bf16"]
 LinearKind = Literal["i8c", "i8g", "i4g", "bf16"]
-BufferName = Literal["x", "y", "qkv", "z", "h", "logits"]
+BufferName = Literal["x", "y", "qkv", "z", "h", "o", "route", "eh", "eo", "logits"]
+
+Activation = Literal["silu", "gelu_tanh", "relu"]
+"""What is done to the gates of a gated unit (Shazeer 2020); `gelu_tanh` is GELU by way of tanh."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +117,19 @@ class PackedLinear:
     def num_bytes(self) -> int:
         """Bytes that one pass over the matrix reads."""
         return self.data.nbytes + self.scales.nbytes + self.mins.nbytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedExperts:
+    """One weight matrix [N, K] of each of X experts, packed alike: a `PackedLinear` with X in front."""
+
+    num_experts: int
+    linear: PackedLinear
+
+    def expert(self, index: int) -> PackedLinear:
+        """The matrix of one expert; its arrays are views."""
+        each = self.linear
+        return replace(each, data=each.data[index], scales=each.scales[index], mins=each.mins[index])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +178,10 @@ class EmbedTable:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanShape:
-    """The sizes that every operation of a plan shares. `cos` and `sin` are [positions, E/2]."""
+    """The sizes that every operation of a plan shares. `cos` and `sin` are [positions, E/2].
+
+    `expert_size` is the inner width of an expert, `num_active` the experts that a row is sent to.
+    """
 
     hidden_size: int
     num_heads: int
@@ -160,6 +193,9 @@ class PlanShape:
     softmax_scale: float
     cos: F32Array
     sin: F32Array
+    num_experts: int = 0
+    num_active: int = 0
+    expert_size: int = 0
 
     @property
     def qkv_size(self) -> int:
@@ -190,42 +226,105 @@ class Norm:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Linear:
-    """dst = a @ weight.T, or dst += where `accumulate`. `rows` names the row count: T or L.
+class AddNorm:
+    """x += RMSNorm(o) * weight: a norm on the output of a block's part."""
 
-    `gated`: the outputs come in turns of 16 gates and 16 ups, and dst = silu(gate) * up is half as wide.
+    weight: F32Array
+    eps: float
+    name: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear:
+    """dst = a @ weight.T + bias, or dst += where `accumulate`. `rows` names the row count: T or L.
+
+    `gated`: the outputs, and `bias`, come in turns of 16 gates and 16 ups, and dst = activation(gate) * up is
+    half as wide.
     """
 
     weight: PackedLinear
     dst: BufferName
     accumulate: bool = False
-    gated: bool = False
+    gated: Activation | None = None
+    bias: F32Array | None = None
     rows: Literal["T", "L"] = "T"
     name: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RopeKv:
-    """Rotates queries and keys of qkv by position; q becomes bf16, keys and values go to the cache."""
+    """Rotates queries and keys of qkv by position; q becomes bf16, keys and values go to the cache.
+
+    `q_norm`, `k_norm`: RMSNorm weights, applied before; [E] for each head, or [H * E] and [G * E] for all
+    heads at once. Without `rotary` nothing is rotated.
+    """
 
     layer: int
+    rotary: bool = True
+    q_norm: F32Array | None = None
+    k_norm: F32Array | None = None
+    eps: float = 0.0
     name: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attend:
-    """z = causal softmax attention of q over each sequence's list of blocks."""
+    """z = causal softmax attention of q over each sequence's list of blocks.
+
+    With a `window`, a row at position p sees positions above p - window only.
+    """
 
     layer: int
+    window: int | None = None
     name: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quantize:
-    """a = src in the format of the next linear; y holds the selected rows only."""
+    """a = src in the format of the next linear; y holds the selected rows only. ea takes the rows of eh."""
 
     src: BufferName
     act: ActFormat
+    name: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """route = the weights of each row's experts [T, X], zero for those it is not sent to.
+
+    softmax(RMSNorm(x) * norm @ weight.T) in float32, of which the `num_active` largest stay (of equal ones
+    the first), divided by their sum where `renormalise`. `weight` is [X, D] in float32. The experts of a row
+    are those whose weight is not zero; a row that is not finite goes to the first ones, with weight NaN.
+    """
+
+    weight: F32Array
+    norm: F32Array
+    eps: float
+    renormalise: bool
+    name: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gather:
+    """ea = the rows of a that each expert reads, P rows in order of expert, then of row, as `route` says."""
+
+    name: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertLinear:
+    """dst = ea @ weight.T of each row's own expert, [P, N], or half as wide where `gated` as in `Linear`."""
+
+    weight: PackedExperts
+    dst: BufferName
+    gated: Activation | None = None
+    name: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Combine:
+    """x += the sum of route * eo over a row's experts, in their order."""
+
     name: str = ""
 
 
@@ -236,7 +335,20 @@ class Select:
     name: str = ""
 
 
-Op: TypeAlias = Embed | Norm | Linear | RopeKv | Attend | Quantize | Select
+Op: TypeAlias = (
+    Embed
+    | Norm
+    | AddNorm
+    | Linear
+    | RopeKv
+    | Attend
+    | Quantize
+    | Route
+    | Gather
+    | ExpertLinear
+    | Combine
+    | Select
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,7 +370,7 @@ class StepPlan:
 
     @property
     def linears(self) -> tuple[PackedLinear, ...]:
-        """Every weight matrix, in order of use."""
+        """Every weight matrix that all rows read, in order of use."""
         return tuple(op.weight for op in self.ops if isinstance(op, Linear))
 
 

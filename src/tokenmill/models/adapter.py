@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -23,7 +23,8 @@ import numpy as np
 from tokenmill.core.errors import ModelFormatError, NotFoundError
 from tokenmill.kernels import F32Array, Linear, PackedAdapter, PackedLowRank, StepPlan
 from tokenmill.kernels.lowrank import LowRankPart, pack_low_rank
-from tokenmill.models.architecture import Architecture, load_json_object
+from tokenmill.models.architecture import Architecture
+from tokenmill.models.hf_config import load_json_object
 from tokenmill.models.pack import FUSED, gate_up_turns
 from tokenmill.models.safetensors import SafetensorsFile
 
@@ -51,6 +52,9 @@ _IRRELEVANT: Final = frozenset(
     }
 )  # fmt: skip
 """Fields that are read elsewhere, or that say how an adapter was trained and not what it computes."""
+
+_MATRICES: Final = tuple(part for parts in FUSED.values() for part in parts)
+"""What can have an adapter: not the experts of a mixture, nor their router."""
 
 _INPUTS: Final[Mapping[str, str]] = {
     "qkv": "ln1.hook_normalized",
@@ -105,14 +109,26 @@ def pack_adapter(adapter: Adapter, plan: StepPlan) -> PackedAdapter:
     the outputs of the up projection, so is `up`.
     """
     linears: dict[int, PackedLowRank] = {}
-    body = [i for i, op in enumerate(plan.ops) if isinstance(op, Linear) and op.dst != "logits"]
-    places = [(layer, name) for layer in range(plan.shape.num_layers) for name in FUSED]
-    for index, (layer, name) in zip(body, places, strict=True):
+    for index, layer, name in _places(plan):
         op = plan.ops[index]
         assert isinstance(op, Linear)
         if parts := _parts(adapter, plan, layer, name, op.weight.num_out):
             linears[index] = pack_low_rank(parts, op.weight, adapter.scale)
     return PackedAdapter(digest=adapter.digest, linears=linears)
+
+
+def _places(plan: StepPlan) -> Iterator[tuple[int, int, str]]:
+    """The index, the layer and the name in FUSED of every linear but the head."""
+    layer, name = -1, ""
+    for index, op in enumerate(plan.ops):
+        if isinstance(op, Linear) and op.dst != "logits":
+            if op.dst == "qkv":
+                layer, name = layer + 1, "qkv"
+            elif op.dst == "h":
+                name = "gate_up"
+            else:
+                name = "out" if name == "qkv" else "down"
+            yield index, layer, name
 
 
 def _parts(adapter: Adapter, plan: StepPlan, layer: int, name: str, num_out: int) -> list[LowRankPart]:
@@ -178,7 +194,8 @@ def _read_pairs(file: SafetensorsFile, architecture: Architecture, rank: int) ->
     matrices = {
         f"model.layers.{layer}.{name}": shape
         for layer in range(architecture.num_layers)
-        for name, shape in architecture.linear_shapes().items()
+        for name, shape in architecture.linear_shapes(layer).items()
+        if name in _MATRICES
     }
     found: dict[str, dict[str, F32Array]] = {}
     for tensor in file.names():
@@ -186,7 +203,7 @@ def _read_pairs(file: SafetensorsFile, architecture: Architecture, rank: int) ->
         if match is None or match[1] not in matrices:
             raise ModelFormatError(
                 f"{file.path}: tensor {tensor} belongs to no matrix that can have an adapter",
-                hint=f"supported: lora_A and lora_B of {', '.join(architecture.linear_shapes())}",
+                hint=f"supported: lora_A and lora_B of {', '.join(_MATRICES)}",
             )
         num_out, num_in = matrices[match[1]]
         wanted = (rank, num_in) if match[2] == "A" else (num_out, rank)

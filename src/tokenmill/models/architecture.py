@@ -1,48 +1,45 @@
-"""What a decoder looks like and what a token of it costs: the numbers of a `config.json`, checked.
+"""What a decoder looks like and what a token of it costs.
 
-A config comes from a stranger, so every number is bounded before anything is sized by it, and a
-feature that the engine does not compute is an error that names the field, never silently ignored.
-Covers the Llama family (RMSNorm, rotary positions, grouped-query attention, SwiGLU). It does not cover
-mixtures of experts, scaled rotary positions, biases or sliding windows.
+One description for all families: RMSNorm, rotary positions, grouped-query attention, gated units or a mixture
+of experts, and for each layer whether heads are turned, how far it looks back and whether it is routed.
+`hf_config.py` reads it from a `config.json` and writes it back; `families.py` has what families imply and
+what they call things.
 """
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final
 
-from tokenmill.core.errors import ModelFormatError
-from tokenmill.kernels import KvDtype, kv_block_bytes
+from tokenmill.kernels import Activation, KvDtype, kv_block_bytes
+from tokenmill.models.families import QkNorm, stored_name
+from tokenmill.models.rope import RopeScaling
 
-__all__ = ["MAX_JSON_BYTES", "Architecture", "load_json_object"]
+__all__ = ["Architecture", "Experts", "Layer"]
 
-MAX_JSON_BYTES: Final = 1 << 20
 
-_FAMILIES: Final = {"llama": "LlamaForCausalLM"}
-_BOUNDS: Final[Mapping[str, tuple[float, float]]] = {
-    "vocab_size": (1, 1 << 21),
-    "hidden_size": (8, 1 << 16),
-    "num_hidden_layers": (1, 1024),
-    "num_attention_heads": (1, 1024),
-    "num_key_value_heads": (1, 1024),
-    "head_dim": (2, 1024),
-    "intermediate_size": (8, 1 << 18),
-    "max_position_embeddings": (1, 1 << 24),
-    "rms_norm_eps": (1e-12, 1e-1),
-    "rope_theta": (1.0, 1e12),
-}
-_UNSUPPORTED_UNLESS: Final[Mapping[str, tuple[object, ...]]] = {
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "hidden_act": ("silu", None),
-    "rope_scaling": (None,),
-    "rope_interleaved": (False, None),
-    "sliding_window": (None,),
-    "partial_rotary_factor": (1, 1.0, None),
-    "quantization_config": (None,),
-    "num_local_experts": (None, 0),
-}
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """What may differ between the layers of one model.
+
+    `rotary`: queries and keys are turned by position. `window`: a token sees itself and the `window` - 1
+    before it; None is all. `routed`: a mixture of experts takes the place of the gated unit.
+    """
+
+    rotary: bool = True
+    window: int | None = None
+    routed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """The mixture of experts of the routed layers: how many, how many a token takes, how wide each is.
+
+    A token's experts have the `num_active` largest of softmax(router logits); with `renormalise` these are
+    divided by their sum.
+    """
+
+    num_experts: int
+    num_active: int
+    intermediate_size: int
+    renormalise: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +47,7 @@ class Architecture:
     """Shapes and constants of a decoder, and the cost that follows from them.
 
     `max_positions` is the longest context in tokens; `norm_eps` and `rope_theta` are plain numbers.
+    `post_norm`: the norms of a block are on its two outputs and not on their inputs.
     """
 
     family: str
@@ -66,66 +64,15 @@ class Architecture:
     tied_embeddings: bool
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], source: str) -> "Architecture":
-        """Read a Hugging Face `config.json`; `source` is what errors call it.
-
-        Raises ModelFormatError naming the field that is missing, out of bounds or not supported.
-        """
-        family = config.get("model_type")
-        if not isinstance(family, str) or family not in _FAMILIES:
-            raise ModelFormatError(
-                f"{source}: model_type is {family!r}", hint=f"supported: {', '.join(_FAMILIES)}"
-            )
-        _refuse_unsupported(config, source)
-        hidden_size = _integer(config, "hidden_size", source)
-        num_heads = _integer(config, "num_attention_heads", source)
-        vocab_size = _integer(config, "vocab_size", source)
-        architecture = cls(
-            family=family,
-            vocab_size=vocab_size,
-            hidden_size=hidden_size,
-            num_layers=_integer(config, "num_hidden_layers", source),
-            num_heads=num_heads,
-            num_kv_heads=_integer(config, "num_key_value_heads", source, num_heads),
-            head_dim=_integer(config, "head_dim", source, hidden_size // num_heads),
-            intermediate_size=_integer(config, "intermediate_size", source),
-            norm_eps=_number(config, "rms_norm_eps", source),
-            rope_theta=_rope_theta(config, source),
-            max_positions=_integer(config, "max_position_embeddings", source),
-            tied_embeddings=_flag(config, "tie_word_embeddings", source),
-            bos_token_id=_token_id(config.get("bos_token_id"), vocab_size, f"{source}: bos_token_id"),
-            eos_token_ids=_token_ids(config.get("eos_token_id"), vocab_size, f"{source}: eos_token_id"),
-        )
-        architecture._check_heads(source)
-        return architecture
-
-    def to_config(self) -> dict[str, Any]:
-        """The Hugging Face `config.json` that says the same; transformers and vLLM open it."""
-        eos = list(self.eos_token_ids)
-        return {
-            "architectures": [_FAMILIES[self.family]],
-            "model_type": self.family,
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
-            "num_key_value_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
-            "intermediate_size": self.intermediate_size,
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
-            "rms_norm_eps": self.norm_eps,
-            "rope_theta": self.rope_theta,
-            "rope_scaling": None,
-            "max_position_embeddings": self.max_positions,
-            "tie_word_embeddings": self.tied_embeddings,
-            "bos_token_id": self.bos_token_id,
-            "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
-            "torch_dtype": "bfloat16",
-        }
+    layers: tuple[Layer, ...]
+    activation: Activation = "silu"
+    rope_scaling: RopeScaling | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: QkNorm = "none"
+    post_norm: bool = False
+    experts: Experts | None = None
 
     @property
     def query_size(self) -> int:
@@ -137,50 +84,83 @@ class Architecture:
         """Width of all key heads (and of all value heads)."""
         return self.num_kv_heads * self.head_dim
 
-    def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """The matrices of one block as [outputs, inputs], by the end of their Hugging Face name."""
-        hidden, inner = self.hidden_size, self.intermediate_size
+    def attention_shapes(self) -> dict[str, tuple[int, int]]:
+        """The matrices of one block's attention as [outputs, inputs], by the end of their canonical name."""
         return {
-            "self_attn.q_proj": (self.query_size, hidden),
-            "self_attn.k_proj": (self.kv_size, hidden),
-            "self_attn.v_proj": (self.kv_size, hidden),
-            "self_attn.o_proj": (hidden, self.query_size),
-            "mlp.gate_proj": (inner, hidden),
-            "mlp.up_proj": (inner, hidden),
-            "mlp.down_proj": (hidden, inner),
+            "self_attn.q_proj": (self.query_size, self.hidden_size),
+            "self_attn.k_proj": (self.kv_size, self.hidden_size),
+            "self_attn.v_proj": (self.kv_size, self.hidden_size),
+            "self_attn.o_proj": (self.hidden_size, self.query_size),
         }
 
+    def linear_shapes(self, layer: int) -> dict[str, tuple[int, int]]:
+        """The matrices of one block as [outputs, inputs]; of a routed one: attention, router, each expert."""
+        hidden, experts = self.hidden_size, self.experts
+        if not self.layers[layer].routed:
+            return self.attention_shapes() | _gated_unit("mlp", hidden, self.intermediate_size)
+        assert experts is not None
+        shapes = self.attention_shapes() | {"mlp.gate": (experts.num_experts, hidden)}
+        for expert in range(experts.num_experts):
+            shapes |= _gated_unit(f"mlp.experts.{expert}", hidden, experts.intermediate_size)
+        return shapes
+
+    def active_shapes(self) -> list[tuple[int, int]]:
+        """The blocks' matrices that one token reads, [outputs, inputs]: of experts those it is sent to."""
+        shapes: list[tuple[int, int]] = []
+        for layer, kind in enumerate(self.layers):
+            names = self.linear_shapes(layer)
+            idle = self._idle_experts if kind.routed else 0
+            shapes += list(names.values())[: len(names) - 3 * idle]
+        return shapes
+
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor of a checkpoint by its Hugging Face name. A tied head has no tensor of its own."""
+        """Every tensor of a model by its canonical name. A tied head has no tensor of its own."""
         hidden = self.hidden_size
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, hidden)}
         for layer in range(self.num_layers):
-            prefix = f"model.layers.{layer}"
-            shapes[f"{prefix}.input_layernorm.weight"] = (hidden,)
-            shapes[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
-            for name, shape in self.linear_shapes().items():
-                shapes[f"{prefix}.{name}.weight"] = shape
+            for name, shape in self._layer_tensors(layer).items():
+                shapes[f"model.layers.{layer}.{name}"] = shape
         shapes["model.norm.weight"] = (hidden,)
         if not self.tied_embeddings:
             shapes["lm_head.weight"] = (self.vocab_size, hidden)
         return shapes
 
+    def stored_parts(self) -> dict[str, list[str]]:
+        """By the name of each tensor of a checkpoint: the canonical tensors that it stacks by outputs."""
+        parts: dict[str, list[str]] = {}
+        for name in self.tensor_shapes():
+            parts.setdefault(stored_name(self.family, name), []).append(name)
+        return parts
+
+    def stored_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor of a checkpoint by the name it has there."""
+        shapes = self.tensor_shapes()
+        return {
+            stored: (sum(shapes[part][0] for part in parts), *shapes[parts[0]][1:])
+            for stored, parts in self.stored_parts().items()
+        }
+
     @property
     def num_params(self) -> int:
         """Parameters that the checkpoint stores; a tied head counts once."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
-        norms = (2 * self.num_layers + 1) * self.hidden_size
-        return embeddings + norms + self.block_macs_per_token
+        blocks = sum(self._layer_params(layer) for layer in self.layers)
+        return embeddings + self.hidden_size + blocks
 
     @property
     def num_active_params(self) -> int:
-        """Parameters that take part in one token. In a dense model: all of them."""
-        return self.num_params
+        """Parameters that take part in one token: all but the experts that it is not sent to."""
+        return self.num_params - self._num_routed * self._idle_experts * self._expert_macs
 
     @property
     def block_macs_per_token(self) -> int:
         """Multiply-accumulates of all blocks' matrices for one token, without attention scores."""
-        return self.num_layers * sum(rows * columns for rows, columns in self.linear_shapes().values())
+        attention = sum(rows * columns for rows, columns in self.attention_shapes().values())
+        dense = (self.num_layers - self._num_routed) * 3 * self.hidden_size * self.intermediate_size
+        routed = 0
+        if self.experts is not None:
+            routed = self.experts.num_active * self._expert_macs + self.experts.num_experts * self.hidden_size
+        return self.num_layers * attention + dense + self._num_routed * routed
 
     @property
     def head_macs_per_token(self) -> int:
@@ -197,7 +177,8 @@ class Architecture:
 
         Two products (scores, values) of two operations each, over every layer and query head.
         """
-        return 4 * self.num_layers * self.query_size * context
+        seen = sum(min(context, layer.window or context) for layer in self.layers)
+        return 4 * self.query_size * seen
 
     def kv_bytes_per_token(self, bytes_per_value: float = 2) -> int:
         """Bytes of keys and values that one token leaves in the cache."""
@@ -212,91 +193,73 @@ class Architecture:
             kv_dtype=kv_dtype,
         )
 
-    def _check_heads(self, source: str) -> None:
-        if self.num_heads % self.num_kv_heads:
-            raise ModelFormatError(
-                f"{source}: num_attention_heads {self.num_heads} is no multiple of "
-                f"num_key_value_heads {self.num_kv_heads}"
-            )
-        if self.head_dim % 2:
-            raise ModelFormatError(f"{source}: head_dim {self.head_dim} is odd, rotation needs pairs")
+    def norm_names(self) -> tuple[str, str]:
+        """The norms that belong to a block's attention and to what follows it, by the end of their name."""
+        if self.post_norm:
+            return "post_attention_layernorm", "post_feedforward_layernorm"
+        return "input_layernorm", "post_attention_layernorm"
+
+    def qk_norm_sizes(self) -> tuple[int, int]:
+        """Weights of the norms of queries and of keys; 0 where there are none."""
+        by_kind = {"none": (0, 0), "head": (self.head_dim,) * 2, "all": (self.query_size, self.kv_size)}
+        return by_kind[self.qk_norm]
+
+    def bias_sizes(self, routed: bool) -> dict[str, int]:
+        """Outputs of the matrices that have a bias, by the end of their name."""
+        sizes: dict[str, int] = {}
+        if self.qkv_bias:
+            sizes |= {"self_attn.q_proj": self.query_size}
+            sizes |= {"self_attn.k_proj": self.kv_size, "self_attn.v_proj": self.kv_size}
+        if self.out_bias:
+            sizes["self_attn.o_proj"] = self.hidden_size
+        if self.mlp_bias and not routed:
+            sizes |= dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), self.intermediate_size)
+            sizes["mlp.down_proj"] = self.hidden_size
+        return sizes
+
+    def _layer_tensors(self, layer: int) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {
+            f"{name}.weight": (self.hidden_size,) for name in self.norm_names()
+        }
+        for name, size in zip(("q_norm", "k_norm"), self.qk_norm_sizes(), strict=True):
+            if size:
+                shapes[f"self_attn.{name}.weight"] = (size,)
+        biases = self.bias_sizes(self.layers[layer].routed)
+        for name, shape in self.linear_shapes(layer).items():
+            shapes[f"{name}.weight"] = shape
+            if name in biases:
+                shapes[f"{name}.bias"] = (biases[name],)
+        return shapes
+
+    def _layer_params(self, layer: Layer) -> int:
+        matrices = sum(rows * columns for rows, columns in self.attention_shapes().values())
+        if layer.routed:
+            assert self.experts is not None
+            matrices += self.experts.num_experts * (self._expert_macs + self.hidden_size)
+        else:
+            matrices += 3 * self.hidden_size * self.intermediate_size
+        vectors = (
+            2 * self.hidden_size + sum(self.qk_norm_sizes()) + sum(self.bias_sizes(layer.routed).values())
+        )
+        return matrices + vectors
+
+    @property
+    def _num_routed(self) -> int:
+        return sum(layer.routed for layer in self.layers)
+
+    @property
+    def _expert_macs(self) -> int:
+        """Weights of one expert; each is used once for a token."""
+        return 0 if self.experts is None else 3 * self.hidden_size * self.experts.intermediate_size
+
+    @property
+    def _idle_experts(self) -> int:
+        return 0 if self.experts is None else self.experts.num_experts - self.experts.num_active
 
 
-def load_json_object(path: Path) -> dict[str, Any]:
-    """Read a small JSON file that must hold an object.
-
-    Raises ModelFormatError if it is missing, larger than 1 MiB, not JSON, nested too deep, or no object.
-    """
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_JSON_BYTES + 1)
-    except OSError as error:
-        raise ModelFormatError(f"{path}: cannot be read ({error.strerror})") from error
-    if len(data) > MAX_JSON_BYTES:
-        raise ModelFormatError(f"{path}: larger than {MAX_JSON_BYTES} bytes")
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ModelFormatError(f"{path}: not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ModelFormatError(f"{path}: not a JSON object")
-    return value
-
-
-def _token_ids(value: object, vocab_size: int, field: str) -> tuple[int, ...]:
-    """One token id, a list of them or None, as a tuple; each must lie in the vocabulary."""
-    values = value if isinstance(value, list) else [value]
-    if len(values) > 64:
-        raise ModelFormatError(f"{field}: {len(values)} entries, at most 64")
-    ids = (_token_id(each, vocab_size, field) for each in values)
-    return tuple(each for each in ids if each is not None)
-
-
-def _token_id(value: object, vocab_size: int, field: str) -> int | None:
-    if value is None:
-        return None
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < vocab_size:
-        raise ModelFormatError(f"{field}: {value!r} is no token of a vocabulary of {vocab_size}")
-    return value
-
-
-def _refuse_unsupported(config: Mapping[str, Any], source: str) -> None:
-    for field, allowed in _UNSUPPORTED_UNLESS.items():
-        if config.get(field) not in allowed:
-            raise ModelFormatError(f"{source}: {field} is {config[field]!r}, which is not supported")
-    rope = config.get("rope_parameters") or {}
-    if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
-        raise ModelFormatError(f"{source}: rope_parameters is {rope!r}, only the default type is supported")
-
-
-def _number(config: Mapping[str, Any], field: str, source: str, default: float | None = None) -> float:
-    value = config.get(field)
-    value = default if value is None else value
-    if value is None:
-        raise ModelFormatError(f"{source}: {field} is missing")
-    low, high = _BOUNDS[field]  # NaN and infinity are outside any interval
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not low <= value <= high:
-        raise ModelFormatError(f"{source}: {field} is {value!r}, expected a number from {low} to {high}")
-    return float(value)
-
-
-def _integer(config: Mapping[str, Any], field: str, source: str, default: int | None = None) -> int:
-    value = _number(config, field, source, default)
-    if value != int(value):
-        raise ModelFormatError(f"{source}: {field} is {value!r}, expected a whole number")
-    return int(value)
-
-
-def _flag(config: Mapping[str, Any], field: str, source: str) -> bool:
-    value = config.get(field, False)
-    if not isinstance(value, bool):
-        raise ModelFormatError(f"{source}: {field} is {value!r}, expected true or false")
-    return value
-
-
-def _rope_theta(config: Mapping[str, Any], source: str) -> float:
-    """`rope_theta`, at the top or (transformers 5) inside `rope_parameters`; 10,000 where neither is."""
-    rope = config.get("rope_parameters") or {}
-    theta = config.get("rope_theta", rope.get("rope_theta"))
-    return _number({"rope_theta": theta}, "rope_theta", source, 1e4)
+def _gated_unit(name: str, hidden: int, inner: int) -> dict[str, tuple[int, int]]:
+    return {
+        f"{name}.gate_proj": (inner, hidden),
+        f"{name}.up_proj": (inner, hidden),
+        f"{name}.down_proj": (hidden, inner),
+    }

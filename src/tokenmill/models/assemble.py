@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tokenmill import __version__
 from tokenmill.core import Message, UsageError
 from tokenmill.models.architecture import Architecture
@@ -21,6 +23,7 @@ from tokenmill.models.directory import LAYOUT, ModelDirectory
 from tokenmill.models.fetch import Progress
 from tokenmill.models.files import atomic_file, copy_file, disk_errors, hash_file
 from tokenmill.models.gguf import GgufFile
+from tokenmill.models.hf_config import architecture_to_config
 from tokenmill.models.manifest import DeclaredCosts, FileEntry, Manifest
 from tokenmill.models.safetensors import StoredArray, write_safetensors
 from tokenmill.models.tokenizer import Tokenizer
@@ -108,24 +111,24 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 def _convert_weights(staging: Path, gguf: GgufFile, architecture: Architecture, progress: Progress) -> None:
     weights = GgufWeights(gguf, architecture)
-    shapes = architecture.tensor_shapes()
+    parts = architecture.stored_parts()
     total = 2 * architecture.num_params
     done = 0
 
     def load(name: str) -> StoredArray:
         nonlocal done
-        values = weights.bf16(name)
+        values = np.concatenate([weights.bf16(part) for part in parts[name]])
         done += values.nbytes
         progress("convert", done, total)
         return values
 
-    write_safetensors(staging / "model.safetensors", shapes, "BF16", load)
+    write_safetensors(staging / "model.safetensors", architecture.stored_shapes(), "BF16", load)
 
 
 def _write_small_files(staging: Path, gguf: GgufFile, architecture: Architecture) -> None:
     tokenizer = Tokenizer.from_gguf(gguf)
     template = gguf.metadata.get("tokenizer.chat_template")
-    config = architecture.to_config()
+    config = architecture_to_config(architecture)
     eos = config["eos_token_id"]
     files = {
         "config.json": json.dumps(config, indent=2),

@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import TypeAlias
 
 from tokenmill.core import StorageError, UsageError
-from tokenmill.kernels import Executor, KvDtype
+from tokenmill.kernels import KV_BLOCK, Executor, KvDtype
 from tokenmill.kernels import create_executor as create_plan_executor
 from tokenmill.models.directory import ModelDirectory
 from tokenmill.models.files import disk_errors
+from tokenmill.models.hf_config import architecture_to_config
 from tokenmill.models.layout import compile_plan
 from tokenmill.models.pack import WEIGHT_FORMATS, WeightFormat, pack_model
 from tokenmill.models.packed import PackedModel, read_packed, write_packed
 
 __all__ = ["ExecutorConfig", "ExecutorFactory", "create_executor", "forget_packed", "load_packed"]
 
-_LAYOUT_VERSION = 4
+_LAYOUT_VERSION = 5
 """Part of every cache file's name: raise it when packing or smoothing changes."""
 
 
@@ -45,7 +46,9 @@ ExecutorFactory: TypeAlias = Callable[[ModelDirectory, ExecutorConfig], Executor
 
 def create_executor(directory: ModelDirectory, config: ExecutorConfig) -> Executor:
     """The fastest executor available here for a model directory."""
-    plan = compile_plan(directory.architecture, load_packed(directory, config.weights))
+    # No sequence is longer than the cache, so no position beyond it needs its row of sines.
+    max_positions = config.num_blocks * KV_BLOCK
+    plan = compile_plan(directory.architecture, load_packed(directory, config.weights), max_positions)
     return create_plan_executor(
         plan,
         max_rows=config.max_rows,
@@ -98,7 +101,7 @@ def _fingerprint(directory: ModelDirectory) -> str:
     files = [directory.path / name for name in ("model.safetensors", "model.gguf")]
     stats = [path.stat() for path in files if path.is_file()]
     marks = [(each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns) for each in stats]
-    config = json.dumps(directory.architecture.to_config(), sort_keys=True)
+    config = json.dumps(architecture_to_config(directory.architecture), sort_keys=True)
     return hashlib.sha256(f"{_LAYOUT_VERSION} {marks} {config}".encode()).hexdigest()[:16]
 
 

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from tokenmill.core.errors import ModelFormatError, NotFoundError, StorageError
-from tokenmill.models.architecture import Architecture, load_json_object
+from tokenmill.models.architecture import Architecture
 from tokenmill.models.chat_template import MAX_TEMPLATE_CHARS, ChatTemplate
 from tokenmill.models.convert import GgufWeights
 from tokenmill.models.files import disk_errors, hash_file
 from tokenmill.models.gguf import GgufFile
+from tokenmill.models.hf_config import load_json_object, read_architecture
 from tokenmill.models.manifest import MANIFEST_NAME, Manifest
 from tokenmill.models.safetensors import SafetensorsFile
 from tokenmill.models.tokenizer import Tokenizer
@@ -60,7 +61,7 @@ class ModelDirectory:
         config = load_json_object(path / "config.json")
         if (path / "generation_config.json").is_file():
             config = _with_generation_ids(config, load_json_object(path / "generation_config.json"))
-        architecture = Architecture.from_config(config, source)
+        architecture = read_architecture(config, source)
         has_manifest = (path / MANIFEST_NAME).is_file()
         return cls(path, architecture, Manifest.read(path) if has_manifest else None)
 
@@ -85,7 +86,7 @@ class ModelDirectory:
         """
         checkpoint = SafetensorsFile.open(self.path / "model.safetensors")
         found = {name: checkpoint.shape(name) for name in checkpoint.names()}
-        expected = self.architecture.tensor_shapes()
+        expected = self.architecture.stored_shapes()
         for name in sorted(set(found) ^ set(expected)):
             problem = "is missing" if name in expected else "does not belong to the architecture"
             raise ModelFormatError(f"{checkpoint.path}: tensor {name} {problem}")
@@ -93,7 +94,7 @@ class ModelDirectory:
             if found[name] != shape:
                 raise ModelFormatError(f"{checkpoint.path}: tensor {name} is {found[name]}, expected {shape}")
         has_grid = self.manifest is not None and self.manifest.grid_file
-        return CheckpointWeights(checkpoint, self._open_grids if has_grid else None)
+        return CheckpointWeights(checkpoint, self.architecture, self._open_grids if has_grid else None)
 
     def tokenizer(self) -> Tokenizer:
         """Read the tokenizer. Raises ModelFormatError if it has more tokens than the model has embeddings."""

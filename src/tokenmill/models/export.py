@@ -22,14 +22,15 @@ import numpy as np
 import numpy.typing as npt
 
 from tokenmill.core.errors import ModelFormatError, NotFoundError, StorageError, UsageError
-from tokenmill.models.architecture import load_json_object
-from tokenmill.models.convert import StoredTensor, gguf_fields, interleave_head_rows, stored_tensors
+from tokenmill.models.convert import ROPE_FREQS, gguf_fields, rope_divisors
 from tokenmill.models.directory import LAYOUT, ModelDirectory
 from tokenmill.models.fetch import Progress
 from tokenmill.models.files import check_free_space, copy_file, disk_errors, sync_folder
+from tokenmill.models.gguf_names import StoredTensor, interleave_head_rows, stored_tensors
 from tokenmill.models.gguf_quants import STORED_TYPES, quantize, store_grid
 from tokenmill.models.gguf_vocabulary import vocabulary_fields
 from tokenmill.models.gguf_writer import MetadataItem, TensorSpec, write_gguf
+from tokenmill.models.hf_config import load_json_object
 from tokenmill.models.weights import WeightSource
 
 __all__ = ["GGUF_TYPES", "Exported", "GgufType", "export_gguf", "export_hf"]
@@ -72,8 +73,14 @@ def export_gguf(
     stored = stored_tensors(model.architecture)
     specs = [_spec(name, tensor, gguf_type) for name, tensor in stored.items()]
     weights, metadata = model.weights(), _metadata(model, gguf_type)
+    scaling = model.architecture.rope_scaling
+    if scaling is not None and scaling.kind == "llama3":
+        shape = (model.architecture.head_dim // 2,)
+        specs.append(TensorSpec(name=ROPE_FREQS, dtype="F32", shape=shape))
 
     def load(spec: TensorSpec) -> Iterator[npt.NDArray[np.uint8]]:
+        if spec.name == ROPE_FREQS:
+            return iter([quantize("F32", rope_divisors(model.architecture)[None])])
         return _stored_rows(spec, stored[spec.name], weights)
 
     with _target_errors():
@@ -196,6 +203,9 @@ def _notes(model: ModelDirectory, specs: list[TensorSpec], gguf_type: GgufType) 
     odd = [spec for spec in specs if spec.dtype == "F16" and gguf_type != "f16"]
     if odd:
         yield f"{len(odd)} matrices are F16: their rows are no multiple of 32 ({odd[0].name} and others)"
+    windows = [layer.window for layer in model.architecture.layers if layer.window is not None]
+    if windows:
+        yield f"llama.cpp does not keep to the window of {windows[0]} tokens: it differs on longer texts"
     if len(model.architecture.eos_token_ids) > 3:
         yield "GGUF has room for three end tokens; the others are left out"
 

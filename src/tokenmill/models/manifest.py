@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from tokenmill.core.errors import ModelFormatError
-from tokenmill.models.architecture import Architecture, load_json_object
+from tokenmill.models.architecture import Architecture
 from tokenmill.models.files import atomic_file
+from tokenmill.models.hf_config import load_json_object
 
 __all__ = ["FORMAT", "MANIFEST_NAME", "DeclaredCosts", "FileEntry", "Manifest", "is_plain_name"]
 

@@ -7,22 +7,23 @@ directory, is not here.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, TypeAlias, get_args
+from dataclasses import replace
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from tokenmill.core import UsageError
-from tokenmill.kernels import EmbedTable, F32Array, PackedLinear
+from tokenmill.kernels import EmbedTable, F32Array, PackedExperts, PackedLinear
 from tokenmill.kernels.packing import pack_bf16, pack_i4g, pack_i8c, pack_i8g, quantize_groups
 from tokenmill.models.architecture import Architecture
 from tokenmill.models.gguf import Grid
 from tokenmill.models.layout import compile_plan
 from tokenmill.models.packed import PackedModel
-from tokenmill.models.smoothing import activation_peaks, smoothing_factors
+from tokenmill.models.smoothing import SMOOTHING_TOKENS, activation_peaks, smoothing_factors
 from tokenmill.models.weights import WeightSource
 
-__all__ = ["FUSED", "WEIGHT_FORMATS", "WeightFormat", "gate_up_turns", "pack_model"]
+__all__ = ["FUSED", "WEIGHT_FORMATS", "WeightFormat", "fused_linears", "gate_up_turns", "pack_model"]
 
 WeightFormat: TypeAlias = Literal["w8a8", "w4a8", "bf16"]
 _RowOrder: TypeAlias = npt.NDArray[np.intp]
@@ -47,57 +48,164 @@ def pack_model(architecture: Architecture, source: WeightSource, weights: Weight
     if weights == "w8a8":
         return _pack_smoothed(architecture, source)
     linears = {name: _pack(source, parts, weights) for name, parts in _linear_parts(architecture).items()}
+    experts = {
+        name: _stack([_pack(source, parts, weights) for parts in each])
+        for name, each in _expert_parts(architecture).items()
+    }
     return PackedModel(
-        embed=_embed_table(source, weights), linears=linears, norms=_norms(architecture, source)
+        embed=_embed_table(source, weights),
+        linears=linears,
+        experts=experts,
+        floats=_floats(architecture, source),
     )
 
 
 def _linear_parts(architecture: Architecture) -> dict[str, list[str]]:
-    """Every fused matrix in order of use, and the tensors that it stacks by outputs."""
+    """Every fused matrix that all rows read, in order of use, and the tensors that it stacks by outputs."""
     parts = {
         f"blocks.{layer}.{name}": [f"model.layers.{layer}.{tensor}.weight" for tensor in tensors]
         for layer in range(architecture.num_layers)
-        for name, tensors in FUSED.items()
+        for name, tensors in fused_linears(architecture, layer).items()
     }
     return parts | {"head": [_EMBED if architecture.tied_embeddings else "lm_head.weight"]}
 
 
-def _norms(architecture: Architecture, source: WeightSource) -> dict[str, F32Array]:
-    norms = {"ln_final": source.float32("model.norm.weight")}
-    for layer in range(architecture.num_layers):
-        prefix = f"model.layers.{layer}"
-        norms[f"blocks.{layer}.ln1"] = source.float32(f"{prefix}.input_layernorm.weight")
-        norms[f"blocks.{layer}.ln2"] = source.float32(f"{prefix}.post_attention_layernorm.weight")
-    return norms
+def fused_linears(architecture: Architecture, layer: int) -> Mapping[str, tuple[str, ...]]:
+    """The part of FUSED that every row of a layer reads: no gated unit where experts take its place."""
+    names = ("qkv", "out") if architecture.layers[layer].routed else tuple(FUSED)
+    return {name: FUSED[name] for name in names}
+
+
+def _expert_parts(architecture: Architecture) -> dict[str, list[list[str]]]:
+    """For each layer's fused expert matrix: the tensors of every expert."""
+    num_experts = architecture.experts.num_experts if architecture.experts else 0
+    return {
+        f"blocks.{layer}.{name}": [
+            [f"model.layers.{layer}.mlp.experts.{expert}.{part}.weight" for part in parts]
+            for expert in range(num_experts)
+        ]
+        for layer, kind in enumerate(architecture.layers)
+        if kind.routed
+        for name, parts in (("gate_up", ("gate_proj", "up_proj")), ("down", ("down_proj",)))
+    }
+
+
+def _stack(each: Sequence[PackedLinear]) -> PackedExperts:
+    """One matrix of every expert; all of one kind and shape."""
+    first = each[0]
+    stacked: dict[str, Any] = {
+        part: np.stack([getattr(linear, part) for linear in each]) for part in ("data", "scales", "mins")
+    }
+    return PackedExperts(num_experts=len(each), linear=replace(first, **stacked))
+
+
+def _floats(architecture: Architecture, source: WeightSource) -> dict[str, F32Array]:
+    """Everything that stays in float32: norms, biases in the order of their matrix, routers."""
+    floats = {"ln_final": source.float32("model.norm.weight")}
+    ln1, ln2 = architecture.norm_names()
+    for layer, kind in enumerate(architecture.layers):
+        prefix, name = f"model.layers.{layer}", f"blocks.{layer}"
+        floats[f"{name}.ln1"] = source.float32(f"{prefix}.{ln1}.weight")
+        floats[f"{name}.ln2"] = source.float32(f"{prefix}.{ln2}.weight")
+        if architecture.qk_norm != "none":
+            floats[f"{name}.q_norm"] = source.float32(f"{prefix}.self_attn.q_norm.weight")
+            floats[f"{name}.k_norm"] = source.float32(f"{prefix}.self_attn.k_norm.weight")
+        if kind.routed:
+            floats[f"{name}.router"] = source.float32(f"{prefix}.mlp.gate.weight")
+            floats[f"{name}.router.norm"] = floats[f"{name}.ln2"]
+        biases = architecture.bias_sizes(kind.routed)
+        for linear, parts in fused_linears(architecture, layer).items():
+            if parts[0] in biases:
+                bias_N = np.concatenate([source.float32(f"{prefix}.{part}.bias") for part in parts])
+                order = gate_up_turns(len(bias_N)) if linear == "gate_up" else slice(None)
+                floats[f"{name}.{linear}.bias"] = bias_N[order]
+    return floats
 
 
 def _pack_smoothed(architecture: Architecture, source: WeightSource) -> PackedModel:
     """8 bits a weight, the outliers of the activations moved into the weights first."""
     plain = pack_model(architecture, source, "bf16")
-    peaks = dict(zip(plain.linears, activation_peaks(compile_plan(architecture, plain)), strict=True))
-    parts, norms = _linear_parts(architecture), dict(plain.norms)
-    linears: dict[str, PackedLinear] = {}
-    smoothing: dict[str, F32Array] = {}
+    packer = _SmoothedPacker(architecture, source, plain)
+    for layer, kind in enumerate(architecture.layers):
+        packer.attention(layer)
+        (packer.experts if kind.routed else packer.gated_unit)(layer)
+    packer.head()
+    return PackedModel(
+        embed=plain.embed,
+        linears=packer.linears,
+        experts=packer.packed_experts,
+        floats=packer.floats,
+        smoothing=packer.smoothing,
+    )
 
-    def smooth(linear: str, norm: str) -> F32Array:
-        matrix_NK = _matrix(source, parts[linear])
-        s_K = smoothing_factors(peaks[linear], matrix_NK)
-        norms[norm] = norms[norm] / s_K
-        smoothing[f"{norm}.hook_normalized"] = s_K
+
+class _SmoothedPacker:
+    """Packs a model to 8 bits part by part; what it divides an input by goes into the norm that makes it."""
+
+    def __init__(self, architecture: Architecture, source: WeightSource, plain: PackedModel) -> None:
+        self._architecture = architecture
+        self._source = source
+        self._peaks = activation_peaks(compile_plan(architecture, plain, SMOOTHING_TOKENS))
+        self._parts = _linear_parts(architecture)
+        self.floats = dict(plain.floats)
+        self.linears: dict[str, PackedLinear] = {}
+        self.packed_experts: dict[str, PackedExperts] = {}
+        self.smoothing: dict[str, F32Array] = {}
+
+    def attention(self, layer: int) -> None:
+        name = f"blocks.{layer}"
+        self.linears[f"{name}.qkv"] = pack_i8c(self._after_norm(f"{name}.qkv", f"{name}.ln1"))
+        self.linears[f"{name}.out"] = pack_i8c(self._matrix(f"{name}.out"))
+
+    def gated_unit(self, layer: int) -> None:
+        name, inner = f"blocks.{layer}", self._architecture.intermediate_size
+        gate_up_NK, down_NK = self._after_norm(f"{name}.gate_up", f"{name}.ln2"), self._matrix(f"{name}.down")
+        s_K = smoothing_factors(self._peaks[f"{name}.mlp.hook_post"], np.abs(down_NK).max(axis=0))
+        turns = gate_up_turns(2 * inner)
+        divisor_N = np.concatenate([np.ones(inner, np.float32), s_K])
+        gate_up_NK /= divisor_N[:, None]
+        if (bias_N := self.floats.get(f"{name}.gate_up.bias")) is not None:
+            self.floats[f"{name}.gate_up.bias"] = bias_N / divisor_N[turns]
+        self.smoothing[f"{name}.mlp.hook_post"] = s_K
+        self.linears[f"{name}.gate_up"] = pack_i8c(gate_up_NK[turns])
+        self.linears[f"{name}.down"] = pack_i8c(down_NK * s_K)
+
+    def experts(self, layer: int) -> None:
+        """One set of factors for all experts of a layer, which read the same rows; the inner rows stay."""
+        name, parts = f"blocks.{layer}", _expert_parts(self._architecture)
+        gate_up, norm = parts[f"{name}.gate_up"], f"{name}.ln2"
+        turns = gate_up_turns(2 * self._source.shape(gate_up[0][0])[0])
+        peaks = [np.abs(_matrix(self._source, each)).max(axis=0) for each in gate_up]
+        s_K = smoothing_factors(self._peaks[f"{norm}.hook_normalized"], np.max(peaks, axis=0))
+        self._divide_norm(norm, s_K)
+        self.packed_experts[f"{name}.gate_up"] = _stack(
+            [pack_i8c((_matrix(self._source, each) * s_K)[turns]) for each in gate_up]
+        )
+        self.packed_experts[f"{name}.down"] = _stack(
+            [pack_i8c(_matrix(self._source, each)) for each in parts[f"{name}.down"]]
+        )
+
+    def head(self) -> None:
+        head_NK = self._matrix("head")
+        s_K = smoothing_factors(self._peaks["ln_final.hook_normalized"], np.abs(head_NK).max(axis=0))
+        self._divide_norm("ln_final", s_K)
+        self.linears["head"] = pack_i8c(head_NK * s_K)
+
+    def _after_norm(self, linear: str, norm: str) -> F32Array:
+        """The matrix, smoothed if a norm makes its input."""
+        matrix_NK = self._matrix(linear)
+        if self._architecture.post_norm:
+            return matrix_NK
+        s_K = smoothing_factors(self._peaks[f"{norm}.hook_normalized"], np.abs(matrix_NK).max(axis=0))
+        self._divide_norm(norm, s_K)
         return matrix_NK * s_K
 
-    for layer in range(architecture.num_layers):
-        name = f"blocks.{layer}"
-        linears[f"{name}.qkv"] = pack_i8c(smooth(f"{name}.qkv", f"{name}.ln1"))
-        linears[f"{name}.out"] = pack_i8c(_matrix(source, parts[f"{name}.out"]))
-        gate_up_NK, down_NK = smooth(f"{name}.gate_up", f"{name}.ln2"), _matrix(source, parts[f"{name}.down"])
-        s_K = smoothing_factors(peaks[f"{name}.down"], down_NK)
-        gate_up_NK[architecture.intermediate_size :] /= s_K[:, None]
-        smoothing[f"{name}.mlp.hook_post"] = s_K
-        linears[f"{name}.gate_up"] = pack_i8c(gate_up_NK[gate_up_turns(2 * len(s_K))])
-        linears[f"{name}.down"] = pack_i8c(down_NK * s_K)
-    linears["head"] = pack_i8c(smooth("head", "ln_final"))
-    return PackedModel(embed=plain.embed, linears=linears, norms=norms, smoothing=smoothing)
+    def _divide_norm(self, norm: str, s_K: F32Array) -> None:
+        self.floats[norm] = self.floats[norm] / s_K
+        self.smoothing[f"{norm}.hook_normalized"] = s_K
+
+    def _matrix(self, linear: str) -> F32Array:
+        return _matrix(self._source, self._parts[linear])
 
 
 def _matrix(source: WeightSource, names: Sequence[str]) -> F32Array:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tokenmill.kernels import EmbedTable, F32Array, PackedLinear
+from tokenmill.kernels import EmbedTable, F32Array, PackedExperts, PackedLinear
 from tokenmill.models.files import atomic_file
 
 __all__ = ["PackedModel", "read_packed", "write_packed"]
@@ -32,17 +32,20 @@ _ARRAYS = ("data", "scales", "mins")
 class PackedModel:
     """Everything a step plan points to. Linears: `blocks.0.qkv`, `.out`, `.gate_up`, `.down`, and `head`.
 
-    Norm weights, float32: `blocks.0.ln1`, `blocks.0.ln2`, `ln_final`. `smoothing` is that of the `StepPlan`.
+    A routed block has `.gate_up` and `.down` among `experts`. `floats`: norms `blocks.0.ln1`, `blocks.0.ln2`,
+    `ln_final`, and where there are any `blocks.0.q_norm`, `.k_norm`, `.router`, `.router.norm`, and biases,
+    such as `.qkv.bias`, in the order of their matrix. `smoothing` is that of the `StepPlan`.
     """
 
     embed: EmbedTable
     linears: Mapping[str, PackedLinear]
-    norms: Mapping[str, F32Array]
+    floats: Mapping[str, F32Array]
+    experts: Mapping[str, PackedExperts] = field(default_factory=dict)
     smoothing: Mapping[str, F32Array] = field(default_factory=dict)
 
     @property
     def num_linear_bytes(self) -> int:
-        """Bytes of weights that one decode step reads."""
+        """Bytes of the weights that every decode step reads: all but the experts'."""
         return sum(linear.num_bytes for linear in self.linears.values())
 
 
@@ -54,11 +57,16 @@ def write_packed(path: Path, model: PackedModel) -> None:
     for name, array in arrays.items():
         entries[name] = {"dtype": array.dtype.str, "shape": array.shape, "offset": offset}
         offset += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
-    linears = {
-        name: [linear.kind, linear.num_out, linear.num_in, linear.group, linear.symmetric]
-        for name, linear in model.linears.items()
-    }
-    header = json.dumps({"arrays": entries, "linears": linears, "num_bytes": offset}).encode()
+    header = json.dumps(
+        {
+            "arrays": entries,
+            "linears": {name: _fields(linear) for name, linear in model.linears.items()},
+            "experts": {
+                name: [each.num_experts, *_fields(each.linear)] for name, each in model.experts.items()
+            },
+            "num_bytes": offset,
+        }
+    ).encode()
     header += b" " * (-(len(header) + 8) % _ALIGNMENT)
     with atomic_file(path) as file:
         file.write(len(header).to_bytes(8, "little"))
@@ -87,11 +95,17 @@ def read_packed(path: Path) -> PackedModel | None:
         return None
 
 
+def _fields(linear: PackedLinear) -> list[Any]:
+    return [linear.kind, linear.num_out, linear.num_in, linear.group, linear.symmetric]
+
+
 def _named_arrays(model: PackedModel) -> dict[str, npt.NDArray[Any]]:
     arrays: dict[str, npt.NDArray[Any]] = {"embed.data": model.embed.data, "embed.scales": model.embed.scales}
     for name, linear in model.linears.items():
         arrays |= {f"{name}.{part}": getattr(linear, part) for part in _ARRAYS}
-    arrays |= {f"norm.{name}": weight for name, weight in model.norms.items()}
+    for name, experts in model.experts.items():
+        arrays |= {f"experts.{name}.{part}": getattr(experts.linear, part) for part in _ARRAYS}
+    arrays |= {f"float.{name}": values for name, values in model.floats.items()}
     return arrays | {f"smoothing.{name}": factors for name, factors in model.smoothing.items()}
 
 
@@ -103,21 +117,25 @@ def _from_header(header: dict[str, Any], mapped: mmap.mmap, start: int) -> Packe
         flat = np.frombuffer(mapped, np.dtype(entry["dtype"]), count, start + entry["offset"] if count else 0)
         return flat.reshape(shape)
 
-    linears = {
-        name: PackedLinear(
-            kind=kind,
-            num_out=num_out,
-            num_in=num_in,
-            group=group,
-            symmetric=symmetric,
-            **{part: array(f"{name}.{part}") for part in _ARRAYS},
+    def linear(name: str, fields: list[Any]) -> PackedLinear:
+        kind, num_out, num_in, group, symmetric = fields
+        arrays = {part: array(f"{name}.{part}") for part in _ARRAYS}
+        return PackedLinear(
+            kind=kind, num_out=num_out, num_in=num_in, group=group, symmetric=symmetric, **arrays
         )
-        for name, (kind, num_out, num_in, group, symmetric) in header["linears"].items()
-    }
 
     def group(prefix: str) -> dict[str, npt.NDArray[Any]]:
         names = [name for name in header["arrays"] if name.startswith(prefix)]
         return {name.removeprefix(prefix): array(name) for name in names}
 
-    embed = EmbedTable(data=array("embed.data"), scales=array("embed.scales"))
-    return PackedModel(embed=embed, linears=linears, norms=group("norm."), smoothing=group("smoothing."))
+    experts = {
+        name: PackedExperts(num_experts=num_experts, linear=linear(f"experts.{name}", fields))
+        for name, (num_experts, *fields) in header["experts"].items()
+    }
+    return PackedModel(
+        embed=EmbedTable(data=array("embed.data"), scales=array("embed.scales")),
+        linears={name: linear(name, fields) for name, fields in header["linears"].items()},
+        experts=experts,
+        floats=group("float."),
+        smoothing=group("smoothing."),
+    )

@@ -23,31 +23,35 @@ from tokenmill.kernels import (
 from tokenmill.kernels.plan import StepPlan
 from tokenmill.kernels.twin import rms_norm
 
-__all__ = ["activation_peaks", "smoothing_factors"]
+__all__ = ["SMOOTHING_TOKENS", "activation_peaks", "smoothing_factors"]
 
-_NUM_TOKENS = 512
+SMOOTHING_TOKENS = 512
+"""Random tokens that the peaks are taken from."""
+
 _SEED = 20260101
 _FLOOR = np.float32(1e-5)
 
 
-def activation_peaks(plan: StepPlan) -> list[F32Array]:
-    """Largest magnitude of each input channel [K], one array for each linear of the plan, in order."""
-    num_tokens = min(_NUM_TOKENS, plan.shape.cos.shape[0])
+def activation_peaks(plan: StepPlan) -> dict[str, F32Array]:
+    """Largest magnitude of each channel [K] of what linears read, by the name of the point that makes it."""
+    num_tokens = min(SMOOTHING_TOKENS, plan.shape.cos.shape[0])
     num_blocks = -(-num_tokens // KV_BLOCK)
     executor = create_executor(plan, max_rows=num_tokens, max_out_rows=num_tokens, num_blocks=num_blocks)
     batch = _random_batch(plan.shape.vocab_size, num_tokens, num_blocks)
-    peaks: list[F32Array] = []
+    peaks: dict[str, F32Array] = {}
+    point = ""
     for i, op in enumerate(plan.ops):
-        if isinstance(op, Norm | Quantize) and op.act is not None:
-            peaks.append(np.abs(_linear_input(executor, op, num_tokens)).max(axis=0))
+        point = op.name or point
+        # The rows of experts are left out: random tokens do not reach all experts.
+        if isinstance(op, Norm | Quantize) and op.act is not None and op.src != "eh":
+            peaks[point] = np.abs(_linear_input(executor, op, num_tokens)).max(axis=0)
         if not (isinstance(op, Linear) and op.dst == "logits"):
             executor.run(batch, i, i + 1)
     return peaks
 
 
-def smoothing_factors(peak_K: F32Array, weight_NK: F32Array) -> F32Array:
-    """s [K] for the channels that a matrix reads; its geometric mean is 1."""
-    weight_peak_K = np.abs(weight_NK).max(axis=0)
+def smoothing_factors(peak_K: F32Array, weight_peak_K: F32Array) -> F32Array:
+    """s [K] for the channels that a matrix reads, from its peak of each channel; its geometric mean is 1."""
     s_K = np.sqrt(np.maximum(peak_K, _FLOOR) / np.maximum(weight_peak_K, _FLOOR))
     even_K: F32Array = s_K / np.exp(np.log(s_K).mean())
     return even_K
