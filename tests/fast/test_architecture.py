@@ -122,3 +122,57 @@ def test_bad_json_is_refused(tmp_path: Path, data: bytes) -> None:
         load_json_object(path)
     with pytest.raises(ModelFormatError, match="cannot be read"):
         load_json_object(tmp_path / "absent.json")
+
+
+MIXTRAL_8X7B = {
+    "model_type": "mixtral",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+}
+QWEN3_30B_A3B = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "max_window_layers": 48,
+    "use_sliding_window": False,
+    "sliding_window": None,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": False,
+}
+
+
+def test_parameters_of_known_mixtures() -> None:
+    """Totals are the published ones; active: all but the experts that a token is not sent to."""
+    mixtral = read_architecture(MIXTRAL_8X7B, "config.json")
+    assert mixtral.num_params == 46_702_792_704
+    assert mixtral.num_active_params == 46_702_792_704 - 32 * 6 * 3 * 4096 * 14336 == 12_879_925_248
+    qwen = read_architecture(QWEN3_30B_A3B, "config.json")
+    assert qwen.num_params == 30_532_122_624
+    assert qwen.num_active_params == 30_532_122_624 - 48 * 120 * 3 * 2048 * 768 == 3_353_032_704
+    # A token's multiply-accumulates: its active weights, less the table it looks itself up in and the norms.
+    norms = 48 * (2 * 2048 + 2 * 128) + 2048
+    assert qwen.macs_per_token == qwen.num_active_params - 151936 * 2048 - norms

@@ -70,6 +70,10 @@ def read_architecture(config: Mapping[str, Any], source: str) -> Architecture:
     family = FAMILIES[name]
     _refuse_unsupported(config, family, source)
     given = {key: value for key, value in config.items() if value is not None or key in _NULLABLE}
+    # transformers 5 writes the same number of experts under another name than the published files have.
+    for spelling in _EXPERT_FIELDS:
+        if family.experts_field and spelling in given:
+            given.setdefault(family.experts_field, given[spelling])
     config = {**_DEFAULTS, **family.defaults, **given}
     read = _Fields(config, source)
     hidden_size, num_heads = read.integer("hidden_size"), read.integer("num_attention_heads")
@@ -129,6 +133,7 @@ def architecture_to_config(architecture: Architecture) -> dict[str, Any]:
         "tie_word_embeddings": architecture.tied_embeddings,
         "bos_token_id": architecture.bos_token_id,
         "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+        "pad_token_id": None,
         "torch_dtype": "bfloat16",
     }
     if "config" in (family.qkv_bias, family.out_bias):

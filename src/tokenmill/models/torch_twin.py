@@ -1,12 +1,13 @@
 """The decoder in plain torch: the twin that the native runner is compared with, and that the trainer trains.
 
 It exists to be read, to be differentiated and to be right: one forward pass over whole sequences, module
-and parameter names of a Hugging Face Llama checkpoint, so that a state dict loads one to one. It does not
+and parameter names are the canonical ones (see `families.py`), so that weights load one to one. It does not
 cover a KV cache, sampling, padding, quantised weights or speed; the engine does those. Importing this module
 needs torch (the `train` extra); nothing else in `tokenmill.models` does.
 
 Shape legend: B sequences, T tokens of each, D model width, H query heads, G key-value heads, E head width,
-F inner width of the gated unit, V vocabulary, R rows (any number of tokens, flattened).
+F inner width of the gated unit, X experts, K experts of a token, V vocabulary, R rows (any number of tokens,
+flattened).
 
 Named points carry the names they have in TransformerLens and the meaning they have in the engine: a
 `hook_normalized` is the norm's output with its weight, what the next linears read (TransformerLens takes
@@ -17,14 +18,20 @@ it before the weight). For a model of N layers and each i < N:
     blocks.i.hook_resid_mid          BTD    blocks.i.ln2.hook_normalized   BTD
     blocks.i.hook_resid_post         BTD    blocks.i.mlp.hook_post         BTF
     ln_final.hook_normalized         BTD
+
+A routed block has `mlp.hook_route` BTX, the weights of each token's experts, in place of `mlp.hook_post`; one
+with norms on its outputs has no `hook_normalized`.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Self, TypeAlias
+from functools import partial
+from typing import Final, Self, TypeAlias
 
 from tokenmill.core.errors import ModelFormatError, UsageError
-from tokenmill.models.architecture import Architecture
+from tokenmill.kernels import Activation
+from tokenmill.models.architecture import Architecture, Experts, Layer
+from tokenmill.models.rope import rope_tables
 from tokenmill.models.weights import WeightSource
 
 try:
@@ -42,15 +49,11 @@ Hooks: TypeAlias = Mapping[str, Hook]
 HEAD_ROWS = 256
 """Rows whose logits `logprobs` holds at once."""
 
-_BLOCK_POINTS = (
-    "hook_resid_pre",
-    "ln1.hook_normalized",
-    "attn.hook_z",
-    "hook_resid_mid",
-    "ln2.hook_normalized",
-    "mlp.hook_post",
-    "hook_resid_post",
-)
+_ACTIVATIONS: Final[Mapping[Activation, Callable[[Tensor], Tensor]]] = {
+    "silu": functional.silu,
+    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+    "relu": functional.relu,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,40 +83,56 @@ class _Taps:
 class _RmsNorm(nn.Module):
     """x / rms(x) * weight, computed in at least float32 (Zhang and Sennrich 2019)."""
 
-    def __init__(self, architecture: Architecture) -> None:
+    def __init__(self, size: int, eps: float) -> None:
         super().__init__()
-        self.eps = architecture.norm_eps
-        self.weight = nn.Parameter(torch.ones(architecture.hidden_size))
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
 
-    def forward(self, x_BTD: Tensor, taps: _Taps) -> Tensor:
-        wide_BTD = x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32))
-        wide_BTD = wide_BTD * torch.rsqrt(wide_BTD.square().mean(-1, keepdim=True) + self.eps)
-        return taps("hook_normalized", self.weight * wide_BTD.to(x_BTD.dtype))
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
 
 
 class _Attention(nn.Module):
     """Causal attention; G key-value heads serve H query heads (Ainslie et al. 2023)."""
 
-    def __init__(self, architecture: Architecture) -> None:
+    def __init__(self, architecture: Architecture, kind: Layer) -> None:
         super().__init__()
-        self.head_dim = architecture.head_dim
-        q_size = architecture.num_heads * architecture.head_dim
-        kv_size = architecture.num_kv_heads * architecture.head_dim
-        self.q_proj = nn.Linear(architecture.hidden_size, q_size, bias=False)
-        self.k_proj = nn.Linear(architecture.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(architecture.hidden_size, kv_size, bias=False)
-        self.o_proj = nn.Linear(q_size, architecture.hidden_size, bias=False)
+        self.head_dim, self.kind = architecture.head_dim, kind
+        self.norms_heads = architecture.qk_norm == "head"
+        hidden, q_size, kv_size = architecture.hidden_size, architecture.query_size, architecture.kv_size
+        self.q_proj = nn.Linear(hidden, q_size, bias=architecture.qkv_bias)
+        self.k_proj = nn.Linear(hidden, kv_size, bias=architecture.qkv_bias)
+        self.v_proj = nn.Linear(hidden, kv_size, bias=architecture.qkv_bias)
+        self.o_proj = nn.Linear(q_size, hidden, bias=architecture.out_bias)
+        if architecture.qk_norm != "none":
+            q_norm, k_norm = architecture.qk_norm_sizes()
+            self.q_norm = _RmsNorm(q_norm, architecture.norm_eps)
+            self.k_norm = _RmsNorm(k_norm, architecture.norm_eps)
 
     def forward(self, a_BTD: Tensor, cos_TE: Tensor, sin_TE: Tensor, taps: _Taps) -> Tensor:
-        q_BHTE = _rotate(self._heads(self.q_proj(a_BTD)), cos_TE, sin_TE)
-        k_BGTE = _rotate(self._heads(self.k_proj(a_BTD)), cos_TE, sin_TE)
+        q_BHTE, k_BGTE = (
+            self._normed(self.q_proj(a_BTD), "q_norm"),
+            self._normed(self.k_proj(a_BTD), "k_norm"),
+        )
+        if self.kind.rotary:
+            q_BHTE, k_BGTE = _rotate(q_BHTE, cos_TE, sin_TE), _rotate(k_BGTE, cos_TE, sin_TE)
         v_BGTE = self._heads(self.v_proj(a_BTD))
+        seen_TT = _window_mask(a_BTD.shape[1], self.kind.window, a_BTD.device)
         z_BHTE = functional.scaled_dot_product_attention(
-            q_BHTE, k_BGTE, v_BGTE, is_causal=True, enable_gqa=True
+            q_BHTE, k_BGTE, v_BGTE, attn_mask=seen_TT, is_causal=seen_TT is None, enable_gqa=True
         )
         z_BTHE = taps("hook_z", z_BHTE.transpose(1, 2))
         out_BTD: Tensor = self.o_proj(z_BTHE.flatten(2))
         return out_BTD
+
+    def _normed(self, x: Tensor, norm: str) -> Tensor:
+        """[B, T, heads * E] to [B, heads, T, E], by way of the norm over each head or over all of them."""
+        if not hasattr(self, norm):
+            return self._heads(x)
+        apply = getattr(self, norm)
+        return apply(self._heads(x)) if self.norms_heads else self._heads(apply(x))
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, T, heads * E] to [B, heads, T, E]."""
@@ -121,38 +140,77 @@ class _Attention(nn.Module):
 
 
 class _GatedUnit(nn.Module):
-    """down(silu(gate(x)) * up(x)), SwiGLU (Shazeer 2020)."""
+    """down(activation(gate(x)) * up(x)) (Shazeer 2020)."""
 
-    def __init__(self, architecture: Architecture) -> None:
+    def __init__(self, architecture: Architecture, inner: int, bias: bool) -> None:
         super().__init__()
-        width, inner = architecture.hidden_size, architecture.intermediate_size
-        self.gate_proj = nn.Linear(width, inner, bias=False)
-        self.up_proj = nn.Linear(width, inner, bias=False)
-        self.down_proj = nn.Linear(inner, width, bias=False)
+        self.activation = architecture.activation
+        self.gate_proj = nn.Linear(architecture.hidden_size, inner, bias=bias)
+        self.up_proj = nn.Linear(architecture.hidden_size, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, architecture.hidden_size, bias=bias)
 
     def forward(self, a_BTD: Tensor, taps: _Taps) -> Tensor:
-        h_BTF = taps("hook_post", functional.silu(self.gate_proj(a_BTD)) * self.up_proj(a_BTD))
-        out_BTD: Tensor = self.down_proj(h_BTF)
+        gate_BTF = _ACTIVATIONS[self.activation](self.gate_proj(a_BTD))
+        out_BTD: Tensor = self.down_proj(taps("hook_post", gate_BTF * self.up_proj(a_BTD)))
+        return out_BTD
+
+
+class _RoutedUnit(nn.Module):
+    """A mixture of gated units: each token takes the experts that its router finds most likely.
+
+    Dropless, with the softmax over all experts in float32 before the choice (Jiang et al. 2024).
+    """
+
+    def __init__(self, architecture: Architecture, experts: Experts) -> None:
+        super().__init__()
+        self.num_active, self.renormalise = experts.num_active, experts.renormalise
+        self.gate = nn.Linear(architecture.hidden_size, experts.num_experts, bias=False)
+        units = (
+            _GatedUnit(architecture, experts.intermediate_size, False) for _ in range(experts.num_experts)
+        )
+        self.experts = nn.ModuleList(units)
+
+    def forward(self, a_BTD: Tensor, taps: _Taps) -> Tensor:
+        chosen = functional.softmax(self.gate(a_BTD).float(), dim=-1).topk(self.num_active, dim=-1)
+        weight_BTK = chosen.values
+        if self.renormalise:
+            weight_BTK = weight_BTK / weight_BTK.sum(-1, keepdim=True)
+        none_BTX = weight_BTK.new_zeros(*a_BTD.shape[:2], len(self.experts))
+        route_BTX = taps("hook_route", none_BTX.scatter(-1, chosen.indices, weight_BTK)).to(a_BTD.dtype)
+        out_BTD = torch.zeros_like(a_BTD)
+        for expert, unit in enumerate(self.experts):
+            rows = route_BTX[..., expert].nonzero(as_tuple=True)
+            out_RD = unit(a_BTD[rows], _Taps(hooks={})) * route_BTX[..., expert][rows][:, None]
+            out_BTD = out_BTD.index_put(rows, out_RD, accumulate=True)
         return out_BTD
 
 
 class _Block(nn.Module):
-    """Attention and gated unit, each added to the residual stream after its own norm."""
+    """Attention and gated or routed unit, each added to the residual stream, with a norm before or after."""
 
-    def __init__(self, architecture: Architecture) -> None:
+    def __init__(self, architecture: Architecture, kind: Layer) -> None:
         super().__init__()
-        self.input_layernorm = _RmsNorm(architecture)
-        self.self_attn = _Attention(architecture)
-        self.post_attention_layernorm = _RmsNorm(architecture)
-        self.mlp = _GatedUnit(architecture)
+        self.post_norm = architecture.post_norm
+        self.norm_names = architecture.norm_names()
+        for name in self.norm_names:
+            self.add_module(name, _RmsNorm(architecture.hidden_size, architecture.norm_eps))
+        self.self_attn = _Attention(architecture, kind)
+        self.mlp: nn.Module
+        if kind.routed:
+            assert architecture.experts is not None
+            self.mlp = _RoutedUnit(architecture, architecture.experts)
+        else:
+            self.mlp = _GatedUnit(architecture, architecture.intermediate_size, architecture.mlp_bias)
 
     def forward(self, x_BTD: Tensor, cos_TE: Tensor, sin_TE: Tensor, taps: _Taps) -> Tensor:
+        norm1, norm2 = (self.get_submodule(name) for name in self.norm_names)
         x_BTD = taps("hook_resid_pre", x_BTD)
-        a_BTD = self.input_layernorm(x_BTD, taps.within("ln1"))
-        x_BTD = x_BTD + self.self_attn(a_BTD, cos_TE, sin_TE, taps.within("attn"))
-        x_BTD = taps("hook_resid_mid", x_BTD)
-        a_BTD = self.post_attention_layernorm(x_BTD, taps.within("ln2"))
-        return taps("hook_resid_post", x_BTD + self.mlp(a_BTD, taps.within("mlp")))
+        a_BTD = x_BTD if self.post_norm else taps("ln1.hook_normalized", norm1(x_BTD))
+        out_BTD = self.self_attn(a_BTD, cos_TE, sin_TE, taps.within("attn"))
+        x_BTD = taps("hook_resid_mid", x_BTD + (norm1(out_BTD) if self.post_norm else out_BTD))
+        a_BTD = x_BTD if self.post_norm else taps("ln2.hook_normalized", norm2(x_BTD))
+        out_BTD = self.mlp(a_BTD, taps.within("mlp"))
+        return taps("hook_resid_post", x_BTD + (norm2(out_BTD) if self.post_norm else out_BTD))
 
 
 class _Body(nn.Module):
@@ -161,12 +219,12 @@ class _Body(nn.Module):
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(architecture.vocab_size, architecture.hidden_size)
-        self.layers = nn.ModuleList(_Block(architecture) for _ in range(architecture.num_layers))
-        self.norm = _RmsNorm(architecture)
+        self.layers = nn.ModuleList(_Block(architecture, kind) for kind in architecture.layers)
+        self.norm = _RmsNorm(architecture.hidden_size, architecture.norm_eps)
 
 
 class TorchDecoder(nn.Module):
-    """A Llama-family decoder (RMSNorm, rotary positions, grouped queries, gated unit, tied or own head).
+    """A decoder of any family (RMSNorm, rotary positions, grouped queries, gated units or experts).
 
     Made from an architecture its weights are torch's random defaults; `load` reads them. A tied head is the
     embedding's own parameter: `named_parameters()` names it once, `state_dict()` under both names.
@@ -206,8 +264,11 @@ class TorchDecoder(nn.Module):
     @property
     def hook_names(self) -> tuple[str, ...]:
         """Every named point, in the order a pass reaches them."""
-        layers = range(self.architecture.num_layers)
-        points = [f"blocks.{layer}.{point}" for layer in layers for point in _BLOCK_POINTS]
+        points = [
+            f"blocks.{layer}.{point}"
+            for layer, kind in enumerate(self.architecture.layers)
+            for point in _block_points(kind, self.architecture.post_norm)
+        ]
         return ("hook_embed", *points, "ln_final.hook_normalized")
 
     def forward(self, tokens_BT: Tensor, hooks: Hooks | None = None) -> Tensor:
@@ -232,8 +293,7 @@ class TorchDecoder(nn.Module):
         cos_TE, sin_TE = _rope_tables(self.architecture, num_tokens, like=x_BTD)
         for layer, block in enumerate(self.model.layers):
             x_BTD = block(x_BTD, cos_TE, sin_TE, taps.within(f"blocks.{layer}"))
-        a_BTD: Tensor = self.model.norm(x_BTD, taps.within("ln_final"))
-        return a_BTD
+        return taps("ln_final.hook_normalized", self.model.norm(x_BTD))
 
     def logprobs(self, tokens_BT: Tensor, hooks: Hooks | None = None) -> Tensor:
         """Natural log-probability [B, T-1], float32, of each token but the first after those before it.
@@ -250,13 +310,29 @@ class TorchDecoder(nn.Module):
         return -torch.cat(losses).view(target_BT.shape)
 
 
+def _block_points(kind: Layer, post_norm: bool) -> tuple[str, ...]:
+    """The points of one layer, in the order a pass reaches them."""
+    points = ["hook_resid_pre", "ln1.hook_normalized", "attn.hook_z", "hook_resid_mid", "ln2.hook_normalized"]
+    points += ["mlp.hook_route" if kind.routed else "mlp.hook_post", "hook_resid_post"]
+    return tuple(point for point in points if not (post_norm and "hook_normalized" in point))
+
+
 def _rope_tables(architecture: Architecture, num_tokens: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, E] of position times frequency, both halves of E alike (Su et al. 2021)."""
-    even = torch.arange(0, architecture.head_dim, 2, dtype=torch.float32, device=like.device)
-    frequencies = 1.0 / architecture.rope_theta ** (even / architecture.head_dim)
-    positions = torch.arange(num_tokens, dtype=torch.float32, device=like.device)
-    angles_TE = torch.outer(positions, frequencies).repeat(1, 2)
-    return angles_TE.cos().to(like.dtype), angles_TE.sin().to(like.dtype)
+    """cos and sin [T, E], both halves of E alike."""
+    tables = rope_tables(
+        architecture.head_dim, architecture.rope_theta, architecture.rope_scaling, num_tokens
+    )
+    cos_TE, sin_TE = (torch.from_numpy(each).repeat(1, 2).to(like) for each in tables)
+    return cos_TE, sin_TE
+
+
+def _window_mask(num_tokens: int, window: int | None, device: torch.device) -> Tensor | None:
+    """[T, T], true where a token sees another; None where it sees all before it."""
+    if window is None or window >= num_tokens:
+        return None
+    at = torch.arange(num_tokens, device=device)
+    back = at[:, None] - at
+    return (back >= 0) & (back < window)
 
 
 def _rotate(x: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:

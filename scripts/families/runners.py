@@ -1,0 +1,95 @@
+"""Logits of one model by every runner, and how far they are from what transformers says.
+
+The measures are those that llama.cpp prints for a quantised model: the mean Kullback-Leibler divergence of
+the next token's distribution in nats, and how often the most likely token is the same.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from tokenmill.kernels import KV_BLOCK, F32Array, StepBatch, create_executor
+from tokenmill.models.compile import load_packed
+from tokenmill.models.directory import ModelDirectory
+from tokenmill.models.layout import compile_plan
+from tokenmill.models.pack import WeightFormat
+from tokenmill.models.torch_twin import TorchDecoder
+
+__all__ = ["Distance", "measure", "native_logits", "twin_logits"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distance:
+    """`worst`: largest difference of a logit. `relative`: root mean square over the logits' own spread.
+
+    `kl`: mean divergence, nats. `agreement`: share of positions with the same most likely token; `decided`:
+    where the two best logits lie further apart than six times the root mean square.
+    """
+
+    worst: float
+    relative: float
+    kl: float
+    agreement: float
+    decided: float
+
+
+def measure(logits_TV: F32Array, wanted_TV: F32Array) -> Distance:
+    """How far the logits of a runner are from those of the original."""
+    difference = logits_TV - wanted_TV
+    size = float(np.sqrt((difference**2).mean()))
+    got, wanted = torch.from_numpy(logits_TV).log_softmax(-1), torch.from_numpy(wanted_TV).log_softmax(-1)
+    same_T = logits_TV.argmax(-1) == wanted_TV.argmax(-1)
+    best_T2 = np.sort(wanted_TV, axis=-1)[:, -2:]
+    is_decided_T = best_T2[:, 1] - best_T2[:, 0] > 6 * size
+    return Distance(
+        worst=float(np.abs(difference).max()),
+        relative=size / float(wanted_TV.std()),
+        kl=float(functional.kl_div(got, wanted, log_target=True, reduction="sum")) / len(same_T),
+        agreement=float(same_T.mean()),
+        decided=float(same_T[is_decided_T].mean()) if is_decided_T.any() else 1.0,
+    )
+
+
+def twin_logits(directory: ModelDirectory, tokens: list[int]) -> F32Array:
+    """Logits [T, V] of the torch twin in float32."""
+    twin = TorchDecoder.load(directory.architecture, directory.weights())
+    with torch.inference_mode():
+        logits_TV: F32Array = twin(torch.tensor([tokens]))[0].numpy()
+    return logits_TV
+
+
+def native_logits(
+    directory: ModelDirectory, weights: WeightFormat, tokens: list[int], chunk: int = 48
+) -> F32Array:
+    """Logits [T, V] of the engine's executor, which reads the tokens in chunks, the last ones one by one."""
+    plan = compile_plan(directory.architecture, load_packed(directory, weights))
+    num_blocks = -(-len(tokens) // KV_BLOCK)
+    executor = create_executor(plan, max_rows=chunk, max_out_rows=chunk, num_blocks=num_blocks)
+    parts: list[F32Array] = []
+    done = 0
+    while done < len(tokens):
+        count = min(chunk, len(tokens) - done) if done < len(tokens) - 8 else 1
+        count = min(count, max(1, len(tokens) - 8 - done))
+        executor.run(_batch(tokens, done, count))
+        parts.append(executor.buffer("logits")[:count].copy())
+        done += count
+    return np.concatenate(parts)
+
+
+def _batch(tokens: list[int], done: int, count: int) -> StepBatch:
+    """One sequence's next `count` tokens; its blocks are in order."""
+    total = done + count
+    starts = np.arange(0, total, KV_BLOCK, dtype=np.int32)
+    used = np.minimum(total - starts, KV_BLOCK)
+    positions = np.arange(done, total, dtype=np.int32)
+    return StepBatch(
+        tokens=np.array(tokens[done:total], np.int32),
+        positions=positions,
+        kv_slots=positions,
+        row_starts=np.array([0, count], np.int32),
+        block_starts=np.array([0, len(starts)], np.int32),
+        blocks=np.stack([starts // KV_BLOCK, starts, used], axis=1).astype(np.int32),
+        out_rows=np.arange(count, dtype=np.int32),
+    )
