@@ -268,6 +268,10 @@ def _unsayable(architecture: Architecture, name: str) -> Iterator[str]:
         yield "Llama 3's rotary scaling in this family"
     if scaling is not None and not scaling.truncate:
         yield "YaRN without truncation"
+    if name in ("olmo2", "olmoe", "phi3") and architecture.query_size != architecture.hidden_size:
+        yield "heads that are together not as wide as the model in this family"
+    if name == "olmoe" and architecture.num_kv_heads != architecture.num_heads:
+        yield "fewer heads of keys than of queries in this family"
     if architecture.tied_embeddings and name in ("olmo2", "olmoe"):
         yield "a head that is tied to the embeddings in this family"
 
