@@ -52,7 +52,7 @@ class _PairTokens:
     def is_special(self, token_id: int) -> bool:
         return token_id == _END
 
-    def encode(self, text: str) -> list[int]:
+    def encode_after(self, text: str) -> list[int]:
         return list(text.encode())
 
 

@@ -135,6 +135,12 @@ class FakeTokenizer:
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         return list(text.encode())
 
+    def encode_after(self, text: str) -> list[int]:
+        return self.encode(text)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        return self.encode(text)
+
     def decode(self, ids: Sequence[int]) -> str:
         return b"".join(self.token_bytes(i) for i in ids if not self.is_special(i)).decode(errors="replace")
 

@@ -27,7 +27,7 @@ class PieceTokens:
     def is_special(self, token_id: int) -> bool:
         return token_id in (END, END + 1)
 
-    def encode(self, text: str) -> list[int]:
+    def encode_after(self, text: str) -> list[int]:
         return list(text.encode())
 
 

@@ -95,7 +95,7 @@ def test_tokens_that_take_spaces_along(tokenizer: Tokenizer, tmp_path: Path) -> 
 
 
 BAD_FIELDS = {
-    "tokenizer.ggml.model": "llama",
+    "tokenizer.ggml.model": "bert",
     "tokenizer.ggml.pre": "mystery",
     "tokenizer.ggml.tokens": [1, 2, 3],
     "tokenizer.ggml.merges": ["one", "two"],
@@ -115,11 +115,16 @@ def test_inconsistent_vocabularies(tmp_path: Path) -> None:
     for changes in (
         {"tokenizer.ggml.tokens": [*tokens[:-1], tokens[0]]},
         {"tokenizer.ggml.merges": [*merges, "no such"]},
-        {"tokenizer.ggml.tokens": [*tokens[:-1], "two words"]},
         {"tokenizer.ggml.tokens": ["<", *tokens[1:]], "tokenizer.ggml.token_type": types},
     ):
         with pytest.raises(ModelFormatError, match=r"model\.gguf"):
             from_gguf(tmp_path, **changes)
+
+
+def begin_with(token_id: int) -> dict[str, Any]:
+    part: list[Any] = [{"SpecialToken": {"id": "B", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    tokens = {"B": {"id": "B", "ids": [token_id], "tokens": ["B"]}}
+    return {"type": "TemplateProcessing", "single": part, "pair": part, "special_tokens": tokens}
 
 
 BAD_CHANGES: dict[str, Callable[[dict[str, Any]], None]] = {
@@ -127,6 +132,16 @@ BAD_CHANGES: dict[str, Callable[[dict[str, Any]], None]] = {
     "another kind": lambda each: each.update(
         model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
     ),
+    "random merges": lambda each: each["model"].update(dropout=0.5),
+    "parts of words": lambda each: each["model"].update(continuing_subword_prefix="##"),
+    "decoder of words": lambda each: each.update(
+        decoder={"type": "WordPiece", "prefix": "##", "cleanup": True}
+    ),
+    "decoder of another kind": lambda each: each.update(decoder={"type": "Fuse"}),
+    "post-processor": lambda each: each.update(
+        post_processor={"type": "BertProcessing", "sep": ["<|im_end|>", 2], "cls": ["<|im_start|>", 1]}
+    ),
+    "post-processor beyond the vocabulary": lambda each: each.update(post_processor=begin_with(9999)),
     "no pre-tokenizer": lambda each: each.update(pre_tokenizer=None),
     "spaces rewritten": lambda each: each.update(
         pre_tokenizer={"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}

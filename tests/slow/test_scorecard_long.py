@@ -5,7 +5,7 @@ import pytest
 from scripts import storm
 from scripts.scorecard.__main__ import LINES, main
 
-CONTROL_CASES = {"s4": 48_000, "s13": 2_000, "s14": 400, "s16": 200}
+CONTROL_CASES = {"s4": 48_000, "s13": 2_000, "s14": 400, "s16": 200, "s24": 400}
 
 
 @pytest.mark.parametrize("name", sorted(LINES))

@@ -79,4 +79,4 @@ def _shown(token_id: int, tokenizer: "Tokenizer") -> str:
 
 def _text(token_id: int, tokenizer: "Tokenizer") -> str:
     """The text of one token, control tokens by name; half a character is a replacement character."""
-    return tokenizer.decode([token_id], skip_special=False)
+    return tokenizer.token_bytes(token_id).decode("utf-8", errors="replace")

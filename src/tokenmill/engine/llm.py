@@ -84,8 +84,11 @@ class LLM:
         return self._engine.context_length
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of plain text; special tokens in it are text."""
-        return self._engine.tokenizer.encode(text)
+        """The token ids of plain text as a prompt; special tokens in it are text.
+
+        A model that was trained to see a certain token where a text begins gets it in front.
+        """
+        return self._engine.tokenizer.encode_prompt(text)
 
     def encode_chat(self, conversation: Sequence[Message]) -> list[int]:
         """The prompt that the model's chat template makes of a conversation, ready for the answer.
@@ -174,8 +177,9 @@ class LLM:
             raise UsageError(
                 f"{len(contexts)} contexts and {len(continuations)} continuations", hint="give pairs"
             )
+        tokenizer = self._engine.tokenizer
         encoded = [
-            (self.encode(context), self.encode(continuation))
+            (self.encode(context), (tokenizer.encode_after if context else tokenizer.encode)(continuation))
             for context, continuation in zip(contexts, continuations, strict=True)
         ]
         pairs = [([*before, *after], len(before)) for before, after in encoded]

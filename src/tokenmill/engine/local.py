@@ -306,7 +306,7 @@ class LocalEngine:
     def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
         """The token sequences of each bad word, at the start of a text and after a space."""
         forms = [form for word in params.bad_words for form in (word, " " + word.lstrip())]
-        return tuple(dict.fromkeys(tuple(self.tokenizer.encode(form)) for form in forms))
+        return tuple(dict.fromkeys(tuple(self.tokenizer.encode_after(form)) for form in forms))
 
     def _text_bytes(self, token_id: int) -> bytes:
         """The bytes of a token as text; a control token stands for none, as in `Tokenizer.decode`."""

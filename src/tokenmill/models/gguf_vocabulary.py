@@ -1,10 +1,10 @@
-"""A tokenizer as the `tokenizer.ggml` fields of a GGUF file: what `Tokenizer.from_gguf` reads, written.
+"""A tokenizer as the `tokenizer.ggml` fields of a GGUF file: what `tokenizer_gguf.py` reads, written.
 
-Two kinds exist: byte-level BPE (`gpt2`, with its merges and the name of its pre-tokenizer) and BPE with byte
-fallback (`llama`, SentencePiece's), where programs that read GGUF merge by score. A score is here minus the
-rank of the first merge that gives the token, which is the order in which `tokenizer.json` merges.
+Two kinds exist: byte-level BPE (`gpt2`, with its merges and the name of its pre-tokenizer) and the BPE of
+SentencePiece (`llama`), where programs that read GGUF merge by score. A score is here minus the rank of the
+first merge that gives the token, which is the order in which `tokenizer.json` merges.
 
-It does not cover Unigram vocabularies, nor a pre-tokenizer that GGUF has no name for: both are refused.
+It does not cover Unigram vocabularies, nor a pipeline that GGUF has no name for: both are refused.
 """
 
 import json
@@ -17,12 +17,18 @@ import numpy as np
 from tokenmill.core.errors import UsageError
 from tokenmill.models.gguf_writer import MetadataItem
 from tokenmill.models.tokenizer import Tokenizer
+from tokenmill.models.tokenizer_splits import SPLITS
 
 __all__ = ["vocabulary_fields"]
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _BYTE_TOKEN: Final = re.compile(r"<0x[0-9A-F]{2}>")
 _FIELD: Final = "tokenizer.ggml"
+_SPACE: Final = "▁"
+_USUAL: Final = ("smollm", "olmo")
+"""Of several names that mean the same, the one to write."""
+
+_HINT: Final = "GGUF knows a few kinds of tokenizers only; --to hf keeps any"
 
 
 def vocabulary_fields(
@@ -34,7 +40,7 @@ def vocabulary_fields(
     Raises UsageError for a tokenizer that GGUF cannot describe.
     """
     described = json.loads(tokenizer.to_json())
-    fields = _kind_fields(described, num_tokens, tokenizer)
+    fields = _kind_fields(described, tokenizer.source)
     tokens, types = _tokens(described, num_tokens)
     fields[f"{_FIELD}.tokens"] = tokens
     fields[f"{_FIELD}.token_type"] = np.array(types, np.int32)
@@ -44,30 +50,53 @@ def vocabulary_fields(
         token_id = tokenizer.special_tokens.get(_text(config.get(name)))
         if token_id is not None:
             fields[f"{_FIELD}.{key}_token_id"] = token_id
-    fields[f"{_FIELD}.add_bos_token"] = _adds_bos(config, described)
+    fields[f"{_FIELD}.add_bos_token"] = _flag(config.get("add_bos_token"), bool(tokenizer.prompt_prefix))
     return fields
 
 
-def _kind_fields(
-    described: Mapping[str, Any], num_tokens: int, tokenizer: Tokenizer
-) -> dict[str, MetadataItem]:
+def _kind_fields(described: Mapping[str, Any], source: str) -> dict[str, MetadataItem]:
     """What tells one kind of tokenizer from the other."""
     model = described["model"]
     if model.get("type") != "BPE":
-        hint = "GGUF export takes BPE only; --to hf keeps any"
-        raise UsageError(f"{tokenizer.source}: a tokenizer of type {model.get('type')}", hint=hint)
+        raise UsageError(f"{source}: a tokenizer of type {model.get('type')} in GGUF", hint=_HINT)
     if model.get("byte_fallback"):
-        adds_space = _adds_space(described)
+        adds_space = _adds_space(described, source)
         return {
             f"{_FIELD}.model": "llama",
             f"{_FIELD}.pre": "default",
             f"{_FIELD}.add_space_prefix": adds_space,
         }
-    if tokenizer.gguf_pre is None:
-        hint = "GGUF names a few ways to split text only, and this is none of them; --to hf keeps any"
-        raise UsageError(f"{tokenizer.source}: its pre-tokenizer has no name in GGUF", hint=hint)
     merges = [f"{left} {right}" for left, right in _merges(model)]
-    return {f"{_FIELD}.model": "gpt2", f"{_FIELD}.pre": tokenizer.gguf_pre, f"{_FIELD}.merges": merges}
+    return {f"{_FIELD}.model": "gpt2", f"{_FIELD}.pre": _pre(described, source), f"{_FIELD}.merges": merges}
+
+
+def _pre(described: Mapping[str, Any], source: str) -> str:
+    """GGUF's name of how a byte-level tokenizer cuts text into words."""
+    cuts = [_without_offsets(step) for step in _steps(described.get("pre_tokenizer"), "pretokenizers")]
+    changes = _steps(described.get("normalizer"), "normalizers")
+    is_nfc = [step["type"] for step in changes] == ["NFC"]
+    ignore_merges = bool(described["model"].get("ignore_merges"))
+    names = [
+        name
+        for name, split in SPLITS.items()
+        if [_without_offsets(step) for step in split.pre_tokenizers] == cuts
+        and (split.is_nfc, split.ignore_merges) == (is_nfc, ignore_merges)
+    ]
+    if not names or (changes and not is_nfc):
+        raise UsageError(f"{source}: its way to cut a text into words has no name in GGUF", hint=_HINT)
+    return next((name for name in names if name in _USUAL), names[0])
+
+
+def _steps(part: Mapping[str, Any] | None, field: str) -> list[Mapping[str, Any]]:
+    """The steps of a part of the pipeline, also if it is a sequence of sequences."""
+    if part is None or part["type"] != "Sequence":
+        return [part] if part else []
+    return [step for each in part[field] for step in _steps(each, field)]
+
+
+def _without_offsets(step: Mapping[str, Any]) -> dict[str, Any]:
+    """A step without what does not change where it cuts."""
+    return {key: value for key, value in step.items() if key != "trim_offsets"}
 
 
 def _tokens(tokenizer: Mapping[str, Any], num_tokens: int) -> tuple[list[str], list[int]]:
@@ -101,24 +130,21 @@ def _scores(tokens: list[str], model: Mapping[str, Any]) -> "np.ndarray[Any, np.
     return np.array([-float(ranks.get(token, last)) for token in tokens], np.float32)
 
 
-def _adds_space(tokenizer: Mapping[str, Any]) -> bool:
-    """True if a space is put before the text, in either of the two ways of saying so."""
-    normalizer, pre_tokenizer = tokenizer.get("normalizer") or {}, tokenizer.get("pre_tokenizer") or {}
-    steps = [normalizer, *normalizer.get("normalizers", []), pre_tokenizer]
-    return any(
-        step.get("type") == "Prepend" or step.get("prepend_scheme", "never") != "never" for step in steps
-    )
+def _adds_space(described: Mapping[str, Any], source: str) -> bool:
+    """True if a space is put before a text. Raises UsageError for a pipeline that is not SentencePiece's."""
+    steps = _steps(described.get("normalizer"), "normalizers")
+    steps += _steps(described.get("pre_tokenizer"), "pretokenizers")
+    for step in steps:
+        is_escape = step.get("pattern") == {"String": " "} and step.get("content") == _SPACE
+        is_metaspace = step["type"] == "Metaspace" and step.get("replacement") == _SPACE
+        is_prefix = step["type"] == "Prepend" and step.get("prepend") == _SPACE
+        if not (is_escape or is_metaspace or is_prefix):
+            raise UsageError(f"{source}: a tokenizer with the step {step['type']} in GGUF", hint=_HINT)
+    return any(step["type"] == "Prepend" or step.get("prepend_scheme", "never") != "never" for step in steps)
 
 
-def _adds_bos(config: Mapping[str, Any], described: Mapping[str, Any]) -> bool:
-    """True if encoding a text puts the first token in front: as the configuration says, else the pipeline."""
-    says = config.get("add_bos_token")
-    if isinstance(says, bool):
-        return says
-    processor = described.get("post_processor") or {}
-    steps = [processor, *processor.get("processors", [])]
-    templates = [step.get("single") for step in steps if step.get("type") == "TemplateProcessing"]
-    return any(template and "SpecialToken" in template[0] for template in templates)
+def _flag(value: object, default: bool) -> bool:
+    return value if isinstance(value, bool) else default
 
 
 def _text(token: object) -> str:

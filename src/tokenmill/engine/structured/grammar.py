@@ -52,8 +52,8 @@ class TokenBytes(Protocol):
         """True for a control token."""
         ...
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text."""
+    def encode_after(self, text: str) -> list[int]:
+        """Token ids of a text that continues another."""
         ...
 
 
@@ -276,7 +276,7 @@ class GrammarCompiler:
             "max_lexer_states": self.limits.max_lexer_states,
         }
         self._text = text_bits(tokens)
-        self._tokenizer = library_tokenizer(tokens, end_ids, tokenizer.encode)
+        self._tokenizer = library_tokenizer(tokens, end_ids, tokenizer.encode_after)
         self._cache: TenantCache[CheckedGrammar | UsageError] = TenantCache(
             self.limits.cache_bytes, self.limits.tenant_bytes
         )
