@@ -28,7 +28,7 @@ from tokenmill.models.fetch import Progress
 from tokenmill.models.files import check_free_space, copy_file, disk_errors, sync_folder
 from tokenmill.models.gguf_names import StoredTensor, interleave_head_rows, stored_tensors
 from tokenmill.models.gguf_quants import STORED_TYPES, quantize, store_grid
-from tokenmill.models.gguf_vocabulary import vocabulary_fields
+from tokenmill.models.gguf_vocabulary import vocabulary_fields, vocabulary_notes
 from tokenmill.models.gguf_writer import MetadataItem, TensorSpec, write_gguf
 from tokenmill.models.hf_config import load_json_object
 from tokenmill.models.weights import WeightSource
@@ -206,6 +206,7 @@ def _notes(model: ModelDirectory, specs: list[TensorSpec], gguf_type: GgufType) 
     windows = [layer.window for layer in model.architecture.layers if layer.window is not None]
     if windows:
         yield f"llama.cpp does not keep to the window of {windows[0]} tokens: it differs on longer texts"
+    yield from vocabulary_notes(model.tokenizer())
     if len(model.architecture.eos_token_ids) > 3:
         yield "GGUF has room for three end tokens; the others are left out"
 

@@ -19,7 +19,7 @@ from tokenmill.models.gguf_writer import MetadataItem
 from tokenmill.models.tokenizer import Tokenizer
 from tokenmill.models.tokenizer_splits import SPLITS
 
-__all__ = ["vocabulary_fields"]
+__all__ = ["vocabulary_fields", "vocabulary_notes"]
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _BYTE_TOKEN: Final = re.compile(r"<0x[0-9A-F]{2}>")
@@ -52,6 +52,17 @@ def vocabulary_fields(
             fields[f"{_FIELD}.{key}_token_id"] = token_id
     fields[f"{_FIELD}.add_bos_token"] = _flag(config.get("add_bos_token"), bool(tokenizer.prompt_prefix))
     return fields
+
+
+def vocabulary_notes(tokenizer: Tokenizer) -> list[str]:
+    """What programs that read the fields do otherwise, one line each."""
+    described = json.loads(tokenizer.to_json())
+    steps = _steps(described.get("pre_tokenizer"), "pretokenizers")
+    if not any(step.get("prepend_scheme") == "first" for step in steps):
+        return []
+    return [
+        "GGUF puts a space before text that begins with one or follows a control token; this model does not"
+    ]
 
 
 def _kind_fields(described: Mapping[str, Any], source: str) -> dict[str, MetadataItem]:
