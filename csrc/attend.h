@@ -1,7 +1,8 @@
 // Causal attention of up to 16 rows over a list of KV blocks, with an online softmax over spans of 16
 // blocks (Milakov and Gimelshein 2018; FlashAttention). Keys that a row may not see get the score minus
 // infinity and the probability zero, which leaves every sum unchanged: the result of a row depends only
-// on the blocks listed, not on the other rows of the tile.
+// on the blocks listed, not on the other rows of the tile. A window (Child et al. 2019) hides old positions in
+// the same way; what it hides from all rows of the tile is not read.
 //
 // Layout of one block of one head, in bf16 (head_pad is head_dim rounded up to 32):
 //   K  [head_pad / 32][2 halves of 16 keys][16 pairs of dims][16 keys][2]
@@ -165,20 +166,29 @@ static float softmax_row(float* s, uint16_t* p, const SpanBlocks& span, float sc
 
 // Scores minus infinity for the keys of one block that each row may not see.
 static void mask_block(const AttendTask& t, const int32_t* block, float* s) {
+  const float hidden = -std::numeric_limits<float>::infinity();
   for (int r = 0; r < t.rows; r++) {
-    int seen = t.positions[r] - block[1] + 1;
-    seen = seen < block[2] ? seen : block[2];
-    for (int key = seen > 0 ? seen : 0; key < kKvBlock; key++)
-      s[r * kSpan + key] = -std::numeric_limits<float>::infinity();
+    const int seen = t.positions[r] - block[1] + 1, first = seen - t.window;
+    const int stop = seen < block[2] ? seen : block[2];
+    for (int key = 0; key < first && key < kKvBlock; key++) s[r * kSpan + key] = hidden;
+    for (int key = stop > 0 ? stop : 0; key < kKvBlock; key++) s[r * kSpan + key] = hidden;
   }
 }
 
-static bool any_row_sees(const AttendTask& t, const int32_t* block) {
-  if (block[2] <= 0) return false;
-  for (int r = 0; r < t.rows; r++)
-    if (t.positions[r] >= block[1]) return true;
-  return false;
-}
+// Positions that some row of the tile sees.
+struct Sight {
+  int first, last;
+  explicit Sight(const AttendTask& t) : first(t.positions[0]), last(t.positions[0]) {
+    for (int r = 1; r < t.rows; r++) {
+      first = t.positions[r] < first ? t.positions[r] : first;
+      last = t.positions[r] > last ? t.positions[r] : last;
+    }
+    first -= t.window - 1;
+  }
+  bool meets(const int32_t* block) const {
+    return block[2] > 0 && block[1] <= last && block[1] + block[2] > first;
+  }
+};
 
 // Scores of one block into `s`, and its values into the span.
 template <class Policy, bool Int8>
@@ -200,13 +210,14 @@ static void add_block(const AttendTask& t, const AttendScratch& scratch, int blo
 template <class Policy, bool Int8> static void attend_blocks(const AttendTask& t, const AttendScratch& scratch) {
   SoftmaxState state;
   for (int r = 0; r < 16; r++) state.top[r] = -std::numeric_limits<float>::infinity(), state.sum[r] = 0;
+  const Sight sight(t);
   memset(scratch.acc, 0, size_t(t.rows) * t.head_pad * sizeof(float));
   for (int first = 0; first < t.num_blocks; first += kSpanBlocks) {
     SpanBlocks span{};
     // A block that no row sees adds zeros: it is left out, and its place in the span with it.
     for (int b = first; b < t.num_blocks && b < first + kSpanBlocks; b++) {
       const int32_t* block = t.blocks + b * 3;
-      if (!any_row_sees(t, block)) continue;
+      if (!sight.meets(block)) continue;
       float* s = scratch.scores + span.count * kKvBlock;
       add_block<Policy, Int8>(t, scratch, block[0], s, span);
       mask_block(t, block, s);

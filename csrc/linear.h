@@ -19,15 +19,19 @@ MILL_INLINE int32_t load_quad(const uint8_t* p) {
   return x;
 }
 
-// silu(gate) * up (Shazeer 2020).
-MILL_INLINE vf gated_unit(vf gate, vf up) {
-  const vf t = fmin16(fmax16(gate * splat(-1.44269504088896341f), splat(-125.0f)), splat(125.0f));
-  return (gate / (splat(1.0f) + exp2_16(t))) * up;
+// activation(gate) * up (Shazeer 2020). silu(x) is x times the logistic function of x; so is GELU by way of tanh
+// (Hendrycks and Gimpel 2016), of 2 sqrt(2 / pi) (x + 0.044715 x^3).
+MILL_INLINE vf gated_unit(Activation activation, vf gate, vf up) {
+  if (activation == Activation::relu) return (gate < vf{} ? vf{} : gate) * up;
+  const bool gelu = activation == Activation::gelu_tanh;
+  const vf inner = gelu ? gate + ((gate * gate) * gate) * splat(0.044715f) : gate;
+  const vf t = inner * splat(gelu ? -2.30220819813849f : -1.44269504088896341f);
+  return (gate / (splat(1.0f) + exp2_16(fmin16(fmax16(t, splat(-125.0f)), splat(125.0f))))) * up;
 }
 
 // Writes 16 outputs of one row; columns past the end are dropped.
 MILL_INLINE void put(const LinearTask& t, int row, int tile, vf y) {
-  const int width = t.gated ? t.w->n / 2 : t.w->n, n = width - tile * kTileN;
+  const int width = t.gated != Activation::none ? t.w->n / 2 : t.w->n, n = width - tile * kTileN;
   float* dst = t.dst + size_t(row) * t.ld_dst + tile * kTileN;
   if (n >= kTileN) {
     store(dst, t.accumulate ? load<vf>(dst) + y : y);
@@ -43,7 +47,11 @@ MILL_INLINE void put_pair(const LinearTask& t, int row, int pair, vf y0, vf y1) 
     add_low_rank(t, row, pair, y);
     y0 = y[0], y1 = y[1];
   }
-  if (t.gated) return put(t, row, pair, gated_unit(y0, y1));
+  if (t.bias) {
+    const float* bias = t.bias + pair * 2 * kTileN;
+    y0 = y0 + load<vf>(bias), y1 = y1 + load<vf>(bias + kTileN);
+  }
+  if (t.gated != Activation::none) return put(t, row, pair, gated_unit(t.gated, y0, y1));
   put(t, row, pair * 2, y0);
   put(t, row, pair * 2 + 1, y1);
 }

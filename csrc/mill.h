@@ -27,6 +27,11 @@ constexpr int kSlackRows = 32;  // rows that kernels may read (never use) past t
 
 enum class LinearKind { i8c, i8g, i4g, bf16 };
 
+// What is done to the gates of a gated unit; `none` for a linear that is not one.
+enum class Activation { none, silu, gelu_tanh, relu };
+
+constexpr int kNoWindow = 1 << 30;  // a window that nothing lies outside of
+
 // What a linear reads: 8 bits with a scale a row, 8 bits with a scale a group of 32 inputs, or bf16. No linear
 // reads float32: a norm of this kind stays in its buffer.
 enum class ActKind { int8, int8_groups, bf16, float32 };
@@ -88,7 +93,8 @@ struct LinearTask {
   int ld_dst;
   int rows;
   bool accumulate;
-  bool gated;      // tiles come in pairs (gate, up); dst gets silu(gate) * up, half as wide
+  Activation gated;  // tiles come in pairs (gate, up); dst gets activation(gate) * up, half as wide
+  const float* bias = nullptr;         // [n up to 32s], in the order of the tiles; added to what an adapter leaves
   const LowRank* low_ranks = nullptr;  // by adapter slot; null if no row of this step has one here
   const int32_t* slots = nullptr;      // [rows] adapter slot or -1
   const float* low = nullptr;          // [rows][ld_low], made by `shrink`
@@ -108,6 +114,7 @@ struct AttendTask {
   bool kv_int8;              // attend.h has both layouts
   int head_dim, head_pad;
   float scale;               // softmax scale times log2(e)
+  int window;                // a row sees positions above its own less this many
   float* out;                // row r at out + out_offset[r], head_dim values
   const size_t* out_offset;
 };
@@ -163,6 +170,7 @@ struct Kernels {
   void (*shrink)(const ShrinkTask&);
   void (*norm)(const float* src, int d, const float* weight, float eps, float* tmp, Act&, int row, ActKind);
   void (*quantize)(const float* src, int d, Act&, int row, ActKind);
+  // cos and sin may be null: rounds only.
   void (*rope)(const float* src, int head_dim, const float* cos, const float* sin, uint16_t* dst);
   void (*attend)(const AttendTask&, const AttendScratch&);
   double (*log_sum_exp)(const float* row, int n);

@@ -43,8 +43,16 @@ mill::ActKind act_kind(const std::string& act) {
   throw std::invalid_argument("unknown activation format: " + act);
 }
 
+mill::Activation activation(const std::string& name) {
+  if (name.empty()) return mill::Activation::none;
+  if (name == "silu") return mill::Activation::silu;
+  if (name == "gelu_tanh") return mill::Activation::gelu_tanh;
+  if (name == "relu") return mill::Activation::relu;
+  throw std::invalid_argument("unknown activation: " + name);
+}
+
 int buffer_id(const std::string& name) {
-  const char* names[mill::kNumBuffers] = {"x", "y", "qkv", "z", "h", "logits"};
+  const char* names[mill::kNumBuffers] = {"x", "y", "qkv", "z", "h", "o", "logits"};
   for (int i = 0; i < mill::kNumBuffers; i++)
     if (name == names[i]) return i;
   throw std::invalid_argument("unknown buffer: " + name);
@@ -120,23 +128,41 @@ class NativePlan {
     op.eps = eps, op.act = act_kind(act), op.out_rows = out_rows;
     keep(op, {weight});
   }
+  void add_add_norm(Bytes weight, float eps) {
+    mill::Op op{mill::OpKind::add_norm};
+    require(weight.nbytes() == size_t(hidden_) * 4, "size of a norm weight");
+    op.weight = (const float*)weight.data(), op.eps = eps;
+    keep(op, {weight});
+  }
   void add_linear(const std::string& dst, const std::string& kind, int n, int k, int group, bool symmetric,
-                  Bytes data, Bytes scales, Bytes mins, bool accumulate, bool gated, bool out_rows) {
+                  Bytes data, Bytes scales, Bytes mins, Bytes bias, bool accumulate, const std::string& gated,
+                  bool out_rows) {
     mill::Op op{mill::OpKind::linear};
     op.dst = buffer_id(dst);
     op.linear = {linear_kind(kind), n, k, group, symmetric, (const uint8_t*)data.data(),
                  pointer_or_null(scales), (const uint16_t*)pointer_or_null(mins)};
     check_sizes(op.linear, data.nbytes(), scales.nbytes(), mins.nbytes());
-    op.accumulate = accumulate, op.gated = gated, op.out_rows = out_rows;
-    keep(op, {data, scales, mins});
+    require(!bias.size() || bias.nbytes() == round_up(n, 32) * 4, "size of a bias");
+    op.bias = (const float*)pointer_or_null(bias);
+    op.accumulate = accumulate, op.gated = activation(gated), op.out_rows = out_rows;
+    keep(op, {data, scales, mins, bias});
   }
   void add_quantize(const std::string& src, const std::string& act, bool out_rows) {
     mill::Op op{mill::OpKind::quantize, buffer_id(src)};
     op.act = act_kind(act), op.out_rows = out_rows;
     plan_.add(op);
   }
-  void add_rope_kv(int layer) { add_layer(mill::OpKind::rope_kv, layer); }
-  void add_attend(int layer) { add_layer(mill::OpKind::attend, layer); }
+  void add_rope_kv(int layer, bool rotary, Bytes q_norm, Bytes k_norm, float eps) {
+    mill::Op op{mill::OpKind::rope_kv};
+    op.layer = layer, op.rotary = rotary, op.eps = eps;
+    op.q_norm = head_norm(q_norm), op.k_norm = head_norm(k_norm);
+    keep(op, {q_norm, k_norm});
+  }
+  void add_attend(int layer, int window) {
+    mill::Op op{mill::OpKind::attend};
+    op.layer = layer, op.window = std::min(window, mill::kNoWindow);
+    plan_.add(op);
+  }
   void add_select() {
     mill::Op op{mill::OpKind::select};
     op.out_rows = true;
@@ -189,10 +215,8 @@ class NativePlan {
     plan_.add(op);
     owned_.insert(owned_.end(), arrays);
   }
-  void add_layer(mill::OpKind kind, int layer) {
-    mill::Op op{kind, mill::kQkv};
-    op.layer = layer;
-    plan_.add(op);
+  static mill::HeadNorm head_norm(const Bytes& weight) {
+    return {(const float*)pointer_or_null(weight), int(weight.nbytes() / 4)};
   }
 
   const int hidden_, vocab_;
@@ -357,11 +381,12 @@ NB_MODULE(_native, m) {
            "kv_int8"_a)
       .def("add_embed", &NativePlan::add_embed, "table"_a, "scales"_a)
       .def("add_norm", &NativePlan::add_norm, "src"_a, "weight"_a, "eps"_a, "act"_a, "out_rows"_a)
+      .def("add_add_norm", &NativePlan::add_add_norm, "weight"_a, "eps"_a)
       .def("add_linear", &NativePlan::add_linear, "dst"_a, "kind"_a, "n"_a, "k"_a, "group"_a, "symmetric"_a, "data"_a,
-           "scales"_a, "mins"_a, "accumulate"_a, "gated"_a, "out_rows"_a)
+           "scales"_a, "mins"_a, "bias"_a, "accumulate"_a, "gated"_a, "out_rows"_a)
       .def("add_quantize", &NativePlan::add_quantize, "src"_a, "act"_a, "out_rows"_a)
-      .def("add_rope_kv", &NativePlan::add_rope_kv, "layer"_a)
-      .def("add_attend", &NativePlan::add_attend, "layer"_a)
+      .def("add_rope_kv", &NativePlan::add_rope_kv, "layer"_a, "rotary"_a, "q_norm"_a, "k_norm"_a, "eps"_a)
+      .def("add_attend", &NativePlan::add_attend, "layer"_a, "window"_a)
       .def("add_select", &NativePlan::add_select)
       .def("set_adapter", &NativePlan::set_adapter, "slot"_a, "ops"_a, "ranks"_a, "scales"_a, "downs"_a, "ups"_a,
            "pairs"_a)

@@ -90,7 +90,7 @@ Plan::Plan(const Shape& shape, const Kernels& kernels, int threads, int max_rows
   require(shape.kv_heads > 0 && shape.heads % shape.kv_heads == 0, "heads that share keys");
   const int qkv = (shape.heads + 2 * shape.kv_heads) * shape.head_dim;
   const int widths[kNumBuffers] = {shape.hidden, shape.hidden, qkv, shape.heads * shape.head_dim,
-                                   shape.inner, shape.vocab};
+                                   shape.inner, shape.hidden, shape.vocab};
   for (int b = 0; b < kNumBuffers; b++) {
     widths_[b] = widths[b];
     capacity_[b] = b == kY || b == kLogits ? max_outs : max_rows;
@@ -105,21 +105,25 @@ Plan::Plan(const Shape& shape, const Kernels& kernels, int threads, int max_rows
   act_groups_ = Array<int32_t>(rows * inputs / kGroup);
   act_ = {act_data_.get(), 0, act_scale_.get(), act_sums_.get(), act_groups_.get()};
   for (int t = 0; t < threads; t++)
-    threads_.push_back({Array<float>(std::max(max_inputs, shape.hidden)), Array<float>(16 * kSpan),
+    threads_.push_back({Array<float>(std::max({max_inputs, shape.hidden, qkv})), Array<float>(16 * kSpan),
                         Array<float>(16 * head_pad_), Array<float>(16 * head_pad_), Array<uint16_t>(16 * kSpan),
                         Array<uint16_t>(kv_int8 ? size_t(kSpanBlocks + 1) * kKvBlock * head_pad_ : 0),
-
                         Array<float>(max_adapters ? 4 * size_t(round_up(max_inputs, 16)) : 0)});
 }
 
 void Plan::add(const Op& op) {
   if (op.kind == OpKind::linear) {
-    const int width = op.gated ? op.linear.n / 2 : op.linear.n;
+    const bool gated = op.gated != Activation::none;
+    const int width = gated ? op.linear.n / 2 : op.linear.n;
     require(width == widths_[op.dst] && op.linear.k <= max_inputs_, "a linear does not fit its buffers");
-    require(!op.gated || op.linear.n % (2 * kTileN) == 0, "a gated linear needs whole pairs of tiles");
+    require(!gated || op.linear.n % (2 * kTileN) == 0, "a gated linear needs whole pairs of tiles");
   }
   if (op.kind == OpKind::rope_kv || op.kind == OpKind::attend)
     require(op.layer >= 0 && op.layer < shape_.layers, "layer out of range");
+  const int e = shape_.head_dim, q = op.q_norm.size, k = op.k_norm.size;
+  require((q == 0 || q == e || q == shape_.heads * e) && (k == 0 || k == e || k == shape_.kv_heads * e),
+          "size of a norm of heads");
+  require(op.window > 0, "a window of attention without positions");
   ops_.push_back(op);
   ops_.back().index = num_ops() - 1;
   low_ranks_.emplace_back(max_adapters_);
@@ -221,7 +225,7 @@ int Plan::rows_of(const Batch& b, const Op& op) const { return op.out_rows ? b.o
 
 void Plan::step(const Batch& b, const Op& op, int thread) {
   const Range rows = part(rows_of(b, op), thread, pool_.size());
-  float* src = buffers_[op.src].get();
+  float *src = buffers_[op.src].get(), *scratch = threads_[thread].row.get();
   const int width = widths_[op.src];
   switch (op.kind) {
     case OpKind::linear: return linear(b, op, thread);
@@ -235,14 +239,17 @@ void Plan::step(const Batch& b, const Op& op, int thread) {
     switch (op.kind) {
       case OpKind::embed: embed(b, op, r); break;
       case OpKind::norm:
-        kernels_.norm(row, width, op.weight, op.eps, op.act == ActKind::float32 ? row : threads_[thread].row.get(),
-                      act, r, op.act);
+        kernels_.norm(row, width, op.weight, op.eps, op.act == ActKind::float32 ? row : scratch, act, r, op.act);
         break;
+      case OpKind::add_norm: add_norm(op, scratch, r); break;
       case OpKind::quantize: kernels_.quantize(row, width, act, r, op.act); break;
-      case OpKind::rope_kv: rope_kv(b, op, r); break;
-      default:  // select
+      case OpKind::rope_kv: rope_kv(b, op, scratch, r); break;
+      case OpKind::select:
         std::memcpy(buffers_[kY].get() + size_t(r) * shape_.hidden,
                     buffers_[kX].get() + size_t(b.out_rows[r]) * shape_.hidden, shape_.hidden * sizeof(float));
+        break;
+      case OpKind::linear:
+      case OpKind::attend: break;  // not row by row: done above
     }
   }
 }
@@ -261,10 +268,19 @@ void Plan::embed(const Batch& b, const Op& op, int row) const {
   for (int i = 0; i < d; i++) x[i] = from_f16(scales[i / kGroup]) * float(table[i]);
 }
 
+void Plan::add_norm(const Op& op, float* scratch, int row) const {
+  const int d = shape_.hidden;
+  Act none{};
+  kernels_.norm(buffers_[kO].get() + size_t(row) * d, d, op.weight, op.eps, scratch, none, row, ActKind::float32);
+  float* x = buffers_[kX].get() + size_t(row) * d;
+  for (int i = 0; i < d; i++) x[i] += scratch[i];
+}
+
 void Plan::linear(const Batch& b, const Op& op, int thread) {
   Act act = act_;
   act.lines = lines_of(op.linear.k, act_of(op.linear.kind));
-  LinearTask task{&op.linear, &act, buffers_[op.dst].get(), widths_[op.dst], rows_of(b, op), op.accumulate, op.gated};
+  LinearTask task{&op.linear, &act, buffers_[op.dst].get(), widths_[op.dst], rows_of(b, op), op.accumulate, op.gated,
+                  op.bias};
   if (has_low_ranks(op)) {
     shrink(op, act, thread);
     task.low_ranks = low_ranks_[op.index].data();
@@ -295,20 +311,31 @@ size_t Plan::kv_offset(int layer, int kind, int head) const {
   return ((size_t(layer) * 2 + kind) * shape_.kv_heads + head) * page_bytes_;
 }
 
-void Plan::rope_kv(const Batch& b, const Op& op, int row) {
+// Heads [heads][head_dim] as they are, or normed in `scratch`.
+const float* Plan::norm_heads(const HeadNorm& norm, float eps, const float* src, int heads, float* scratch) const {
+  if (!norm.weight) return src;
+  Act none{};
+  for (int at = 0; at < heads * shape_.head_dim; at += norm.size)
+    kernels_.norm(src + at, norm.size, norm.weight, eps, scratch + at, none, 0, ActKind::float32);
+  return scratch;
+}
+
+void Plan::rope_kv(const Batch& b, const Op& op, float* scratch, int row) {
   const int e = shape_.head_dim, group = shape_.heads / shape_.kv_heads;
   const float* qkv = buffers_[kQkv].get() + size_t(row) * widths_[kQkv];
-  const float* cos = shape_.cos + size_t(b.positions[row]) * (e / 2);
-  const float* sin = shape_.sin + size_t(b.positions[row]) * (e / 2);
+  const size_t turn = size_t(b.positions[row]) * (e / 2);
+  const float *cos = op.rotary ? shape_.cos + turn : nullptr, *sin = op.rotary ? shape_.sin + turn : nullptr;
+  const float* queries = norm_heads(op.q_norm, op.eps, qkv, shape_.heads, scratch);
+  const float* keys = norm_heads(op.k_norm, op.eps, qkv + shape_.heads * e, shape_.kv_heads, scratch + shape_.heads * e);
   for (int h = 0; h < shape_.heads; h++) {
     const size_t at = (size_t(h / group) * max_rows_ + row) * group + h % group;
-    kernels_.rope(qkv + h * e, e, cos, sin, q_.get() + at * head_pad_);
+    kernels_.rope(queries + h * e, e, cos, sin, q_.get() + at * head_pad_);
   }
   const int slot = b.kv_slots[row] % kKvBlock;
   uint8_t* pages = block(b.kv_slots[row] / kKvBlock);
   uint16_t key[512];
   for (int g = 0; g < shape_.kv_heads; g++) {
-    kernels_.rope(qkv + (shape_.heads + g) * e, e, cos, sin, key);
+    kernels_.rope(keys + g * e, e, cos, sin, key);
     const float* value = qkv + (shape_.heads + shape_.kv_heads + g) * e;
     uint8_t *k_page = pages + kv_offset(op.layer, 0, g), *v_page = pages + kv_offset(op.layer, 1, g);
     kv_int8_ ? put_int8(key, value, slot, k_page, v_page) : put_bf16(key, value, slot, k_page, v_page);
@@ -365,7 +392,7 @@ void Plan::attend(const Batch& b, const Op& op, int thread) {
     kernels_.attend({q_.get() + q_row * head_pad_, task.rows, positions, b.block_starts[task.sequence + 1] - block0,
                      b.block_list + size_t(block0) * 3, kv_.get() + kv_offset(op.layer, 0, g),
                      kv_.get() + kv_offset(op.layer, 1, g), block_bytes_, kv_int8_, shape_.head_dim, head_pad_,
-                     shape_.softmax_scale * 1.44269504088896341f, buffers_[kZ].get(), out_offset},
+                     shape_.softmax_scale * 1.44269504088896341f, op.window, buffers_[kZ].get(), out_offset},
                     scratch);
   }
   // The counter is ready for the next attention once everybody has left this one.

@@ -11,17 +11,27 @@
 
 namespace mill {
 
-enum class OpKind { embed, norm, linear, rope_kv, attend, quantize, select };
-enum Buffer { kX, kY, kQkv, kZ, kH, kLogits, kNumBuffers };
+enum class OpKind { embed, norm, add_norm, linear, rope_kv, attend, quantize, select };
+enum Buffer { kX, kY, kQkv, kZ, kH, kO, kLogits, kNumBuffers };
+
+// Norm weights for a head, or for all heads at once; null for none.
+struct HeadNorm {
+  const float* weight = nullptr;
+  int size = 0;
+};
 
 struct Op {
   OpKind kind;
   int src = 0, dst = 0, layer = 0, index = 0;
-  bool accumulate = false, gated = false, out_rows = false;
+  bool accumulate = false, out_rows = false, rotary = true;
+  Activation gated = Activation::none;
+  int window = kNoWindow;
   ActKind act = ActKind::int8;
   float eps = 0;
   const float* weight = nullptr;
+  HeadNorm q_norm{}, k_norm{};
   LinearWeight linear{};
+  const float* bias = nullptr;          // [n up to 32s]
   const void* table = nullptr;          // embeddings: bf16 bits or int8
   const uint16_t* table_scales = nullptr;  // float16 a 32 inputs, or null for bf16
 };
@@ -90,7 +100,9 @@ class Plan {
   void linear(const Batch&, const Op&, int thread);
   bool has_low_ranks(const Op&) const;
   void shrink(const Op&, const Act&, int thread);
-  void rope_kv(const Batch&, const Op&, int row);
+  void add_norm(const Op&, float* scratch, int row) const;
+  void rope_kv(const Batch&, const Op&, float* scratch, int row);
+  const float* norm_heads(const HeadNorm&, float eps, const float* src, int heads, float* scratch) const;
   void put_bf16(const uint16_t* key, const float* value, int slot, uint8_t* k_page, uint8_t* v_page);
   void put_int8(const uint16_t* key, const float* value, int slot, uint8_t* k_page, uint8_t* v_page) const;
   void attend(const Batch&, const Op&, int thread);

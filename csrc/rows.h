@@ -91,8 +91,12 @@ static void norm(const float* src, int d, const float* weight, float eps, float*
   quantize(tmp, d, act, row, kind);
 }
 
-// Rotates one head; cos and sin are the rows of its position, head_dim / 2 values each.
+// Rotates one head; cos and sin are the rows of its position, head_dim / 2 values each, or null: rounds only.
 static void rope(const float* src, int head_dim, const float* cos, const float* sin, uint16_t* dst) {
+  if (!cos) {
+    for (int i = 0; i < head_dim; i++) dst[i] = to_bf16(src[i]);
+    return;
+  }
   const int half = head_dim / 2;
   int i = 0;
   for (; i + 16 <= half; i += 16) {

@@ -1,4 +1,4 @@
-"""`python -m scripts.families`: every family with every runner, measured, for the table of docs/families.md."""
+"""`python -m scripts.families`: every family with every runner, for the table of docs/families.md."""
 
 import argparse
 import sys

@@ -1,11 +1,14 @@
 """Random small plans and batches, shared by the tests of the executors."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
 from tokenmill.kernels import (
     KV_BLOCK,
+    Activation,
+    AddNorm,
     Attend,
     Embed,
     EmbedTable,
@@ -43,8 +46,25 @@ def pack(weight: F32Array, kind: str) -> PackedLinear:
     return pack_i4g(values4, scales, mins)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """What a block has besides those of Llama; `window` is that of the even layers."""
+
+    bias: bool = False
+    activation: Activation = "silu"
+    qk_norm: Literal["", "head", "all"] = ""
+    rotary: bool = True
+    window: int | None = None
+    post_norm: bool = False
+
+
+LLAMA = Variant()
+
+
 def make_plan(
     kind: str,
+    variant: Variant = LLAMA,
+    /,
     *,
     seed: int = 0,
     hidden: int = 96,
@@ -57,11 +77,6 @@ def make_plan(
 ) -> StepPlan:
     """A random decoder with all its linears in one format."""
     rng = np.random.default_rng(seed)
-
-    def matrix(num_out: int, num_in: int) -> PackedLinear:
-        weight = rng.standard_normal((num_out, num_in), np.float32) / np.float32(np.sqrt(num_in))
-        return pack(weight, kind)
-
     angles = np.arange(256)[:, None] / 100.0 ** (np.arange(head_dim // 2) / (head_dim // 2))
     shape = PlanShape(
         hidden_size=hidden,
@@ -75,34 +90,93 @@ def make_plan(
         cos=np.cos(angles).astype(np.float32),
         sin=np.sin(angles).astype(np.float32),
     )
-    act = pack(np.ones((16, 96), np.float32), kind).act_format
     table = EmbedTable(
         data=bf16_bits(rng.standard_normal((vocab, hidden), np.float32)), scales=np.zeros(0, np.float16)
     )
-
-    def norm(name: str) -> Norm:
-        weight = (1 + rng.standard_normal(hidden, np.float32) / 8).astype(np.float32)
-        made = Norm(src="x", weight=weight, eps=1e-5, act=act, name=f"{name}.hook_normalized")
-        return replace(made, src="y", act=None) if name == "ln_final" else made
-
+    maker = _Maker(kind, shape, variant, rng)
     ops: list[Op] = [Embed(table=table, name="hook_embed")]
     for layer in range(layers):
-        at = f"blocks.{layer}"
-        out, down = f"{at}.hook_resid_mid", f"{at}.hook_resid_post"
-        ops += [
-            norm(f"{at}.ln1"),
-            Linear(weight=matrix(shape.qkv_size, hidden), dst="qkv"),
-            RopeKv(layer=layer),
-            Attend(layer=layer, name=f"{at}.attn.hook_z"),
-            Quantize(src="z", act=act),
-            Linear(weight=matrix(hidden, heads * head_dim), dst="x", accumulate=True, name=out),
-            norm(f"{at}.ln2"),
-            Linear(weight=matrix(2 * inner, hidden), dst="h", gated="silu", name=f"{at}.mlp.hook_post"),
-            Quantize(src="h", act=act),
-            Linear(weight=matrix(hidden, inner), dst="x", accumulate=True, name=down),
+        ops += [*maker.attention(layer), *maker.gated_unit(layer)]
+    head = Linear(weight=maker.matrix(vocab, hidden), dst="logits", rows="L")
+    norm = Norm(src="y", weight=maker.near_one(hidden), eps=1e-5, act=None, name="ln_final.hook_normalized")
+    return StepPlan(shape=shape, ops=(*ops, Select(), norm, Quantize(src="y", act=maker.act), head))
+
+
+class _Maker:
+    """Random parts of a plan, in the order in which the plan has them."""
+
+    def __init__(self, kind: str, shape: PlanShape, variant: Variant, rng: np.random.Generator) -> None:
+        self.act = pack(np.ones((16, 96), np.float32), kind).act_format
+        self._kind, self._shape, self._variant, self._rng = kind, shape, variant, rng
+
+    def matrix(self, num_out: int, num_in: int) -> PackedLinear:
+        weight = self._rng.standard_normal((num_out, num_in), np.float32) / np.float32(np.sqrt(num_in))
+        return pack(weight, self._kind)
+
+    def near_one(self, size: int) -> F32Array:
+        return (1 + self._rng.standard_normal(size, np.float32) / 8).astype(np.float32)
+
+    def attention(self, layer: int) -> list[Op]:
+        shape, variant, name = self._shape, self._variant, f"blocks.{layer}"
+        read = self._read(f"{name}.ln1")
+        qkv = Linear(
+            weight=self.matrix(shape.qkv_size, shape.hidden_size), bias=self._bias(shape.qkv_size), dst="qkv"
+        )
+        return [
+            read,
+            qkv,
+            RopeKv(
+                layer=layer,
+                rotary=variant.rotary,
+                q_norm=self._head_norm(shape.num_heads),
+                k_norm=self._head_norm(shape.num_kv_heads),
+                eps=1e-5,
+            ),
+            Attend(layer=layer, window=None if layer % 2 else variant.window, name=f"{name}.attn.hook_z"),
+            Quantize(src="z", act=self.act),
+            *self._write(shape.num_heads * shape.head_dim, f"{name}.hook_resid_mid"),
         ]
-    head = Linear(weight=matrix(vocab, hidden), dst="logits", rows="L")
-    return StepPlan(shape=shape, ops=(*ops, Select(), norm("ln_final"), Quantize(src="y", act=act), head))
+
+    def gated_unit(self, layer: int) -> list[Op]:
+        shape, name = self._shape, f"blocks.{layer}"
+        read = self._read(f"{name}.ln2")
+        gate_up = Linear(
+            weight=self.matrix(2 * shape.intermediate_size, shape.hidden_size),
+            bias=self._bias(2 * shape.intermediate_size),
+            dst="h",
+            gated=self._variant.activation,
+            name=f"{name}.mlp.hook_post",
+        )
+        return [
+            read,
+            gate_up,
+            Quantize(src="h", act=self.act),
+            *self._write(shape.intermediate_size, f"{name}.hook_resid_post"),
+        ]
+
+    def _read(self, name: str) -> Op:
+        if self._variant.post_norm:
+            return Quantize(src="x", act=self.act)
+        weight = self.near_one(self._shape.hidden_size)
+        return Norm(src="x", weight=weight, eps=1e-5, act=self.act, name=f"{name}.hook_normalized")
+
+    def _write(self, num_in: int, name: str) -> list[Op]:
+        hidden = self._shape.hidden_size
+        linear = Linear(
+            weight=self.matrix(hidden, num_in), bias=self._bias(hidden), dst="x", accumulate=True, name=name
+        )
+        if not self._variant.post_norm:
+            return [linear]
+        norm = AddNorm(weight=self.near_one(hidden), eps=1e-5, name=name)
+        return [replace(linear, dst="o", accumulate=False, name=""), norm]
+
+    def _bias(self, size: int) -> F32Array | None:
+        return self._rng.standard_normal(size, np.float32) if self._variant.bias else None
+
+    def _head_norm(self, heads: int) -> F32Array | None:
+        if not self._variant.qk_norm:
+            return None
+        return self.near_one(self._shape.head_dim * (heads if self._variant.qk_norm == "all" else 1))
 
 
 def make_batch(parts: list[tuple[list[int], int, list[int]]], out_rows: list[int] | None = None) -> StepBatch:

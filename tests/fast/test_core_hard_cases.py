@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ from tokenmill.engine.local import LocalEngine
 from tokenmill.engine.mock import MockModel, MockScript
 from tokenmill.engine.sequence import GenerationState
 from tokenmill.engine.speculation.proposers import Draft, DraftRow
+from tokenmill.engine.structured.grammar import GrammarState
 from tokenmill.engine.taps.points import FINAL_NORM
 from tokenmill.engine.taps.tap import Recording, TapRows
 from tokenmill.kernels import StepBatch
@@ -120,6 +122,43 @@ def test_completions_follow_their_grammar_though_the_first_has_guesses(num_promp
         assert [state.finish_reason for state in states] == ["completed"] * 3, states[0].error
         texts.append([state.completion().text for state in states])
     assert texts[0] == texts[1]
+
+
+ANY_TEXT = r"[\s\S]*"
+
+
+@pytest.mark.parametrize("source", [HELLO.source, ANY_TEXT, "[a-m]*|[n-z]{3,9}(once|twice)"])
+def test_a_mask_after_the_best_token_or_before_it_is_the_same(
+    source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masks, counts = GrammarState.masks, list[int]()
+
+    def count(state: GrammarState, *args: Any) -> int:
+        counts[-1] += 1
+        return masks(state, *args)
+
+    monkeypatch.setattr(GrammarState, "masks", count)
+    late = SamplingParams(
+        max_tokens=30,
+        grammar=Grammar(kind="regex", source=source),
+        logprobs=2,
+        presence_penalty=1.5,
+        bad_words=("b", "he"),
+        min_tokens=4,
+    )
+    # To the sampler this is greedy too, but whoever draws gets the masks first.
+    early = replace(late, temperature=1e-6)
+    results = []
+    for params in (late, early):
+        counts.append(0)
+        bench = Bench()
+        states = [bench.submit(prompt, params)[0] for prompt in PROMPTS]
+        bench.run()
+        bench.engine.close()
+        ended = [state.completion() for state in states]
+        results.append([(each.token_ids, each.logprobs, each.finish_reason, each.error) for each in ended])
+    assert results[0] == results[1]
+    assert counts[0] <= counts[1] / (2 if source == ANY_TEXT else 1)
 
 
 class Troubled:
@@ -234,6 +273,9 @@ class Grumpy:
 
     num_words = 9
     finished = False
+
+    def allows(self, token_id: int) -> bool:
+        return False
 
     def forced(self) -> tuple[int, ...]:
         raise ResourceError("too much to follow")

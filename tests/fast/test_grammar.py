@@ -119,7 +119,9 @@ def test_masks_are_those_of_the_language(language: list[str], seed: int, compile
     encoded, text = [word.encode() for word in language], b""
     rng = random.Random(seed)
     while True:
+        taken = [token for token in range(-1, TOKENS.vocab_size + 40) if state.allows(token)]
         choices = mask_of(compiler, state)
+        assert taken == choices
         by_hand = allowed_by_hand(encoded, text)
         bytes_next = {word[len(text)] for word in encoded if word.startswith(text) and word != text}
         is_forced = text not in encoded and len(bytes_next) == 1
@@ -130,6 +132,7 @@ def test_masks_are_those_of_the_language(language: list[str], seed: int, compile
             break
         text += TOKENS.token_bytes(token)
     assert state.finished and mask_of(compiler, state) == [END]
+    assert [token for token in range(TOKENS.vocab_size) if state.allows(token)] == [END]
 
 
 @settings(max_examples=30, deadline=None)
@@ -230,6 +233,7 @@ def test_a_sequence_that_fails_fails_alone(
     assert mask_of(compiler, good) == mask_of(compiler, other) == [ord("a")]
     with pytest.raises(error):
         mask_of(compiler, bad)
+    assert not any(bad.allows(token) for token in range(TOKENS.vocab_size))
 
 
 def test_a_draft_into_an_error_does_not_fail_the_sequence(compiler: GrammarCompiler) -> None:
@@ -253,6 +257,7 @@ def test_control_tokens_and_padding_are_never_allowed(compiler: GrammarCompiler)
     choices = mask_of(compiler, state)
     assert END not in choices and END + 1 not in choices and max(choices) < len(TOKENS.tokens)
     assert state.num_valid([END + 1]) == state.num_valid([TOKENS.vocab_size - 1]) == 0
+    assert not state.allows(END + 1) and not state.allows(TOKENS.vocab_size - 1) and state.allows(choices[0])
     with pytest.raises(UsageError, match="no text can satisfy"):
         compiler.check(grammar("lark", "start: <[257]>"))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import bench_table, requirements, test_all
+from scripts import bench_table, grammar_cost, requirements, test_all
 from tokenmill import __version__
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +52,13 @@ def test_the_table_replaces_only_its_own_block() -> None:
     with pytest.raises(SystemExit):
         bench_table.fill("a", "new")
     assert bench_table.BEGIN in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_cost_of_a_grammar_is_against_none_of_the_same_round() -> None:
+    plain = [grammar_cost.Cost(1.0, 1.0, 10.0), grammar_cost.Cost(2.0, 1.0, 10.0)]
+    text = "\n".join(grammar_cost.lines({"none": plain, "g": [each._replace(wall_ms=3.0) for each in plain]}))
+    assert "takes 10.0 ms (median of 2 rounds)" in text
+    assert "| g | 1.50 (1.00-2.00) | 15.0% | 0.00 (0.00-0.00) | 0.0% |" in text
 
 
 def test_a_failed_step_is_shown_as_failed() -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.fast.random_plan import FORMATS, make_batch, make_plan, pack
+from tests.fast.random_plan import FORMATS, LLAMA, Variant, make_batch, make_plan, pack
 from tokenmill.kernels import (
     Executor,
     F32Array,
@@ -92,12 +92,19 @@ def logits(ex: Executor, batch: StepBatch) -> F32Array:
     slots=st.lists(st.integers(-1, 1), min_size=1, max_size=5).map(tuple),
     chance=st.sampled_from((1.0, 0.5)),
     threads=st.integers(1, 2),
+    variant=st.sampled_from((LLAMA, Variant(bias=True, activation="gelu_tanh", post_norm=True))),
 )
 @settings(max_examples=40, deadline=None)
 def test_native_equals_numpy(
-    kind: str, isa: str, ranks: tuple[int, int], slots: tuple[int, ...], chance: float, threads: int
+    kind: str,
+    isa: str,
+    ranks: tuple[int, int],
+    slots: tuple[int, ...],
+    chance: float,
+    threads: int,
+    variant: Variant,
 ) -> None:
-    plan = make_plan(kind, **(UNEVEN if kind in ("i8c", "bf16") else SIZES))
+    plan = make_plan(kind, variant, **(UNEVEN if kind in ("i8c", "bf16") else SIZES))
     adapters = {slot: random_adapter(plan, rank, slot, chance=chance) for slot, rank in enumerate(ranks)}
     batch = batch_of(slots)
     native, twin = (executor(plan, name, adapters, threads) for name in (isa, "numpy"))

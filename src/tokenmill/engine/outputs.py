@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tokenmill.core import TokenmillError
+from tokenmill.core import TokenLogprobs, TokenmillError
 from tokenmill.engine.embedding import EmbeddingState
 from tokenmill.engine.runner import HiddenRows, OutRows
 from tokenmill.engine.sampler import SamplingRow, logprobs_of, sample, top_logprobs
@@ -53,12 +53,16 @@ def take_hidden(out: HiddenRows) -> None:
 
 
 class _Sample(NamedTuple):
-    """A row to be sampled, for whom, and the token that it was computed from."""
+    """A row to be sampled, for whom, and the token that it was computed from.
+
+    `may_wait` if the best token is to be tried before there is a mask: a greedy row, of no guesses.
+    """
 
     row: SamplingRow
     state: GenerationState
     last_token: int
     is_draft: bool
+    may_wait: bool
 
 
 def _samples(state: GenerationState, position: int, logits_row: int) -> Iterator[_Sample]:
@@ -78,7 +82,8 @@ def _samples(state: GenerationState, position: int, logits_row: int) -> Iterator
             banned=each.banned_at(position + 1),
             bad_words=each.bad_words,
         )
-        yield _Sample(row, each, tokens[position], position >= known)
+        may_wait = each.grammar is not None and each.params.greedy and not state.drafts
+        yield _Sample(row, each, tokens[position], position >= known, may_wait)
 
 
 def _sample(logits_LV: F32Array, samples: Sequence[_Sample], clock: Callable[[], float]) -> None:
@@ -87,31 +92,62 @@ def _sample(logits_LV: F32Array, samples: Sequence[_Sample], clock: Callable[[],
     A row stands if every guess before it was right. Rows come in order, so it is enough to look at the
     last: its position must be the sequence's last, and it must have been computed from that token.
     """
-    samples = _with_masks(samples, clock)
-    result = sample(logits_LV, [each.row for each in samples])
+    tokens = _choose(logits_LV, samples, clock)
     now_s = clock()
-    chosen = zip(samples, result.token_ids.tolist(), result.valid.tolist(), result.logprobs, strict=True)
-    for each, token_id, valid, logprobs in chosen:
+    for each, token in zip(samples, tokens, strict=True):
         state, position = each.state, each.row.position
         state.num_drafted += each.is_draft
         if state.finished or position != state.num_total or each.last_token != state.tokens[-1]:
             continue
         state.num_accepted += each.is_draft
-        if valid:
-            state.append(token_id, logprobs, now_s=now_s)
+        if token.valid:
+            state.append(token.token_id, token.logprobs, now_s=now_s)
         else:
             finite = np.isfinite(logits_LV[each.row.logits_row].max())
             state.fail(_NOTHING_LEFT if finite else _NOT_FINITE, now_s=now_s)
 
 
+class _Token(NamedTuple):
+    """What was chosen for a row, as in `Sampled`."""
+
+    token_id: int
+    valid: bool
+    logprobs: TokenLogprobs | None
+
+
+def _choose(logits_LV: F32Array, samples: Sequence[_Sample], clock: Callable[[], float]) -> list[_Token]:
+    """A token for each row.
+
+    The best of all tokens is the best of the allowed ones if it is allowed, which is most often so, and asked
+    for a fraction of a mask's time. So rows that may wait get a mask only where it is not.
+    """
+    tokens = _draw(logits_LV, _with_masks(samples, clock))
+    refused = [i for i, each in enumerate(samples) if each.may_wait and not _allowed(each.state, tokens[i])]
+    if refused:
+        masked = _with_masks([samples[i]._replace(may_wait=False) for i in refused], clock)
+        for i, token in zip(refused, _draw(logits_LV, masked), strict=True):
+            tokens[i] = token
+    return tokens
+
+
+def _draw(logits_LV: F32Array, samples: Sequence[_Sample]) -> list[_Token]:
+    result = sample(logits_LV, [each.row for each in samples])
+    return list(map(_Token, result.token_ids.tolist(), result.valid.tolist(), result.logprobs))
+
+
+def _allowed(state: GenerationState, token: _Token) -> bool:
+    """True also where there is no token: a mask would not bring one."""
+    return not token.valid or state.grammar is None or state.grammar.allows(token.token_id)
+
+
 def _with_masks(samples: Sequence[_Sample], clock: Callable[[], float]) -> list[_Sample]:
-    """Add what the grammars allow. A grammar that fails ends its request here."""
+    """Add what the grammars allow, but to rows that wait. A grammar that fails ends its request here."""
     masked: list[_Sample] = []
     # The first position of each sequence, and its masks from there on: siblings come between its rows.
     masks: dict[GenerationState, tuple[int, U32Array]] = {}
     for each in samples:
         state, row = each.state, each.row
-        if state.grammar is not None and not state.finished:
+        if state.grammar is not None and not each.may_wait and not state.finished:
             if state not in masks:
                 masks[state] = row.position, _masks(state.grammar, row, clock, state)
             first, mask_RW = masks[state]

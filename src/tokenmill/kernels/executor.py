@@ -10,7 +10,9 @@ from tokenmill.core import ResourceError, UsageError
 from tokenmill.kernels import twin
 from tokenmill.kernels.isa import NUMPY, choose_isa, default_threads, load_native
 from tokenmill.kernels.numpy_executor import NumpyExecutor
+from tokenmill.kernels.packing import TILE
 from tokenmill.kernels.plan import (
+    AddNorm,
     Attend,
     BufferName,
     Embed,
@@ -23,6 +25,7 @@ from tokenmill.kernels.plan import (
     PackedAdapter,
     Quantize,
     RopeKv,
+    Select,
     StepBatch,
     StepPlan,
 )
@@ -30,6 +33,8 @@ from tokenmill.kernels.plan import (
 __all__ = ["NativeExecutor", "create_executor", "log_sum_exp_rows"]
 
 _MAX_HEAD_DIM = 512
+_NO_WINDOW = 2**30
+"""A window that no position lies outside of."""
 
 
 class NativeExecutor:
@@ -147,6 +152,8 @@ class NativeExecutor:
             case Norm():
                 act = op.act or "float32"
                 native.add_norm(op.src, np.ascontiguousarray(op.weight), op.eps, act, op.src == "y")
+            case AddNorm():
+                native.add_add_norm(np.ascontiguousarray(op.weight), op.eps)
             case Linear():
                 w = op.weight
                 native.add_linear(
@@ -159,18 +166,36 @@ class NativeExecutor:
                     w.data,
                     w.scales,
                     w.mins,
+                    _padded_bias(op),
                     op.accumulate,
-                    op.gated is not None,
+                    op.gated or "",
                     op.rows == "L",
                 )
             case Quantize():
                 native.add_quantize(op.src, op.act, op.src == "y")
             case RopeKv():
-                native.add_rope_kv(op.layer)
+                native.add_rope_kv(
+                    op.layer, op.rotary, _float_array(op.q_norm), _float_array(op.k_norm), op.eps
+                )
             case Attend():
-                native.add_attend(op.layer)
-            case _:
+                native.add_attend(op.layer, _NO_WINDOW if op.window is None else op.window)
+            case Select():
                 native.add_select()
+            case _:
+                raise AssertionError(f"no native kernel for {type(op).__name__}")
+
+
+def _float_array(weight: F32Array | None) -> F32Array:
+    """A weight as the extension takes it; empty for none."""
+    return np.zeros(0, np.float32) if weight is None else np.ascontiguousarray(weight, np.float32)
+
+
+def _padded_bias(op: Linear) -> F32Array:
+    """The bias of whole pairs of tiles, as the kernels read it; empty for none."""
+    if op.bias is None:
+        return _float_array(None)
+    assert op.bias.shape == (op.weight.num_out,)
+    return np.pad(_float_array(op.bias), (0, -op.weight.num_out % (2 * TILE)))
 
 
 def create_executor(

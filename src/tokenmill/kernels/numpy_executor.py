@@ -12,6 +12,7 @@ from tokenmill.kernels import twin
 from tokenmill.kernels.lowrank import low_rank_delta
 from tokenmill.kernels.plan import (
     KV_BLOCK,
+    AddNorm,
     Attend,
     BufferName,
     Embed,
@@ -22,6 +23,7 @@ from tokenmill.kernels.plan import (
     PackedAdapter,
     Quantize,
     RopeKv,
+    Select,
     StepBatch,
     StepPlan,
 )
@@ -60,6 +62,7 @@ class NumpyExecutor:
             "qkv": shape.qkv_size,
             "z": shape.num_heads * shape.head_dim,
             "h": shape.intermediate_size,
+            "o": shape.hidden_size,
             "logits": shape.vocab_size,
         }
         self._buffers = {
@@ -114,16 +117,20 @@ class NumpyExecutor:
                     src[:] = normed
                 else:
                     self._act = normed
+            case AddNorm():
+                self._rows(batch, "x")[:] += twin.rms_norm(self._rows(batch, "o"), op.weight, op.eps)
             case Linear():
                 self._linear(batch, index, op)
             case Quantize():
                 self._act = self._rows(batch, op.src).copy()
             case RopeKv():
-                self._rope_kv(batch, op.layer)
+                self._rope_kv(batch, op)
             case Attend():
-                self._attend(batch, op.layer)
-            case _:
+                self._attend(batch, op)
+            case Select():
                 self._buffers["y"][: len(batch.out_rows)] = self._buffers["x"][batch.out_rows]
+            case _:
+                raise AssertionError(f"no twin of {type(op).__name__}")
 
     def _rows(self, batch: StepBatch, name: BufferName) -> F32Array:
         """The rows of a buffer that this batch uses."""
@@ -138,7 +145,9 @@ class NumpyExecutor:
             if adapter is not None and (low_rank := adapter.linears.get(index)) is not None:
                 rows = slice(batch.row_starts[s], batch.row_starts[s + 1])
                 product[rows] += low_rank_delta(low_rank, op.weight, self._act[rows])
-        product = twin.gated_unit(product) if op.gated else product
+        if op.bias is not None:
+            product = product + op.bias
+        product = twin.gated_unit(product, op.gated) if op.gated else product
         dst[:] = dst + product if op.accumulate else product
 
     def _adapter(self, slot: int) -> PackedAdapter | None:
@@ -148,16 +157,19 @@ class NumpyExecutor:
             raise ValueError("adapter slot is not filled")
         return self._adapters[slot]
 
-    def _rope_kv(self, batch: StepBatch, layer: int) -> None:
+    def _rope_kv(self, batch: StepBatch, op: RopeKv) -> None:
         shape, rows = self.plan.shape, batch.num_rows
         heads = self._buffers["qkv"][:rows].reshape(rows, -1, shape.head_dim)
-        cos, sin = shape.cos[batch.positions], shape.sin[batch.positions]
         first_value = shape.num_heads + shape.num_kv_heads
-        turned = twin.rope(heads[:, :first_value], cos, sin)
-        self._q[:rows] = turned[:, : shape.num_heads]
+        queries, keys = heads[:, : shape.num_heads], heads[:, shape.num_heads : first_value]
+        turned = [
+            self._turn(batch, op, _normed(queries, op.q_norm, op.eps)),
+            self._turn(batch, op, _normed(keys, op.k_norm, op.eps)),
+        ]
+        self._q[:rows] = turned[0]
         block, slot = batch.kv_slots // KV_BLOCK, batch.kv_slots % KV_BLOCK
-        for kind, new in enumerate((turned[:, shape.num_heads :], heads[:, first_value:])):
-            at = (block, layer, kind, slice(None), slot)
+        for kind, new in enumerate((turned[1], heads[:, first_value:])):
+            at = (block, op.layer, kind, slice(None), slot)
             if self.kv_dtype == "int8":
                 quantised, scales = twin.quantize_rows(new.reshape(-1, shape.head_dim))
                 self._kv["values"][at] = quantised.reshape(new.shape)
@@ -165,8 +177,15 @@ class NumpyExecutor:
             else:
                 self._kv["values"][at] = twin.bf16_values(twin.bf16_bits(new))
 
-    def _attend(self, batch: StepBatch, layer: int) -> None:
-        shape = self.plan.shape
+    def _turn(self, batch: StepBatch, op: RopeKv, heads_THE: F32Array) -> F32Array:
+        """Heads rotated by position, or as they are, rounded to bf16."""
+        if not op.rotary:
+            return twin.bf16_values(twin.bf16_bits(heads_THE))
+        cos, sin = self.plan.shape.cos, self.plan.shape.sin
+        return twin.rope(heads_THE, cos[batch.positions], sin[batch.positions])
+
+    def _attend(self, batch: StepBatch, op: Attend) -> None:
+        shape, layer = self.plan.shape, op.layer
         group = shape.num_heads // shape.num_kv_heads
         for s in range(len(batch.row_starts) - 1):
             rows = slice(batch.row_starts[s], batch.row_starts[s + 1])
@@ -175,6 +194,8 @@ class NumpyExecutor:
             key_positions = (blocks[:, 1, None] + at).reshape(-1)
             in_use = (at < blocks[:, 2, None]).reshape(-1)
             seen_TS = in_use & (key_positions <= batch.positions[rows, None])
+            if op.window is not None:
+                seen_TS &= key_positions > batch.positions[rows, None] - op.window
             for g in range(shape.num_kv_heads):
                 k, v = (
                     self._kv["values"][blocks[:, 0], layer, :, g]
@@ -193,6 +214,13 @@ class NumpyExecutor:
                 )
                 z_THE = self._buffers["z"][rows].reshape(-1, shape.num_heads, shape.head_dim)
                 z_THE[:, heads] = z.transpose(1, 0, 2)
+
+
+def _normed(heads_THE: F32Array, weight: F32Array | None, eps: float) -> F32Array:
+    """RMSNorm over as many values as `weight` has: of each head, or of all heads of a row."""
+    if weight is None:
+        return heads_THE
+    return twin.rms_norm(heads_THE.reshape(-1, len(weight)), weight, eps).reshape(heads_THE.shape)
 
 
 def _embed(op: Embed, batch: StepBatch) -> F32Array:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tokenmill.kernels.packing import unpack_bf16, unpack_groups, unpack_i8c
-from tokenmill.kernels.plan import KV_BLOCK, SPAN_BLOCKS, F32Array, PackedLinear
+from tokenmill.kernels.plan import KV_BLOCK, SPAN_BLOCKS, Activation, F32Array, PackedLinear
 
 __all__ = [
     "ACT_GROUP",
@@ -39,6 +39,9 @@ _TINY = np.float32(1e-30)
 """Rows below this are zero in 8 bits."""
 
 _LOG2E = np.float32(1.44269504088896341)
+_TWICE_GELU_LOG2E = np.float32(2.30220819813849)
+"""2 sqrt(2 / pi) log2(e)."""
+
 _LOWEST = np.float32(-125)
 _EXP2 = tuple(
     np.float32(c)
@@ -192,11 +195,22 @@ def rope(x_THE: F32Array, cos_TE: F32Array, sin_TE: F32Array) -> F32Array:
     return bf16_values(bf16_bits(turned))
 
 
-def gated_unit(gate_up_TF: F32Array) -> F32Array:
-    """silu(gate) * up (Shazeer 2020) of outputs that come in turns of 16 gates and 16 ups."""
+def gated_unit(gate_up_TF: F32Array, activation: Activation) -> F32Array:
+    """activation(gate) * up (Shazeer 2020) of outputs that come in turns of 16 gates and 16 ups.
+
+    silu(x) is x times the logistic function of x; so is GELU by way of tanh (Hendrycks and Gimpel 2016), of
+    2 sqrt(2 / pi) (x + 0.044715 x^3). relu(x) is x where it is not a number.
+    """
     turns = gate_up_TF.reshape(gate_up_TF.shape[0], -1, 2, 16)
     gate_TF, up_TF = (turns[:, :, i].reshape(gate_up_TF.shape[0], -1) for i in (0, 1))
-    t = np.minimum(np.fmax(gate_TF * -_LOG2E, _LOWEST), -_LOWEST)
+    if activation == "relu":
+        return np.where(gate_TF < 0, np.float32(0), gate_TF) * up_TF
+    inner_TF, factor = gate_TF, -_LOG2E
+    if activation == "gelu_tanh":
+        with np.errstate(over="ignore"):
+            inner_TF = gate_TF + ((gate_TF * gate_TF) * gate_TF) * np.float32(0.044715)
+        factor = -_TWICE_GELU_LOG2E
+    t = np.minimum(np.fmax(inner_TF * factor, _LOWEST), -_LOWEST)
     return (gate_TF / (np.float32(1) + exp2(t))) * up_TF
 
 

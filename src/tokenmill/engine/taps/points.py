@@ -16,6 +16,7 @@ from tokenmill.core import UsageError
 from tokenmill.engine.sequence import SequenceState
 from tokenmill.engine.taps.tap import Tap, TapRows
 from tokenmill.kernels import (
+    AddNorm,
     Attend,
     BufferName,
     Embed,
@@ -44,6 +45,9 @@ __all__ = [
 
 FINAL_NORM = "ln_final.hook_normalized"
 """The name of the input of the head; its rows lie in y."""
+
+_BLOCK_NORMS = {"1.hook_normalized": "hook_resid_mid", "2.hook_normalized": "hook_resid_post"}
+"""The ends of the names of a block's norms, and the point after each where it norms an output."""
 
 _Rows: TypeAlias = npt.NDArray[np.intp]
 
@@ -150,8 +154,7 @@ def check_taps(points: TapPoints, taps: Iterable[Tap]) -> None:
     for tap in taps:
         point = points.get(tap.point)
         if point is None:
-            close = get_close_matches(tap.point, points, n=3, cutoff=0.3) or list(points)[:3]
-            raise UsageError(f"no point is named {tap.point}", hint=f"there are {', '.join(close)}, ...")
+            raise UsageError(f"no point is named {tap.point}", hint=_near_points(points, tap.point))
         if point.norm is not None and tap.intervention is not None:
             raise UsageError(
                 f"{tap.point} can only be read: it is quantised as it is computed",
@@ -179,10 +182,20 @@ def tap_calls(points: TapPoints, spans: Iterable[RowSpan], *, head: bool) -> dic
     return dict(sorted(calls.items()))
 
 
+def _near_points(points: TapPoints, name: str) -> str:
+    """What to tap instead of a point that this plan does not have."""
+    block, _, norm = name.rpartition(".ln")
+    if norm in _BLOCK_NORMS and f"{block}.hook_resid_mid" in points:
+        written = f"{block}.{_BLOCK_NORMS[norm]}"
+        return f"this model norms what a block writes, not what it reads; {written} is the sum with it"
+    close = get_close_matches(name, points, n=3, cutoff=0.3) or list(points)[:3]
+    return f"there are {', '.join(close)}, ..."
+
+
 def _output(op: Op) -> BufferName | None:
     """Where the values of an operation's point are, as far as a buffer has them."""
     match op:
-        case Embed():
+        case Embed() | AddNorm():
             return "x"
         case Attend():
             return "z"
