@@ -1,16 +1,29 @@
 """Stored types: equal, bit for bit, to the reference package, on random blocks and at the edges."""
 
+from pathlib import Path
+
 import gguf as reference
 import numpy as np
 import numpy.typing as npt
 import pytest
 
-from tokenmill.models.bfloat16 import F32Array
-from tokenmill.models.gguf_quants import STORED_TYPES, dequantize, exact_grid, quantize, store_grid
+from tests.fast.model_files import Tensor, floats, gguf_bytes, tiny_llama
+from tokenmill.kernels.packing import unpack_groups
+from tokenmill.models.bfloat16 import F32Array, round_to_bf16
+from tokenmill.models.gguf_quants import (
+    GRID_TYPES,
+    STORED_TYPES,
+    dequantize,
+    exact_grid,
+    quantize,
+    store_grid,
+)
+from tokenmill.models.library import Library
+from tokenmill.models.pack import pack_model
+from tokenmill.models.pull import import_model
 
 READ = tuple(STORED_TYPES)
 QUANTISED = tuple(name for name, each in STORED_TYPES.items() if each.block_weights > 1)
-GRIDS = ("Q4_0", "Q4_1", "Q5_0", "Q8_0")
 EDGES = (
     0.0,
     -0.0,
@@ -76,7 +89,7 @@ def test_blocks_of_one_byte(name: str, fill: int) -> None:
 def test_grids_are_the_weights_and_only_where_the_kernels_take_them(name: str) -> None:
     stored = random_rows(name, 6, 3)
     grid = exact_grid(name, stored)
-    assert (grid is not None) == (name in GRIDS)
+    assert (grid is not None) == (name in GRID_TYPES)
     if grid is None:
         return
     same_bits(grid.float32(), dequantize(name, stored))
@@ -139,3 +152,46 @@ def test_a_symmetric_grid_is_stored_exactly() -> None:
 def test_a_grid_that_does_not_fit_is_not_stored(grid: str, to: str) -> None:
     found = exact_grid(grid, random_rows(grid, 1, 1))
     assert found is not None and store_grid(to, found) is None
+
+
+@pytest.mark.parametrize("name", [*QUANTISED, "BF16"])
+def test_a_model_of_any_type_is_pulled_and_packed(name: str, tmp_path: Path) -> None:
+    """Weights are the type's, rounded; the file is kept where it has a grid, which w4a8 then is, exactly."""
+    metadata, tensors = tiny_llama()
+    rng = np.random.default_rng(8)
+    sizes = {"token_embd": 263, "attn_k": 128, "attn_v": 128}
+    stored = []
+    for tensor in tensors:
+        kind = tensor.name.split(".")[-2]
+        if "norm" in kind:
+            stored.append(floats(rng, tensor.name, (256,)))
+            continue
+        shape = (sizes.get(kind, 256), 256)
+        data = (
+            rng.integers(0, 256, (STORED_TYPES[name].num_bytes(shape[0] * shape[1])), dtype=np.uint8) & 0xBB
+        )
+        type_id = STORED_TYPES[name].type_id
+        stored.append(Tensor(name=tensor.name, shape=shape, dtype=name, data=data.tobytes(), type_id=type_id))
+    metadata |= {"llama.embedding_length": 256, "llama.feed_forward_length": 256}
+    (tmp_path / "x.gguf").write_bytes(gguf_bytes(metadata, stored))
+    model = import_model(tmp_path / "x.gguf", Library(tmp_path / "home"))
+    assert (model.path / "model.gguf").exists() == (name in GRID_TYPES)
+    weights = model.weights()
+    for hf, gguf_name in (("mlp.down_proj", "ffn_down"), ("self_attn.v_proj", "attn_v")):
+        [found] = [each.data for each in stored if each.name == f"blk.1.{gguf_name}.weight"]
+        rows = np.frombuffer(found, np.uint8).reshape(256 if hf == "mlp.down_proj" else 128, -1)
+        exact = reference.quants.dequantize(rows, ggml(name))
+        np.testing.assert_array_equal(weights.bf16(f"model.layers.1.{hf}.weight"), round_to_bf16(exact))
+    packed = pack_model(model.architecture, weights, "w4a8").linears["blocks.1.down"]
+    assert (packed.kind, packed.symmetric) == {
+        "Q4_0": ("i4g", True),
+        "Q5_0": ("i8g", True),
+        "Q8_0": ("i8g", True),
+    }.get(name, ("i4g", False))
+    if name in GRID_TYPES:
+        values, scales, mins = unpack_groups(packed)
+        grid = weights.grid("model.layers.1.mlp.down_proj.weight")
+        assert grid is not None
+        np.testing.assert_array_equal(scales, grid.scales)
+        np.testing.assert_array_equal(values, grid.values)
+        assert (mins is None) == (grid.mins is None)

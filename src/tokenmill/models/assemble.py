@@ -23,6 +23,7 @@ from tokenmill.models.directory import LAYOUT, ModelDirectory
 from tokenmill.models.fetch import Progress
 from tokenmill.models.files import atomic_file, copy_file, disk_errors, hash_file
 from tokenmill.models.gguf import GgufFile
+from tokenmill.models.gguf_quants import GRID_TYPES
 from tokenmill.models.hf_config import architecture_to_config
 from tokenmill.models.manifest import DeclaredCosts, FileEntry, Manifest
 from tokenmill.models.safetensors import StoredArray, write_safetensors
@@ -51,9 +52,9 @@ def from_gguf(staging: Path, origin: Origin, progress: Progress) -> None:
         architecture = gguf_architecture(gguf)
         _convert_weights(staging, gguf, architecture, progress)
         _write_small_files(staging, gguf, architecture)
-        kinds = sorted({tensor.dtype for tensor in gguf.tensors.values() if len(tensor.shape) == 2})
+        kinds = sorted({tensor.dtype for tensor in gguf.tensors.values() if len(tensor.shape) > 1})
         licence = gguf.metadata.get("general.license")
-    has_grid = any(kind.startswith("Q") for kind in kinds)
+    has_grid = any(kind in GRID_TYPES for kind in kinds)
     if not has_grid:
         with disk_errors(path):
             path.unlink()

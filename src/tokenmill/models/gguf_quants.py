@@ -20,6 +20,7 @@ import numpy.typing as npt
 from tokenmill.models.bfloat16 import F32Array, round_to_bf16, widen_bf16
 
 __all__ = [
+    "GRID_TYPES",
     "GROUP",
     "STORED_TYPES",
     "Grid",
@@ -118,7 +119,7 @@ def dequantize(dtype: str, stored: _U8Array) -> F32Array:
 
 def exact_grid(dtype: str, stored: _U8Array) -> Grid | None:
     """Stored rows, [N, bytes a row], as integers and scales; None for a type that has no grid."""
-    if dtype not in _HAS_GRID:
+    if dtype not in GRID_TYPES:
         return None
     blocks = stored.reshape(-1, STORED_TYPES[dtype].block_bytes)
     values, mins = _GRID_VALUES[dtype](blocks), None
@@ -261,7 +262,9 @@ _GRID_VALUES: Final[Mapping[str, Callable[[_U8Array], npt.NDArray[Any]]]] = {
     "Q5_0": lambda blocks: _five_bits(blocks, 2).view(np.int8) - np.int8(16),
     "Q8_0": lambda blocks: blocks[:, 2:].copy().view(np.int8),
 }
-_HAS_GRID: Final = frozenset(_GRID_VALUES)
+GRID_TYPES: Final = frozenset(_GRID_VALUES)
+"""Types whose blocks are a `Grid`."""
+
 _DEQUANTIZE: Final[Mapping[str, Callable[[_U8Array], F32Array]]] = {
     "Q5_1": _from_q5_1,
     "Q4_K": _from_q4_k,
