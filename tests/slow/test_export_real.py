@@ -110,10 +110,12 @@ def test_llama_cpp_has_the_same_perplexity(
         twin = of_twin(back, GgufWeights(file, back.architecture), windows)
     bf16, w4a8 = (of_engine(back, each, windows) for each in ("bf16", "w4a8"))
     print(f"{gguf_type}: llama.cpp {theirs:.4f}, twin {twin:.4f}, engine bf16 {bf16:.4f}, w4a8 {w4a8:.4f}")
-    assert abs(theirs / twin - 1) < 0.005
-    assert abs(bf16 / theirs - 1) < 0.01
-    if gguf_type in ("q8_0", "q4_0"):  # the file's own grid
-        assert abs(w4a8 / theirs - 1) < 0.02
+    # With quantised weights llama.cpp rounds activations to 8 bits, as w4a8 does, and the twin does not.
+    is_quantised = gguf_type in ("q8_0", "q4_0")
+    assert abs(theirs / twin - 1) < (0.015 if is_quantised else 0.003)
+    assert abs(theirs / bf16 - 1) < (0.015 if is_quantised else 0.003)
+    if is_quantised:
+        assert abs(theirs / w4a8 - 1) < 0.01
 
 
 def test_transformers_has_the_same_perplexity(
