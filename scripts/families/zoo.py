@@ -82,7 +82,7 @@ ZOO: dict[str, Specimen] = {
         model_type="qwen3_moe",
         options={
             **_ROUTED,
-            "moe_intermediate_size": 48,
+            "moe_intermediate_size": 64,
             "norm_topk_prob": True,
             "mlp_only_layers": [1],
             "head_dim": 32,
@@ -136,6 +136,6 @@ def _random(key: str, weight: torch.Tensor) -> torch.Tensor:
         return 1 + 0.3 * torch.randn_like(weight)
     if weight.ndim == 1:
         return 0.5 * torch.randn_like(weight)
-    scale = 3.0 if "q_proj" in key or "qkv_proj" in key or key.endswith("gate.weight") else 1.0
+    scale = 3.0 if "q_proj" in key or key.endswith("gate.weight") else 1.0
     random: torch.Tensor = torch.randn_like(weight) * (scale / math.sqrt(weight.shape[-1]))
     return random

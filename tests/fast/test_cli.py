@@ -34,7 +34,7 @@ from tokenmill.engine.config import SPECULATIONS as ENGINE_SPECULATIONS
 from tokenmill.kernels import KV_DTYPES as ENGINE_KV_DTYPES
 from tokenmill.models.pack import WEIGHT_FORMATS
 
-HEAVY = ("numpy", "tokenizers", "minijinja", "tqdm", "shtab", "tokenmill.models", "tokenmill.engine")
+HEAVY = ("numpy", "tokenizers", "jinja2", "tqdm", "shtab", "tokenmill.models", "tokenmill.engine")
 ERRORS = [getattr(errors, name) for name in errors.__all__]
 Body = Callable[[argparse.Namespace, Output], int]
 

@@ -8,10 +8,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from scripts.families.zoo import ZOO, make_model, save_model
+from scripts.families.runners import measure, native_logits
+from scripts.families.zoo import ZOO, make_model, put_on_grid, save_model
 from tokenmill.models.architecture import Architecture
 from tokenmill.models.directory import ModelDirectory
 from tokenmill.models.hf_config import architecture_to_config, read_architecture
+from tokenmill.models.pack import WeightFormat
 from tokenmill.models.torch_twin import TorchDecoder
 
 TOLERANCE = 1e-4
@@ -64,6 +66,33 @@ def test_parameters_are_counted(name: str) -> None:
     total = sum(torch.Size(shape).numel() for shape in shapes.values())
     assert sum(each.numel() for each in model.parameters()) == total == architecture.num_params
     assert {name: tuple(x.shape) for name, x in TorchDecoder(architecture).named_parameters()} == shapes
+
+
+BOUNDS: dict[WeightFormat, tuple[float, float]] = {
+    "bf16": (0.05, 0.001),
+    "w8a8": (0.15, 0.010),
+    "w4a8": (0.12, 0.008),
+}
+"""Root mean square of a logit's error over the spread of logits; KL divergence of the next token, nats."""
+
+
+@pytest.mark.parametrize("weights", BOUNDS)
+@pytest.mark.parametrize("name", ZOO)
+def test_the_engine_s_runner_is_near_transformers(
+    name: str, weights: WeightFormat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKENMILL_HOME", str(tmp_path))
+    model = make_model(name)
+    # Four bits lose nothing more where the weights have no more: the rest is the runner's own rounding.
+    is_4_bits = weights == "w4a8"
+    model = put_on_grid(model) if is_4_bits else model
+    folder = save_model(model, tmp_path / "model", torch.float32 if is_4_bits else torch.bfloat16)
+    tokens = tokens_BT()[0]
+    got_TV = native_logits(ModelDirectory.open(folder), weights, tokens.tolist())
+    distance = measure(got_TV, logits(model)[0].numpy())
+    relative, divergence = BOUNDS[weights]
+    assert distance.relative < relative and distance.kl < divergence, distance
+    assert distance.decided > 0.95, distance
 
 
 def without_scaling(architecture: Architecture) -> Architecture:

@@ -18,6 +18,7 @@ from tokenmill.core.request import (
     Score,
     Tier,
     TokenLogprobs,
+    ToolCall,
     Usage,
 )
 from tokenmill.core.sampling import Grammar, SamplingParams
@@ -40,6 +41,7 @@ __all__ = [
     "Tier",
     "TokenLogprobs",
     "TokenmillError",
+    "ToolCall",
     "Usage",
     "UsageError",
 ]

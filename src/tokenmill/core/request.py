@@ -4,9 +4,10 @@ Plain frozen values. They know their own bounds and nothing about models, so tha
 endpoint and a mock all take and return the same objects.
 """
 
+import json
 import math
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Final, Literal, get_args
 
 from tokenmill.core.errors import UsageError
 from tokenmill.core.sampling import SamplingParams
@@ -19,6 +20,7 @@ __all__ = [
     "Score",
     "Tier",
     "TokenLogprobs",
+    "ToolCall",
     "Usage",
 ]
 
@@ -29,13 +31,73 @@ an error of this request (`Completion.error`), its deadline. A request reaches e
 Tier = Literal["fast", "standard", "batch"]
 """How urgent a request is. Earlier tiers go first; later ones age, so that nobody waits for ever."""
 
+_MAX_NAME_CHARS: Final = 256
+_MAX_TOOL_CALLS: Final = 128
+_MAX_ARGUMENTS_CHARS: Final = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolCall:
+    """A function that the model asked for: `arguments` is the text of a JSON object, `id` may be empty.
+
+    Raises UsageError for a name or id that is too long, and for arguments that are no JSON object.
+    """
+
+    name: str
+    arguments: str
+    id: str = ""
+
+    def __post_init__(self) -> None:
+        _check_name("the name of a tool call", self.name)
+        _check_name("the id of a tool call", self.id)
+        if not self.name:
+            raise UsageError("a tool call has no name", hint="name the function that was called")
+        hint = 'give the text of a JSON object, like \'{"city": "Rome"}\''
+        if not _is_text(self.arguments):
+            kind = type(self.arguments).__name__
+            raise UsageError(f"the arguments of the tool call {self.name!r} are {kind}, no text", hint=hint)
+        if len(self.arguments) > _MAX_ARGUMENTS_CHARS:
+            hint = f"at most {_MAX_ARGUMENTS_CHARS} characters"
+            raise UsageError(f"the arguments of the tool call {self.name!r} are too long", hint=hint)
+        try:
+            is_object = isinstance(json.loads(self.arguments, parse_constant=_no_number), dict)
+        except (ValueError, RecursionError):
+            is_object = False
+        if not is_object:
+            raise UsageError(f"the arguments of the tool call {self.name!r} are no JSON object", hint=hint)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Message:
-    """One turn of a conversation, in the OpenAI shape."""
+    """One turn of a conversation, in the OpenAI shape.
+
+    `content` is text; None only where `tool_calls` stand in its place. A tool's result has the role
+    `tool`, the `tool_call_id` of the call that it answers, and may `name` the function. Raises UsageError
+    for anything else; images, audio and files are not supported.
+    """
 
     role: str
-    content: str
+    content: str | None = None
+    name: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
+
+    def __post_init__(self) -> None:
+        _check_name("the role of a message", self.role)
+        _check_name("the name of a message", self.name)
+        _check_name("the tool_call_id of a message", self.tool_call_id)
+        calls, content = self.tool_calls, self.content
+        if not _are_tool_calls(calls):
+            raise UsageError("tool_calls is no tuple of ToolCall", hint="give tuple[ToolCall, ...]")
+        if len(calls) > _MAX_TOOL_CALLS:
+            raise UsageError(f"a message has {len(calls)} tool calls", hint=f"at most {_MAX_TOOL_CALLS}")
+        if calls and self.role != "assistant":
+            raise UsageError(f"a message of the role {self.role!r} has tool calls", hint="only assistants do")
+        if not (_is_text(content) or (content is None and calls)):
+            raise UsageError(
+                f"the content of a message is {type(content).__name__}, no text",
+                hint="give one string: join text parts; images, audio and files are not supported",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,3 +195,22 @@ class Score:
         if not self.logprobs:
             raise UsageError("nothing was scored", hint="give a text of at least two tokens")
         return math.exp(-self.total / len(self.logprobs))
+
+
+def _check_name(what: str, value: object) -> None:
+    if not isinstance(value, str) or len(value) > _MAX_NAME_CHARS:
+        raise UsageError(
+            f"{what} is {str(value)[:40]!r}", hint=f"use text of up to {_MAX_NAME_CHARS} characters"
+        )
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _are_tool_calls(value: object) -> bool:
+    return isinstance(value, tuple) and all(isinstance(each, ToolCall) for each in value)
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenmill.core import (
     Completion,
@@ -90,12 +91,19 @@ class LLM:
         """
         return self._engine.tokenizer.encode_prompt(text)
 
-    def encode_chat(self, conversation: Sequence[Message]) -> list[int]:
+    def encode_chat(
+        self,
+        conversation: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """The prompt that the model's chat template makes of a conversation, ready for the answer.
 
-        Raises `UsageError` if the model has no template, or the template refuses the conversation.
+        `tools` are functions that the model may call, in the OpenAI shape; `variables` are what else the
+        template asks for, such as `enable_thinking`. Raises `UsageError` if the model has no template, or
+        the template refuses the conversation.
         """
-        return self._engine.encode_chat(conversation)
+        return self._engine.encode_chat(conversation, tools, variables)
 
     def generate(
         self,
@@ -122,11 +130,14 @@ class LLM:
         conversations: Sequence[Sequence[Message]],
         params: SamplingParams | Sequence[SamplingParams],
         *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] | None = None,
         adapter: str = "",
         on_progress: ProgressCallback | None = None,
     ) -> list[Completion]:
-        """Answer each conversation with the model's chat template; the rest as in `generate`."""
-        ids = [self.encode_chat(conversation) for conversation in conversations]
+        """Answer each conversation with the model's chat template; the rest as in `encode_chat`, "
+        "`generate`."""
+        ids = [self.encode_chat(conversation, tools, variables) for conversation in conversations]
         return self.generate_tokens(ids, params, adapter=adapter, on_progress=on_progress)
 
     def generate_tokens(

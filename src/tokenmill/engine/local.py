@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tokenmill.core import Grammar, Message, Request, SamplingParams, UsageError
 from tokenmill.engine.adapters import AdapterSlots
@@ -96,14 +96,22 @@ class LocalEngine:
         """KV blocks that sequences hold; 0 without work."""
         return self._core.scheduler.pool.num_in_use
 
-    def encode_chat(self, conversation: Sequence[Message]) -> list[int]:
+    def encode_chat(
+        self,
+        conversation: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """The prompt that the model's chat template makes of a conversation, ready for the answer.
 
-        Raises `UsageError` if the model has no template, or the template refuses the conversation.
+        `tools` and `variables` as in `ChatTemplate.render`. Raises `UsageError` if the model has no
+        template, or the template refuses the conversation.
         """
         if self._chat_template is None:
             raise UsageError("the model has no chat template", hint="it is a base model: use generate")
-        return encode_chat(self.tokenizer, self._chat_template, conversation)
+        return encode_chat(
+            self.tokenizer, self._chat_template, conversation, tools=tools, variables=variables
+        )
 
     def load_adapter(self, name: str, folder: Path) -> None:
         """Load a LoRA adapter, which requests then name. Errors as in `AdapterSlots.load`."""

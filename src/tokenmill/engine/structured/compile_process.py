@@ -4,28 +4,23 @@ What it does is in `compile_worker`. Here is the engine's end: every wait is bou
 does not answer is killed and replaced at the next grammar.
 """
 
-import contextlib
 import json
-import os
-import selectors
 import subprocess
 import sys
 import threading
-import time
 import weakref
 from collections.abc import Mapping
 from typing import Any, Final
 
 from tokenmill.core import ResourceError
 from tokenmill.engine.structured import compile_worker
-from tokenmill.models.child import end_child
+from tokenmill.models.child import end_child, exchange
 
 __all__ = ["CompileProcess"]
 
 _START_SECONDS: Final = 20.0
 _GRACE_SECONDS: Final = 0.5
 _QUEUE_SECONDS: Final = 10.0
-_PIECE_BYTES: Final = 1 << 16
 
 
 class CompileProcess:
@@ -47,7 +42,7 @@ class CompileProcess:
             raise ResourceError("too many grammars are being compiled", hint="try again later")
         try:
             child = self._started()
-            answer = _exchange(child, _line({"kind": kind, "source": source}), self._seconds)
+            answer = exchange(child, _line({"kind": kind, "source": source}), self._seconds)
             if answer is None:
                 self._stop()
                 raise ResourceError("the process that compiles grammars ended", hint="use another grammar")
@@ -74,7 +69,7 @@ class CompileProcess:
                 start_new_session=True,
             )
             weakref.finalize(self, end_child, self._child)
-            if _exchange(self._child, self._setup, _START_SECONDS) is None:
+            if exchange(self._child, self._setup, _START_SECONDS) is None:
                 self._stop()
                 raise ResourceError("the process that compiles grammars does not start")
         assert self._child is not None
@@ -88,29 +83,3 @@ class CompileProcess:
 
 def _line(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value).encode() + b"\n"
-
-
-def _exchange(child: "subprocess.Popen[bytes]", data: bytes, seconds: float) -> dict[str, Any] | None:
-    """Send a line and receive one, within `seconds` together; None if the child ended or is late."""
-    assert child.stdin is not None and child.stdout is not None
-    deadline = time.monotonic() + seconds
-    unsent, received = memoryview(data), b""
-    os.set_blocking(child.stdin.fileno(), False)
-    with selectors.DefaultSelector() as selector, contextlib.suppress(OSError):
-        selector.register(child.stdin, selectors.EVENT_WRITE)
-        selector.register(child.stdout, selectors.EVENT_READ)
-        while not received.endswith(b"\n"):
-            ready = [key.fileobj for key, _ in selector.select(max(0.0, deadline - time.monotonic()))]
-            if not ready:
-                return None
-            if child.stdin in ready:
-                unsent = unsent[os.write(child.stdin.fileno(), unsent[:_PIECE_BYTES]) :]
-                if not unsent:
-                    selector.unregister(child.stdin)
-            if child.stdout in ready:
-                piece = os.read(child.stdout.fileno(), _PIECE_BYTES)
-                if not piece:
-                    return None
-                received += piece
-        return dict(json.loads(received))
-    return None
