@@ -25,9 +25,9 @@ import numpy.typing as npt
 
 from tokenmill.core.errors import ModelFormatError
 from tokenmill.models.bfloat16 import F32Array, round_to_bf16
-from tokenmill.models.gguf_quants import GROUP, STORED_TYPES, Grid, dequantize, exact_grid
+from tokenmill.models.gguf_quants import STORED_TYPES, Grid, dequantize, exact_grid
 
-__all__ = ["GROUP", "GgufFile", "GgufTensor", "Grid", "MetadataValue"]
+__all__ = ["GgufFile", "GgufTensor", "MetadataValue"]
 
 _MAX_METADATA_KEYS: Final = 4096
 _MAX_TENSORS: Final = 1 << 16

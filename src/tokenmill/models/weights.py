@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 from tokenmill.core.errors import ModelFormatError
 from tokenmill.models.architecture import Architecture
 from tokenmill.models.bfloat16 import F32Array, U16Array
-from tokenmill.models.gguf import Grid
+from tokenmill.models.gguf_quants import Grid
 from tokenmill.models.safetensors import SafetensorsFile
 
 __all__ = ["CheckpointWeights", "WeightSource"]
