@@ -181,7 +181,7 @@ def _compile_unguarded() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))  # the machine is not part of the experiment
     tokens = _PairTokens()
     blank = [b"" if tokens.is_special(i) else token for i, token in enumerate(tokens.tokens)]
-    tokenizer = library_tokenizer(blank, [_END], tokens.encode)
+    tokenizer = library_tokenizer(blank, [_END], tokens.encode_after)
     compilers: dict[str, Callable[[str], str]] = {
         "json_schema": LLMatcher.grammar_from_json_schema,
         "regex": LLMatcher.grammar_from_regex,

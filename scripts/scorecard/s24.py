@@ -34,6 +34,7 @@ from tokenmill.models.tokenizer import Tokenizer
 __all__ = ["FIELDS", "Field", "Subject", "run", "subjects"]
 
 _HARMLESS = "x"
+_UNKNOWN = "\U0010fffe"
 
 
 class Field(NamedTuple):
@@ -139,7 +140,9 @@ def _controls(case: _Case, guard: bool) -> list[int]:
     else:
         subject.whole.encode_special_tokens = False
         ids = subject.whole.encode(subject.template.render(messages), add_special_tokens=False).ids
-    return [token_id for token_id in ids if subject.tokenizer.is_special(token_id)]
+    # Without byte tokens a character may be unknown, and the token for that is no violation.
+    unknown = subject.tokenizer.encode(_UNKNOWN)
+    return [each for each in ids if subject.tokenizer.is_special(each) and each not in unknown]
 
 
 def _passes_the_switch(case: _Case) -> bool:

@@ -230,6 +230,8 @@ def test_the_token_that_begins_a_prompt(tmp_path: Path, is_wanted: bool) -> None
     prefix = [0] if is_wanted else []
     assert llm.encode("hell") == [*prefix, tiny_vocabulary()[0].index("hell")]
     assert llm.encode("") == prefix
+    [score] = llm.score([""], ["hellhell"])
+    assert len(score.logprobs) == (2 if is_wanted else 1)  # a first token is scored after something only
     assert 0 not in llm.encode_chat([Message(role="user", content="hell")])
     assert (
         json.loads((tmp_path / "tokenizer.json").read_text())["post_processor"] is not None or not is_wanted
@@ -258,7 +260,7 @@ def test_what_is_wrong_is_named(tmp_path: Path, problem: str) -> None:
 
 def test_a_vocabulary_beyond_the_embeddings_and_ids_beyond_the_vocabulary(tmp_path: Path) -> None:
     tokens, merges, types = tiny_vocabulary()
-    changes = {"tokens": [*tokens, "more"], "merges": merges, "token_type": [*types, 1]}
+    changes: dict[str, Any] = {"tokens": [*tokens, "more"], "merges": merges, "token_type": [*types, 1]}
     (tmp_path / "model.gguf").write_bytes(
         tiny_gguf(**{f"tokenizer__ggml__{name}": value for name, value in changes.items()})
     )

@@ -4,6 +4,10 @@ Text is what comes out of the tokens' bytes read as UTF-8. Bytes that can never 
 into U+FFFD at once; bytes that may still become one wait for the next token. If the sequence ends there,
 they are dropped: text never ends in half a character, nor in a replacement for one.
 
+A stream continues its prompt, so a token's bytes are shown as they are: the space with which a word of a
+SentencePiece vocabulary begins is part of the text. Prompt and stream together are what `Tokenizer.decode`
+makes of all the tokens.
+
 Token ids, and so usage counts, are not changed by any of this.
 """
 

@@ -5,9 +5,9 @@ for streaming (a character may span tokens), a rebuild from GGUF fields, and bou
 for. Encoding equals the library's own, text by text and between control tokens; a control token is found in
 the raw text, longest first.
 
-A byte-level vocabulary without a normaliser gives back every text exactly. SentencePiece rewrites spaces:
-one is put in front of a text, and taken away when a text is decoded from its start. Tokens that continue a
-text (`encode_after`, `token_bytes`, a stream) have no such space added or taken.
+A byte-level vocabulary with all bytes and no normaliser gives back every text exactly. SentencePiece
+rewrites spaces: one is put in front of a text, and taken away when a text is decoded from its start. Tokens
+that continue a text (`encode_after`, `token_bytes`, a stream) have no such space added or taken.
 """
 
 import re

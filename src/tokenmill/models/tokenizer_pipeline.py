@@ -183,6 +183,8 @@ def _without_controls(
     else:
         # A raw space is in no piece that text is made of: they are stand-ins of bytes, or have ▁ for it.
         names = {text: f" {token_id}" for text, token_id in held.items()}
+        if not model["ignore_merges"] and names.keys().isdisjoint(map("".join, model["merges"])):
+            return inner  # a piece of two characters or more that no merge makes is out of reach
         model["vocab"] = {names.get(text, text): token_id for text, token_id in model["vocab"].items()}
         model["merges"] = [
             pair for pair in model["merges"] if names.keys().isdisjoint((*pair, "".join(pair)))
@@ -288,7 +290,9 @@ def _stand_in_bytes() -> Callable[[str], bytes]:
     alphabet = dict.fromkeys(others, 0xFFFF) | {0x100 + index: byte for index, byte in enumerate(others)}
 
     def written(text: str) -> bytes:
-        stood_for = text.translate(alphabet)
-        return stood_for.encode("latin-1") if max(stood_for, default="") <= "\xff" else text.encode()
+        try:
+            return text.translate(alphabet).encode("latin-1")
+        except UnicodeEncodeError:
+            return text.encode()
 
     return written
