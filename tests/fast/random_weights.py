@@ -32,6 +32,7 @@ class RandomWeights:
     """Weights of an architecture; `bits` 4 or 8 puts the matrices on a grid with groups of 32."""
 
     def __init__(self, architecture: Architecture, *, bits: int | None = None, outlier: float = 1.0) -> None:
+        self.architecture = architecture
         rng = np.random.default_rng(5)
         self._tensors: dict[str, F32Array] = {}
         self._grids: dict[str, Grid] = {}

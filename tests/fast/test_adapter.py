@@ -116,7 +116,7 @@ def test_smoothing_is_named_by_the_input_and_survives_the_cache(tmp_path: Path) 
     for layer in range(2):
         points = ("ln1.hook_normalized", "ln2.hook_normalized", "mlp.hook_post")
         names += [f"blocks.{layer}.{point}" for point in points]
-    write_packed(tmp_path / "cache", packed)
+    write_packed(tmp_path / "cache", packed.pieces())
     kept = read_packed(tmp_path / "cache")
     assert kept is not None
     assert sorted(kept.floats) == sorted(packed.floats)

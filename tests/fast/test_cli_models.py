@@ -54,6 +54,9 @@ def test_a_hugging_face_folder_is_pulled(run: Runner, home: Path, tmp_path: Path
         (("pull", "./nothing.gguf"), 3, "does not exist"),
         (("pull", "{tmp}/bad.gguf"), 4, "{tmp}/bad.gguf: "),
         (("pull", "{tmp}"), 3, "{tmp} is no model directory"),
+        (("pull", "{tmp}/model.safetensors"), 2, "give the folder that it lies in"),
+        (("pull", "{tmp}/broken"), 4, "{tmp}/broken/model.safetensors: "),
+        (("pull", "hf:name"), 2, "the form is hf:OWNER/NAME"),
         (
             ("pull", "{tmp}/good.gguf", "--name", "tiny"),
             5,
@@ -72,6 +75,8 @@ def test_what_cannot_be_done_changes_nothing(
 ) -> None:
     (tmp_path / "bad.gguf").write_bytes(tiny_gguf()[:300])
     (tmp_path / "good.gguf").write_bytes(tiny_gguf())
+    shutil.copytree(tmp_path / "home/models/tiny", tmp_path / "broken")
+    (tmp_path / "broken/model.safetensors").write_bytes(b"")
     before = run("models", "--json").document
     result = run(*(word.replace("{tmp}", str(tmp_path)) for word in words))
     assert result.code == code

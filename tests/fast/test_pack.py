@@ -1,6 +1,8 @@
 """Packed weights hold what they should, come back from disk as they were, and smoothing helps."""
 
 import shutil
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +22,13 @@ from tokenmill.kernels.packing import (
     unpack_i8c,
 )
 from tokenmill.kernels.twin import bf16_values
+from tokenmill.models import weights as weights_module
 from tokenmill.models.compile import forget_packed, load_packed
 from tokenmill.models.directory import ModelDirectory
 from tokenmill.models.layout import compile_plan
 from tokenmill.models.library import Library
-from tokenmill.models.pack import WeightFormat, pack_model
-from tokenmill.models.packed import read_packed, write_packed
+from tokenmill.models.pack import WeightFormat, pack_model, pack_pieces
+from tokenmill.models.packed import ExpertParts, _arrays, read_packed, write_packed
 from tokenmill.models.pull import import_model
 from tokenmill.models.smoothing import activation_peaks, smoothing_factors
 
@@ -109,7 +112,7 @@ def test_eight_bits_are_within_half_a_step() -> None:
 @pytest.mark.parametrize("weights", ["w8a8", "w4a8", "bf16"])
 def test_the_file_gives_back_what_was_packed(tmp_path: Path, weights: WeightFormat) -> None:
     model = pack_model(ARCHITECTURE, RandomWeights(ARCHITECTURE, bits=4), weights)
-    write_packed(tmp_path / "m.packed", model)
+    write_packed(tmp_path / "m.packed", model.pieces())
     back = read_packed(tmp_path / "m.packed")
     assert back is not None
     assert list(back.linears) == list(model.linears)
@@ -122,7 +125,7 @@ def test_the_file_gives_back_what_was_packed(tmp_path: Path, weights: WeightForm
 
 def test_a_damaged_cache_file_is_no_cache(tmp_path: Path) -> None:
     path = tmp_path / "m.packed"
-    write_packed(path, pack_model(ARCHITECTURE, RandomWeights(ARCHITECTURE), "w8a8"))
+    write_packed(path, pack_model(ARCHITECTURE, RandomWeights(ARCHITECTURE), "w8a8").pieces())
     whole = path.read_bytes()
     for cut in (0, 7, 100, len(whole) - 64):
         path.write_bytes(whole[:cut])
@@ -228,3 +231,65 @@ def test_the_cache_follows_the_files_not_the_manifest(tiny_model: ModelDirectory
     (tiny_model.path / "config.json").write_text("damaged")
     forget_packed(tiny_model.path)
     assert len(list((tmp_path / "home" / "cache").iterdir())) == 1
+
+
+@pytest.mark.parametrize("weights", ["w8a8", "w4a8", "bf16"])
+def test_large_matrices_in_parts_are_the_same(monkeypatch: pytest.MonkeyPatch, weights: WeightFormat) -> None:
+    whole = pack_model(ARCHITECTURE, RandomWeights(ARCHITECTURE), weights)
+    monkeypatch.setattr(weights_module, "_PART_WEIGHTS", 1)  # 32 rows at a time
+    parts = pack_model(ARCHITECTURE, RandomWeights(ARCHITECTURE), weights)
+    for name, array in (("head", whole.linears["head"]), ("blocks.1.down", whole.linears["blocks.1.down"])):
+        np.testing.assert_array_equal(parts.linears[name].data, array.data)
+        np.testing.assert_array_equal(parts.linears[name].scales, array.scales)
+        assert parts.linears[name].num_out == array.num_out
+
+
+def packing_peak(path: Path, num_layers: int, weights: WeightFormat) -> int:
+    """Most bytes of arrays at a time while a model of so many layers is packed to a file."""
+    layers = ARCHITECTURE.layers[:1] * num_layers
+    source = RandomWeights(replace(ARCHITECTURE, num_layers=num_layers, layers=layers))
+    sizes = {"ln_final.hook_normalized": 96}
+    for layer in range(num_layers):
+        points = {"ln1.hook_normalized": 96, "ln2.hook_normalized": 96, "mlp.hook_post": 160}
+        sizes |= {f"blocks.{layer}.{point}": size for point, size in points.items()}
+    peaks = {point: np.ones(size, np.float32) for point, size in sizes.items()}
+    tracemalloc.start()
+    pieces = pack_pieces(source.architecture, source, weights, peaks)
+    write_packed(path, pieces)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+@pytest.mark.parametrize("weights", ["w8a8", "w4a8", "bf16"])
+def test_packing_to_a_file_holds_one_piece_at_a_time(tmp_path: Path, weights: WeightFormat) -> None:
+    shallow, deep = tmp_path / "shallow", tmp_path / "deep"
+    growth = packing_peak(deep, 16, weights) - packing_peak(shallow, 2, weights)
+    assert growth < 0.25 * (deep.stat().st_size - shallow.stat().st_size)
+
+
+@pytest.mark.parametrize("weights", ["w8a8", "w4a8", "bf16"])
+def test_the_cached_file_is_what_packing_in_memory_gives(
+    tiny_model: ModelDirectory, tmp_path: Path, weights: WeightFormat
+) -> None:
+    cached = load_packed(tiny_model, weights)
+    expected = pack_model(tiny_model.architecture, tiny_model.weights(), weights)
+    found = dict(cached.pieces())
+    assert set(found) == {name for name, _ in expected.pieces()}
+    for name, piece in expected.pieces():
+        assert not isinstance(piece, ExpertParts)
+        other_piece = found[name]
+        assert not isinstance(other_piece, ExpertParts)
+        pairs = zip(_arrays(name, piece), _arrays(name, other_piece), strict=True)
+        for (_, one), (_, other) in pairs:
+            np.testing.assert_array_equal(one, other)
+    assert len(list((tmp_path / "home/cache").iterdir())) == 1, "nothing else is left"
+
+
+def test_w4a8_without_a_grid_has_embeddings_within_half_a_step() -> None:
+    source = RandomWeights(ARCHITECTURE)
+    table = pack_model(ARCHITECTURE, source, "w4a8").embed
+    scales = table.scales.astype(np.float32)[:, :, None]
+    back = (table.data.reshape(100, -1, 32) * scales).reshape(100, 96)
+    error = np.abs(back - source.float32("model.embed_tokens.weight")).reshape(100, -1, 32)
+    assert table.data.dtype == np.int8 and (error <= 0.55 * scales).all()

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import struct
 import time
 from pathlib import Path
@@ -164,3 +165,21 @@ def test_mutations_are_read_or_refused(tmp_path: Path, data: st.DataObject) -> N
                 file.shape(name)
     except ModelFormatError as error:
         assert "model.safetensors" in error.message
+
+
+def resident_file_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.findall(r"^RssFile:\s+(\d+) kB", status, flags=re.MULTILINE)[0])
+
+
+def test_a_file_that_was_read_is_not_resident(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    names = [f"t{number}" for number in range(8)]
+    values = np.zeros((1024, 1024), np.float32)
+    write_safetensors(path, dict.fromkeys(names, values.shape), "F32", lambda _: values)
+    with SafetensorsFile.open(path) as file:
+        before = resident_file_bytes()
+        for name in names:
+            file.float32(name)
+            file.bf16(name, slice(32, 64))
+        assert resident_file_bytes() - before < 8 << 20, "of 32 MiB"

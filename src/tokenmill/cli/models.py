@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,21 +12,35 @@ from tokenmill.cli.output import Output, format_bytes, format_count
 from tokenmill.core import TokenmillError, UsageError
 
 if TYPE_CHECKING:
+    from tokenmill.models.directory import ModelDirectory
     from tokenmill.models.library import Library
 
 __all__ = ["add_parser"]
 
 _PULL = """\
-Get a model into the store: one of the catalogue by its name (`tokenmill models` lists them), or a local GGUF
-file or Hugging Face folder by its path. What is there and verifies is not downloaded again.
+Get a model into the store: one of the catalogue by its name (`tokenmill models` lists them), a local GGUF
+file or Hugging Face folder by its path, or one of the hub:
+
+  hf:OWNER/NAME[@REVISION]             its safetensors, in one file or in shards
+  hf:OWNER/NAME/FILE.gguf[@REVISION]   one GGUF file
+
+What is there and verifies is not downloaded again, and a download that was stopped goes on where it was. A
+REVISION is a commit, 40 hex digits; without one it is the newest, which `tokenmill show` then names. HF_TOKEN
+is a token for gated and private models, HF_ENDPOINT another hub.
 """
 
 
 def add_parser(subparsers: Subparsers) -> None:
     """Add `pull`, `models` and `rm`."""
     pull = add_command(subparsers, "pull", _pull, summary="get a model", description=_PULL)
-    pull.add_argument("source", metavar="NAME|PATH", help="a name of the catalogue, a GGUF file or a folder")
-    pull.add_argument("--name", metavar="NAME", help="what to call a local model (default: its file's name)")
+    pull.add_argument(
+        "source",
+        metavar="NAME|PATH|hf:...",
+        help="a name of the catalogue, a file or folder, or a model of the hub",
+    )
+    pull.add_argument(
+        "--name", metavar="NAME", help="what to call it (default: its own name); not for the catalogue"
+    )
     add_command(subparsers, "models", _models, summary="list the models that are here, and those to pull")
     remove = add_command(subparsers, "rm", _remove, summary="remove a model from the store")
     remove.add_argument("name", metavar="NAME", help="a name of `tokenmill models`")
@@ -33,16 +48,8 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def _pull(args: argparse.Namespace, out: Output) -> int:
-    from tokenmill.models.catalog import CATALOG
     from tokenmill.models.library import Library
-    from tokenmill.models.pull import import_model, pull
 
-    path = Path(args.source).expanduser()
-    is_path = args.source not in CATALOG and (path.exists() or _looks_like_path(args.source))
-    if args.name is not None and not is_path:
-        raise UsageError("--name is for a local file or folder", hint="leave it out, or give a path")
-    if is_path:
-        _check_source(path)
     stages: list[str] = []
     with out.progress() as bar:
 
@@ -54,11 +61,7 @@ def _pull(args: argparse.Namespace, out: Output) -> int:
             if stage not in ("present", "done"):
                 bar(stage, done, total)
 
-        library = Library()
-        if is_path:
-            model = import_model(path, library, args.name or "", progress)
-        else:
-            model = pull(args.source, library, progress)
+        model = _pulled(args, out, Library(), progress)
     is_present = "present" in stages
     num_bytes = _size(model.path)
     state = "is here already and verified" if is_present else "is ready"
@@ -69,10 +72,35 @@ def _pull(args: argparse.Namespace, out: Output) -> int:
             "path": str(model.path),
             "num_bytes": num_bytes,
             "digest": model.digest,
+            "source": model.manifest.source if model.manifest else "",
             "present": is_present,
         }
     )
     return 0
+
+
+def _pulled(
+    args: argparse.Namespace, out: Output, library: "Library", progress: Callable[[str, int, int], None]
+) -> "ModelDirectory":
+    """The model from wherever the source says."""
+    from tokenmill.models.catalog import CATALOG
+    from tokenmill.models.hub import HubModel, HubSource
+    from tokenmill.models.pull import import_model, pull, pull_from_hub
+
+    def announce(found: HubModel) -> None:
+        size = format_bytes(found.num_bytes)
+        out.note(f"{found.source.repository} at {found.commit}: {len(found.files)} files, {size}")
+
+    if args.source.startswith("hf:"):
+        return pull_from_hub(HubSource.parse(args.source), library, args.name or "", progress, announce)
+    path = Path(args.source).expanduser()
+    if args.source not in CATALOG and (path.exists() or _looks_like_path(args.source)):
+        _check_source(path)
+        return import_model(path, library, args.name or "", progress)
+    if args.name is not None:
+        hint = "leave it out, or give a path"
+        raise UsageError("--name is for a local file or folder or a model of the hub", hint=hint)
+    return pull(args.source, library, progress)
 
 
 def _check_source(path: Path) -> None:
@@ -82,8 +110,10 @@ def _check_source(path: Path) -> None:
     from tokenmill.models.gguf import GgufFile
 
     if path.is_dir():
-        ModelDirectory.open(path)
-    elif path.exists():
+        ModelDirectory.open(path).weights()
+    elif path.suffix in (".safetensors", ".json"):
+        raise UsageError(f"{path} is a part of a model", hint="give the folder that it lies in")
+    elif path.is_file():
         with GgufFile.open(path) as gguf:
             gguf_architecture(gguf)
 

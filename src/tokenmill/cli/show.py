@@ -1,21 +1,31 @@
 """`tokenmill show`: what a model is, what a token of it costs, and where it came from."""
 
 import argparse
+import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 from tokenmill.cli.arguments import WEIGHTS, Subparsers, add_command, add_model_argument, open_model
 from tokenmill.cli.output import Output, format_bytes, format_count, format_table
 
 if TYPE_CHECKING:
+    from tokenmill.models.architecture import Architecture
     from tokenmill.models.directory import ModelDirectory
+    from tokenmill.models.fit import Fit
 
-__all__ = ["add_parser", "weight_bytes"]
+__all__ = ["add_parser", "byte_size", "weight_bytes"]
 
 _DESCRIPTION = """\
 Architecture, costs, licence, lineage and hashes of a model. Bytes of a weight format are those of the
 matrices that one generated token reads. FLOPs count two for a multiply-accumulate.
+
+MODEL may be a config.json alone, without weights. --fit says which weight and KV formats run in so much
+memory, and how long one sequence may then be; every byte counts, mapped files too.
 """
+
+_SIZE: Final = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s*([kmgt]i?)?b?", flags=re.ASCII | re.IGNORECASE)
+_POWERS: Final = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -24,16 +34,31 @@ def add_parser(subparsers: Subparsers) -> None:
         subparsers, "show", _show, summary="what a model is and what it costs", description=_DESCRIPTION
     )
     add_model_argument(parser)
+    parser.add_argument(
+        "--fit", type=byte_size, metavar="SIZE", help="what fits in so much memory, for example 3GB or 3GiB"
+    )
+
+
+def byte_size(text: str) -> int:
+    """An argument that is a size: `3GB`, `2.5GiB`, `800 MB`, `1000`; units count in thousands or 1024s."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 3GB or 3GiB")
+    unit = (match[2] or "").lower()
+    scale: int = (1024 if unit.endswith("i") else 1000) ** _POWERS[unit[:1]]
+    return round(float(match[1]) * scale)
 
 
 def weight_bytes(model: "ModelDirectory") -> dict[str, int]:
     """Bytes of matrices that one generated token reads, by weight format, without padding."""
-    architecture = model.architecture
+    return _weight_bytes(model.architecture, _grid_bytes(model))
+
+
+def _weight_bytes(architecture: "Architecture", w4a8: int | None) -> dict[str, int]:
     head = (architecture.vocab_size, architecture.hidden_size)
     blocks = architecture.active_shapes()
     num_weights = sum(rows * columns for rows, columns in [*blocks, head])
     channel_scales = 4 * sum(rows for rows, _ in [*blocks, head])
-    w4a8 = _grid_bytes(model)
     if w4a8 is None:  # 4 bits with a scale and a minimum of 16 bits for 32 weights; the head in 8 bits
         w4a8 = sum(rows * columns * 5 // 8 for rows, columns in blocks) + head[0] * (head[1] + 4)
     return dict(zip(WEIGHTS, (num_weights + channel_scales, w4a8, 2 * num_weights), strict=True))
@@ -53,21 +78,77 @@ def _grid_bytes(model: "ModelDirectory") -> int | None:
 
 
 def _show(args: argparse.Namespace, out: Output) -> int:
-    model = open_model(args.model)
-    fields = _fields(model)
-    out.text(format_table([], list(_rows(model, fields))))
+    from tokenmill.models.fit import find_fits
+    from tokenmill.models.hf_config import load_json_object, read_architecture
+
+    path = Path(args.model).expanduser()
+    if path.suffix == ".json" and path.is_file():
+        source = None
+        architecture = read_architecture(load_json_object(path), str(path))
+        fields = {
+            "name": path.name,
+            "path": str(path),
+            **_costs(architecture, _weight_bytes(architecture, None)),
+        }
+        rows = [["path", fields["path"]], *_cost_rows(fields)]
+    else:
+        model = open_model(args.model)
+        source = model.weights() if args.fit else None
+        architecture, fields = model.architecture, _fields(model)
+        rows = list(_rows(model, fields))
+    out.text(format_table([], rows))
+    if args.fit:
+        fits = find_fits(architecture, args.fit, source=source)
+        fields["fit"] = {"limit_bytes": args.fit, "formats": [_fit_fields(fit) for fit in fits]}
+        out.text(f"\nin {format_bytes(args.fit)}, one sequence:")
+        header = ["weights", "KV", "context", "bytes", "of weights", "embeddings", "KV", "step", "process"]
+        out.table(header, [_fit_row(fit) for fit in fits])
     out.document(fields)
     return 0
 
 
+def _fit_fields(fit: "Fit") -> dict[str, Any]:
+    parts = {name: getattr(fit.footprint, name) for name in ("weights", "embeddings", "kv", "steps", "base")}
+    return {
+        "weights": fit.weights,
+        "kv_dtype": fit.kv_dtype,
+        "fits": fit.context > 0,
+        "context": fit.context,
+        "bytes": {**parts, "total": fit.footprint.total},
+    }
+
+
+def _fit_row(fit: "Fit") -> list[str]:
+    parts = fit.footprint
+    sizes = (parts.total, parts.weights, parts.embeddings, parts.kv, parts.steps, parts.base)
+    context = str(fit.context) if fit.context else "too large"
+    return [fit.weights, fit.kv_dtype, context, *map(format_bytes, sizes)]
+
+
 def _fields(model: "ModelDirectory") -> dict[str, Any]:
-    architecture, manifest = model.architecture, model.manifest
-    full = architecture.max_positions
-    macs = 2 * architecture.macs_per_token
+    manifest = model.manifest
     return {
         "name": model.name,
         "path": str(model.path),
         "digest": model.digest,
+        **_costs(model.architecture, weight_bytes(model)),
+        "chat_template": model.chat_template() is not None,
+        "bytes_on_disk": sum(file.stat().st_size for file in model.path.iterdir() if file.is_file()),
+        "licences": list(manifest.licences) if manifest else [],
+        "source": manifest.source if manifest else "",
+        "quantisation": manifest.quantisation if manifest else "",
+        "parent": manifest.parent if manifest else "",
+        "recipe": dict(manifest.recipe) if manifest else {},
+        "made_by": manifest.made_by if manifest else "",
+        "files": _files(model),
+    }
+
+
+def _costs(architecture: "Architecture", weights: dict[str, int]) -> dict[str, Any]:
+    """What follows from the architecture alone, and the bytes of each weight format."""
+    full, flops = architecture.max_positions, 2 * architecture.macs_per_token
+    experts = architecture.experts
+    return {
         "architecture": {
             "family": architecture.family,
             "num_layers": architecture.num_layers,
@@ -78,23 +159,16 @@ def _fields(model: "ModelDirectory") -> dict[str, Any]:
             "head_dim": architecture.head_dim,
             "vocab_size": architecture.vocab_size,
             "tied_embeddings": architecture.tied_embeddings,
+            "num_experts": experts.num_experts if experts else 0,
+            "num_active_experts": experts.num_active if experts else 0,
         },
         "num_params": architecture.num_params,
         "num_active_params": architecture.num_active_params,
         "context": full,
-        "chat_template": model.chat_template() is not None,
-        "bytes_on_disk": sum(file.stat().st_size for file in model.path.iterdir() if file.is_file()),
-        "weight_bytes": weight_bytes(model),
+        "weight_bytes": weights,
         "kv_bytes_per_token": architecture.kv_bytes_per_token(),
-        "flops_per_token": macs,
-        "flops_per_token_at_full_context": macs + architecture.attention_flops(full),
-        "licences": list(manifest.licences) if manifest else [],
-        "source": manifest.source if manifest else "",
-        "quantisation": manifest.quantisation if manifest else "",
-        "parent": manifest.parent if manifest else "",
-        "recipe": dict(manifest.recipe) if manifest else {},
-        "made_by": manifest.made_by if manifest else "",
-        "files": _files(model),
+        "flops_per_token": flops,
+        "flops_per_token_at_full_context": flops + architecture.attention_flops(full),
     }
 
 
@@ -107,27 +181,13 @@ def _files(model: "ModelDirectory") -> dict[str, dict[str, Any]]:
 
 def _rows(model: "ModelDirectory", fields: dict[str, Any]) -> Iterator[list[str]]:
     """Name and value, line by line."""
-    shape = fields["architecture"]
     yield ["model", fields["name"]]
     yield ["path", fields["path"]]
     yield ["source", fields["source"] or "not stated"]
     yield ["licence", ", ".join(fields["licences"]) or "not stated"]
-    yield [
-        "architecture",
-        f"{shape['family']}, {shape['num_layers']} layers of width {shape['hidden_size']} "
-        f"(inner {shape['intermediate_size']}), {shape['num_heads']} query and {shape['num_kv_heads']} "
-        f"KV heads of {shape['head_dim']}, vocabulary {shape['vocab_size']}",
-    ]
-    counts = format_count(fields["num_params"]), format_count(fields["num_active_params"])
-    yield ["parameters", f"{counts[0]} ({fields['num_params']}), active {counts[1]}"]
-    yield ["context", f"{fields['context']} tokens"]
+    yield from _cost_rows(fields)
     yield ["chat template", "yes" if fields["chat_template"] else "no"]
     yield ["on disk", format_bytes(fields["bytes_on_disk"])]
-    sizes = ", ".join(f"{name} {format_bytes(size)}" for name, size in fields["weight_bytes"].items())
-    yield ["weights read per token", sizes]
-    yield ["KV cache per token", f"{fields['kv_bytes_per_token']} B"]
-    full = format_count(fields["flops_per_token_at_full_context"])
-    yield ["FLOPs per token", f"{format_count(fields['flops_per_token'])}, at full context {full}"]
     yield ["quantisation", fields["quantisation"] or "none"]
     yield ["parent", fields["parent"] or "none"]
     for name, value in fields["recipe"].items():
@@ -136,3 +196,27 @@ def _rows(model: "ModelDirectory", fields: dict[str, Any]) -> Iterator[list[str]
     yield ["digest", fields["digest"]]
     for name, entry in fields["files"].items():
         yield [f"sha256 {name}", entry["sha256"]]
+
+
+def _cost_rows(fields: dict[str, Any]) -> Iterator[list[str]]:
+    """The lines about `_costs`."""
+    shape = fields["architecture"]
+    experts = ""
+    if shape["num_experts"]:
+        experts = f", {shape['num_experts']} experts of which a token takes {shape['num_active_experts']}"
+    yield [
+        "architecture",
+        f"{shape['family']}, {shape['num_layers']} layers of width {shape['hidden_size']} "
+        f"(inner {shape['intermediate_size']}), {shape['num_heads']} query and {shape['num_kv_heads']} "
+        f"KV heads of {shape['head_dim']}, vocabulary {shape['vocab_size']}{experts}",
+    ]
+    counts = [
+        f"{format_count(fields[name])} ({fields[name]})" for name in ("num_params", "num_active_params")
+    ]
+    yield ["parameters", f"{counts[0]}, active {counts[1]}"]
+    yield ["context", f"{fields['context']} tokens"]
+    sizes = ", ".join(f"{name} {format_bytes(size)}" for name, size in fields["weight_bytes"].items())
+    yield ["weights read per token", sizes]
+    yield ["KV cache per token", f"{fields['kv_bytes_per_token']} B"]
+    full = format_count(fields["flops_per_token_at_full_context"])
+    yield ["FLOPs per token", f"{format_count(fields['flops_per_token'])}, at full context {full}"]

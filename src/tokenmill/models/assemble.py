@@ -7,19 +7,21 @@ template, every tensor) is opened once here, so that a bad file fails at import 
 
 import json
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from tokenmill import __version__
-from tokenmill.core import Message, UsageError
+from tokenmill.core import Message, ModelFormatError, UsageError
 from tokenmill.models.architecture import Architecture
+from tokenmill.models.checkpoint import INDEX_NAME, WEIGHTS_NAME, is_shard_name
 from tokenmill.models.convert import GgufWeights, gguf_architecture
-from tokenmill.models.directory import LAYOUT, ModelDirectory
+from tokenmill.models.directory import ModelDirectory, layout_files
 from tokenmill.models.fetch import Progress
 from tokenmill.models.files import atomic_file, copy_file, disk_errors, hash_file
 from tokenmill.models.gguf import GgufFile
@@ -28,8 +30,12 @@ from tokenmill.models.hf_config import architecture_to_config
 from tokenmill.models.manifest import DeclaredCosts, FileEntry, Manifest
 from tokenmill.models.safetensors import StoredArray, write_safetensors
 from tokenmill.models.tokenizer import Tokenizer
+from tokenmill.models.weights import bf16_parts
 
-__all__ = ["Origin", "from_gguf", "from_hf_folder", "write_manifest"]
+__all__ = ["Origin", "from_gguf", "from_hf_folder", "hf_files", "take_file", "write_manifest"]
+
+_MAX_SMALL_BYTES: Final = 64 << 20
+"""Of a file that is not weights; tokenizers of large vocabularies have half of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,18 +81,20 @@ def from_gguf(staging: Path, origin: Origin, progress: Progress) -> None:
     )
 
 
-def from_hf_folder(folder: Path, staging: Path, origin: Origin, progress: Progress) -> None:
+def from_hf_folder(
+    folder: Path, staging: Path, origin: Origin, progress: Progress, *, link: bool = False
+) -> None:
     """Copy the known files of a Hugging Face folder into `staging`, check them, and add a manifest.
 
-    Only files that are ever read are taken, never code. Raises ModelFormatError or StorageError.
+    Only files that are ever read are taken, never code. With `link` they become hard links, for a folder
+    that nobody writes to any more. Raises ModelFormatError or StorageError.
     """
-    names = [name for name in LAYOUT if name != "model.gguf" and (folder / name).is_file()]
+    names = hf_files(folder)
+    _check_sources(folder, names)
     for name in names:
-        with disk_errors(folder / name), (folder / name).open("rb") as source:
-            size = os.fstat(source.fileno()).st_size
-            with atomic_file(staging / name) as target:
-                copy_file(source, target, size, partial(_report, progress, size))
+        take_file(folder / name, staging / name, progress, link=link)
     _check(staging)
+    _check_finite(staging, progress)
     write_manifest(
         staging,
         Manifest(
@@ -100,13 +108,44 @@ def from_hf_folder(folder: Path, staging: Path, origin: Origin, progress: Progre
     )
 
 
+def _check_sources(folder: Path, names: Sequence[str]) -> None:
+    """Refuse links that leave the folder (or the hub's cache that it is of), and endless small files."""
+    root = folder.resolve()
+    roots = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
+    for name in names:
+        path = folder / name
+        if not any(path.resolve().is_relative_to(each) for each in roots):
+            raise ModelFormatError(
+                f"{path}: is a link to a file outside the folder", hint="put the file itself into the folder"
+            )
+        if not name.endswith(".safetensors") and path.stat().st_size > _MAX_SMALL_BYTES:
+            raise ModelFormatError(f"{path}: has {path.stat().st_size} bytes, at most {_MAX_SMALL_BYTES}")
+
+
+def take_file(source: Path, target: Path, progress: Progress, *, link: bool = False) -> None:
+    """Copy a file, or with `link` give it a second name where the file system can. Raises StorageError."""
+    if link and _linked(source, target):
+        return
+    with disk_errors(source), source.open("rb") as reader:
+        size = os.fstat(reader.fileno()).st_size
+        with atomic_file(target) as writer:
+            copy_file(reader, writer, size, partial(_report, progress, size))
+
+
+def hf_files(folder: Path) -> list[str]:
+    """Names of the files that `from_hf_folder` takes: one form of the weights, and what goes with them."""
+    names = [name for name in layout_files(folder) if name != "model.gguf"]
+    if WEIGHTS_NAME in names:
+        return [name for name in names if name != INDEX_NAME and not is_shard_name(name)]
+    return names
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest` with the hashes of every file that `folder` has now. Raises StorageError."""
     files = {}
-    for name in LAYOUT:
+    for name in layout_files(folder):
         path = folder / name
-        if path.is_file():
-            files[name] = FileEntry(sha256=hash_file(path), num_bytes=path.stat().st_size)
+        files[name] = FileEntry(sha256=hash_file(path), num_bytes=path.stat().st_size)
     replace(manifest, files=files, made_by=f"tokenmill {__version__}").write(folder)
 
 
@@ -128,7 +167,9 @@ def _convert_weights(staging: Path, gguf: GgufFile, architecture: Architecture, 
 
 def _write_small_files(staging: Path, gguf: GgufFile, architecture: Architecture) -> None:
     tokenizer = Tokenizer.from_gguf(gguf)
-    template = gguf.metadata.get("tokenizer.chat_template")
+    template = gguf.metadata.get("tokenizer.chat_template", "")
+    if not isinstance(template, str):
+        raise ModelFormatError(f"{gguf.path}: tokenizer.chat_template is no text")
     config = architecture_to_config(architecture)
     eos = config["eos_token_id"]
     files = {
@@ -137,7 +178,7 @@ def _write_small_files(staging: Path, gguf: GgufFile, architecture: Architecture
         "tokenizer.json": tokenizer.to_json(),
         "tokenizer_config.json": json.dumps(_tokenizer_config(gguf, tokenizer, architecture), indent=2),
     }
-    if isinstance(template, str) and template:
+    if template:
         files["chat_template.jinja"] = template
     for name, text in files.items():
         with atomic_file(staging / name) as file:
@@ -171,6 +212,26 @@ def _check(staging: Path) -> None:
     if template is not None:
         with suppress(UsageError):  # a template may refuse this conversation and still be sound
             template.render([Message(role="user", content="Hello")])
+
+
+def _check_finite(staging: Path, progress: Progress) -> None:
+    """Raise ModelFormatError if a weight is NaN or infinite in bfloat16."""
+    weights = ModelDirectory.open(staging).weights()
+    names = weights.names()
+    for done, name in enumerate(names):
+        progress("check", done, len(names))
+        for bits in bf16_parts(weights, name):
+            if np.any((bits & 0x7F80) == 0x7F80):
+                raise ModelFormatError(f"{staging}: tensor {name} is not finite")
+
+
+def _linked(source: Path, target: Path) -> bool:
+    """Give the file a second name; False where the file system has no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        return False
+    return True
 
 
 def _quantisation(kinds: list[str], has_grid: bool) -> str:

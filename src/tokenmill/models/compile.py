@@ -14,16 +14,16 @@ from typing import TypeAlias
 from tokenmill.core import StorageError, UsageError
 from tokenmill.kernels import KV_BLOCK, Executor, KvDtype
 from tokenmill.kernels import create_executor as create_plan_executor
-from tokenmill.models.directory import ModelDirectory
+from tokenmill.models.directory import ModelDirectory, layout_files
 from tokenmill.models.files import disk_errors
 from tokenmill.models.hf_config import architecture_to_config
 from tokenmill.models.layout import compile_plan
-from tokenmill.models.pack import WEIGHT_FORMATS, WeightFormat, pack_model
-from tokenmill.models.packed import PackedModel, read_packed, write_packed
+from tokenmill.models.pack import WEIGHT_FORMATS, WeightFormat, input_peaks, pack_model, pack_pieces
+from tokenmill.models.packed import PackedModel, read_packed, scratch_packed, write_packed
 
 __all__ = ["ExecutorConfig", "ExecutorFactory", "create_executor", "forget_packed", "load_packed"]
 
-_LAYOUT_VERSION = 5
+_LAYOUT_VERSION = 6
 """Part of every cache file's name: raise it when packing or smoothing changes."""
 
 
@@ -64,19 +64,31 @@ def load_packed(directory: ModelDirectory, weights: WeightFormat) -> PackedModel
     """The packed weights, from the cache where it has them; else packed now, and cached if the disk lets."""
     if weights not in WEIGHT_FORMATS:
         raise UsageError(f"weights is {weights!r}", hint=f"use one of {', '.join(WEIGHT_FORMATS)}")
-    prefix = _prefix(directory.path, weights)
-    path = _cache_folder() / f"{prefix}{_fingerprint(directory)}.packed"
+    path = _cache_path(directory, weights)
     if (cached := read_packed(path)) is not None:
         return cached
-    model = pack_model(directory.architecture, directory.weights(), weights)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _forget(prefix)
-        write_packed(path, model)
+        _forget(_prefix(directory.path, weights))
+        _pack_into(path, directory, weights)
     except (OSError, StorageError):
-        # A cache that cannot be written costs start-up time only.
-        return model
-    return read_packed(path) or model
+        # A cache that cannot be written costs start-up time and memory only.
+        return pack_model(directory.architecture, directory.weights(), weights)
+    return read_packed(path) or pack_model(directory.architecture, directory.weights(), weights)
+
+
+def _pack_into(path: Path, directory: ModelDirectory, weights: WeightFormat) -> None:
+    """Pack piece by piece; for w8a8 the bf16 form is a file too, the cached one or one for the moment."""
+    architecture, source = directory.architecture, directory.weights()
+    peaks = None
+    if weights == "w8a8":
+        plain = read_packed(_cache_path(directory, "bf16"))
+        if plain is not None:
+            peaks = input_peaks(architecture, plain)
+        else:
+            with scratch_packed(path.parent, pack_pieces(architecture, source, "bf16")) as plain:
+                peaks = input_peaks(architecture, plain)
+    write_packed(path, pack_pieces(architecture, source, weights, peaks))
 
 
 def forget_packed(path: Path) -> None:
@@ -91,6 +103,11 @@ def _forget(prefix: str) -> None:
         path.unlink(missing_ok=True)
 
 
+def _cache_path(directory: ModelDirectory, weights: WeightFormat) -> Path:
+    prefix = _prefix(directory.path, weights)
+    return _cache_folder() / f"{prefix}{_fingerprint(directory)}.packed"
+
+
 def _prefix(path: Path, weights: WeightFormat) -> str:
     """What the names of one model's cache files in one format begin with, whatever it held before."""
     return hashlib.sha256(f"{weights} {path.resolve()}".encode()).hexdigest()[:16] + "-"
@@ -98,8 +115,8 @@ def _prefix(path: Path, weights: WeightFormat) -> str:
 
 def _fingerprint(directory: ModelDirectory) -> str:
     """Changes with the files themselves: a manifest's word for them is not taken."""
-    files = [directory.path / name for name in ("model.safetensors", "model.gguf")]
-    stats = [path.stat() for path in files if path.is_file()]
+    names = [name for name in layout_files(directory.path) if name.partition(".")[0].startswith("model")]
+    stats = [(directory.path / name).stat() for name in names]
     marks = [(each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns) for each in stats]
     config = json.dumps(architecture_to_config(directory.architecture), sort_keys=True)
     return hashlib.sha256(f"{_LAYOUT_VERSION} {marks} {config}".encode()).hexdigest()[:16]

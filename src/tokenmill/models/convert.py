@@ -89,12 +89,12 @@ class _Description:
         self._source = str(gguf.path)
         name = gguf.metadata.get("general.architecture")
         names = sorted({family.gguf_name for family in FAMILIES.values()})
-        if name not in names:
+        if not isinstance(name, str) or name not in names:
             shown = str(name)[:40]
             raise ModelFormatError(
                 f"{self._source}: general.architecture is {shown!r}", hint=f"supported: {', '.join(names)}"
             )
-        self._name = str(name)
+        self._name = name
 
     def architecture(self) -> Architecture:
         for key, neutral in _NEUTRAL.items():
@@ -115,9 +115,12 @@ class _Description:
 
     def _value(self, key: str) -> Any:
         """One number, text or flag; None if it is absent."""
-        value = self._gguf.metadata.get(f"{self._name}.{key}")
+        return self._scalar(f"{self._name}.{key}")
+
+    def _scalar(self, key: str) -> Any:
+        value = self._gguf.metadata.get(key)
         if value is not None and not isinstance(value, int | float | str):
-            raise ModelFormatError(f"{self._source}: {self._name}.{key} is a list, expected one value")
+            raise ModelFormatError(f"{self._source}: {key} is a list, expected one value")
         return _shortest(value)
 
     def _needed(self, key: str) -> Any:
@@ -141,7 +144,7 @@ class _Description:
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
         are_sizes = isinstance(hidden, int) and isinstance(heads, int) and heads > 0
         tensors, tokens = self._gguf.tensors, "tokenizer.ggml"
-        ends = (self._gguf.metadata.get(f"{tokens}.{key}") for key in _END_TOKENS)
+        ends = (self._scalar(f"{tokens}.{key}") for key in _END_TOKENS)
         return config | {
             "vocab_size": self._gguf.tensor("token_embd.weight").shape[0],
             "num_key_value_heads": self._value("attention.head_count_kv") or heads,
@@ -152,7 +155,7 @@ class _Description:
             "mlp_bias": "blk.0.ffn_up.bias" in tensors,
             "rope_theta": self._value("rope.freq_base"),
             "rope_scaling": self._rope_scaling(),
-            "bos_token_id": self._gguf.metadata.get(f"{tokens}.bos_token_id"),
+            "bos_token_id": self._scalar(f"{tokens}.bos_token_id"),
             "eos_token_id": list(dict.fromkeys(each for each in ends if each is not None)),
             **self._windows(family),
             **self._experts(family),

@@ -1,12 +1,13 @@
 """One model on disk: the Hugging Face layout plus `tokenmill.json`.
 
     config.json  model.safetensors  tokenizer.json      what transformers and vLLM open, unchanged
+    model.safetensors.index.json  model-0000i-of-0000n.safetensors    the weights instead, in shards
     tokenizer_config.json  chat_template.jinja  generation_config.json
     model.gguf                                          the quantised original, for its exact grid
     tokenmill.json                                      hashes, lineage, licences, declared costs
 
 Opening reads the small files only; weights, tokenizer and template are opened when asked for. A folder
-without a manifest opens too, but cannot be verified. Sharded checkpoints are not covered.
+without a manifest opens too, but cannot be verified.
 """
 
 import hashlib
@@ -18,27 +19,28 @@ from typing import Any, Final
 from tokenmill.core.errors import ModelFormatError, NotFoundError, StorageError
 from tokenmill.models.architecture import Architecture
 from tokenmill.models.chat_template import MAX_TEMPLATE_CHARS, ChatTemplate
+from tokenmill.models.checkpoint import INDEX_NAME, WEIGHTS_NAME, Checkpoint, is_shard_name
 from tokenmill.models.convert import GgufWeights
 from tokenmill.models.files import disk_errors, hash_file
 from tokenmill.models.gguf import GgufFile
 from tokenmill.models.hf_config import load_json_object, read_architecture
 from tokenmill.models.manifest import MANIFEST_NAME, Manifest
-from tokenmill.models.safetensors import SafetensorsFile
 from tokenmill.models.tokenizer import Tokenizer
 from tokenmill.models.weights import CheckpointWeights, WeightSource
 
-__all__ = ["LAYOUT", "ModelDirectory"]
+__all__ = ["LAYOUT", "ModelDirectory", "is_layout_name", "layout_files"]
 
 LAYOUT: Final = (
     "config.json",
-    "model.safetensors",
+    WEIGHTS_NAME,
+    INDEX_NAME,
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
     "generation_config.json",
     "model.gguf",
 )
-"""Every file that is ever read from a model directory, besides the manifest."""
+"""Every file that is ever read from a model directory, besides shards and the manifest."""
 
 
 class ModelDirectory:
@@ -75,8 +77,7 @@ class ModelDirectory:
         """The model's identity, from the manifest; without one, from hashing every file (slow)."""
         if self.manifest is not None:
             return self.manifest.digest
-        present = [name for name in sorted(LAYOUT) if (self.path / name).is_file()]
-        lines = (f"{name} {hash_file(self.path / name)}\n" for name in present)
+        lines = (f"{name} {hash_file(self.path / name)}\n" for name in sorted(layout_files(self.path)))
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def weights(self) -> WeightSource:
@@ -84,7 +85,7 @@ class ModelDirectory:
 
         Raises ModelFormatError naming the tensor that is missing, extra or of another shape.
         """
-        checkpoint = SafetensorsFile.open(self.path / "model.safetensors")
+        checkpoint = Checkpoint.open(self.path)
         found = {name: checkpoint.shape(name) for name in checkpoint.names()}
         expected = self.architecture.stored_shapes()
         for name in sorted(set(found) ^ set(expected)):
@@ -133,8 +134,8 @@ class ModelDirectory:
             report = partial(_report, progress, name, entry.num_bytes)
             if hash_file(path, report) != entry.sha256:
                 raise StorageError(f"{path} does not match its SHA-256 in {MANIFEST_NAME}", hint=hint)
-        for name in LAYOUT:
-            if name not in self.manifest.files and (self.path / name).exists():
+        for name in layout_files(self.path):
+            if name not in self.manifest.files:
                 raise StorageError(f"{self.path / name} is not listed in {MANIFEST_NAME}", hint=hint)
 
     def _open_grids(self) -> WeightSource:
@@ -155,11 +156,26 @@ class ModelDirectory:
         origin = f"{self.path / 'tokenizer_config.json'}: chat_template"
         value = config.get("chat_template")
         if isinstance(value, list):
-            named = {each.get("name"): each.get("template") for each in value if isinstance(each, dict)}
-            value = named.get("default")
+            defaults = (each for each in value if isinstance(each, dict) and each.get("name") == "default")
+            value = next((each.get("template") for each in defaults), None)
         if value is not None and not isinstance(value, str):
             raise ModelFormatError(f"{origin} is no text")
         return value, origin
+
+
+def is_layout_name(name: str) -> bool:
+    """Whether a file of this name is ever read from a model directory."""
+    return name in LAYOUT or is_shard_name(name)
+
+
+def layout_files(folder: Path) -> list[str]:
+    """Names of the files in `folder` that belong to a model: those of `LAYOUT` in its order, then shards.
+
+    Raises StorageError if the folder cannot be read.
+    """
+    with disk_errors(folder):
+        shards = sorted(path.name for path in folder.iterdir() if is_shard_name(path.name))
+    return [name for name in (*LAYOUT, *shards) if (folder / name).is_file()]
 
 
 def _report(progress: Callable[[str, int, int], None], name: str, num_bytes: int, done: int) -> None:

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from tokenmill.core.errors import ModelFormatError, NotFoundError, StorageError, UsageError
 from tokenmill.models.convert import ROPE_FREQS, gguf_fields, rope_divisors
-from tokenmill.models.directory import LAYOUT, ModelDirectory
+from tokenmill.models.directory import ModelDirectory, layout_files
 from tokenmill.models.fetch import Progress
 from tokenmill.models.files import check_free_space, copy_file, disk_errors, sync_folder
 from tokenmill.models.gguf_names import StoredTensor, interleave_head_rows, stored_tensors
@@ -215,7 +215,7 @@ def _hf_files(model: ModelDirectory) -> list[str]:
     """The names of the directory's files that are not tokenmill's own."""
     if model.manifest is not None:
         return [name for name in model.manifest.files if name != model.manifest.grid_file]
-    return [name for name in LAYOUT if name != "model.gguf" and (model.path / name).is_file()]
+    return [name for name in layout_files(model.path) if name != "model.gguf"]
 
 
 def _copy_checked(

@@ -30,10 +30,10 @@ from tokenmill.models.gguf_quants import STORED_TYPES, Grid, dequantize, exact_g
 __all__ = ["GgufFile", "GgufTensor", "MetadataValue"]
 
 _MAX_METADATA_KEYS: Final = 4096
-_MAX_TENSORS: Final = 1 << 16
+_MAX_TENSORS: Final = 1 << 14
 _MAX_KEY_BYTES: Final = 256
 _MAX_STRING_BYTES: Final = 1 << 20
-_MAX_ARRAY_ITEMS: Final = 1 << 22
+_MAX_ARRAY_ITEMS: Final = 1 << 21
 _MAX_ALIGNMENT: Final = 1 << 16
 _MAX_DIMS: Final = 4
 _ROWS_AT_ONCE: Final = 1 << 22
@@ -253,8 +253,15 @@ class _Parser:
         count = self.count("Q", f"length of {key}", self.items_left, 8 if kind == _STRING else 1)
         self.items_left -= count
         if kind == _BOOL:
-            return [self.flag(key) for _ in range(count)]
+            return self.flags(key, count)
         return self.strings(key, count)
+
+    def flags(self, key: str, count: int) -> list[bool]:
+        flags = np.frombuffer(self.take(count, key), np.uint8)
+        if count and flags.max() > 1:
+            self.fail(key, f"has a boolean of value {flags.max()}")
+        items: list[bool] = flags.astype(bool).tolist()
+        return items
 
     def strings(self, key: str, count: int) -> list[str]:
         """`count` strings; a loop of its own, because vocabularies have a hundred thousand."""
@@ -294,9 +301,14 @@ class _Parser:
         for tensor in sorted(tensors.values(), key=lambda each: each.offset):
             if start + tensor.offset < end:
                 self.fail(f"tensor {tensor.name}", "overlaps another tensor")
+            gap = start + tensor.offset - end
             end = start + tensor.offset + tensor.num_bytes
             if end > self.size:
                 self.fail(f"tensor {tensor.name}", f"ends at {end}, the file at {self.size}")
+            if gap >= alignment:
+                self.fail(f"tensor {tensor.name}", "leaves a gap before it")
+        if tensors and self.size - end >= alignment:  # the file may be something else as well, such as a ZIP
+            self.fail("file", f"has {self.size} bytes, its last tensor ends at {end}")
         return {name: _moved(tensor, start) for name, tensor in tensors.items()}
 
     def tensor_entry(self, index: int, alignment: int) -> GgufTensor:

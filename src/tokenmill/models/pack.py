@@ -2,28 +2,37 @@
 
 `w8a8`: 8-bit weights, one scale an output, after smoothing (see `smoothing.py`). `w4a8`: the file's own
 4-bit grid where the directory keeps one, exactly, its 8-bit head included; else rounding to nearest on
-asymmetric groups of 32. `bf16`: as stored. Compression that looks at data, and makes a new model
-directory, is not here.
+asymmetric groups of 32, head and embeddings in 8 bits. `bf16`: as stored. Compression that looks at data, and
+makes a new model directory, is not here.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from tokenmill.core import UsageError
-from tokenmill.kernels import EmbedTable, F32Array, PackedExperts, PackedLinear
+from tokenmill.kernels import EmbedTable, F32Array, PackedLinear
 from tokenmill.kernels.packing import pack_bf16, pack_i4g, pack_i8c, pack_i8g, quantize_groups
 from tokenmill.models.architecture import Architecture
 from tokenmill.models.gguf_quants import Grid
 from tokenmill.models.layout import compile_plan
-from tokenmill.models.packed import PackedModel
+from tokenmill.models.packed import ExpertParts, PackedModel, Piece
 from tokenmill.models.smoothing import SMOOTHING_TOKENS, activation_peaks, smoothing_factors
-from tokenmill.models.weights import WeightSource
+from tokenmill.models.weights import WeightSource, bf16_parts, float32_parts
 
-__all__ = ["FUSED", "WEIGHT_FORMATS", "WeightFormat", "fused_linears", "gate_up_turns", "pack_model"]
+__all__ = [
+    "FUSED",
+    "WEIGHT_FORMATS",
+    "WeightFormat",
+    "fused_linears",
+    "gate_up_turns",
+    "input_peaks",
+    "pack_model",
+    "pack_pieces",
+]
 
 WeightFormat: TypeAlias = Literal["w8a8", "w4a8", "bf16"]
 _RowOrder: TypeAlias = npt.NDArray[np.intp]
@@ -44,20 +53,39 @@ FUSED: Mapping[str, tuple[str, ...]] = {
 
 
 def pack_model(architecture: Architecture, source: WeightSource, weights: WeightFormat) -> PackedModel:
-    """Pack every matrix of a model. Peak memory: the packed model (for w8a8 in bf16, too) and one matrix."""
+    """Pack every matrix of a model, in memory (for w8a8 in bf16 first). `pack_pieces` is for large models."""
+    peaks = None
     if weights == "w8a8":
-        return _pack_smoothed(architecture, source)
-    linears = {name: _pack(source, parts, weights) for name, parts in _linear_parts(architecture).items()}
-    experts = {
-        name: _stack([_pack(source, parts, weights) for parts in each])
-        for name, each in _expert_parts(architecture).items()
-    }
-    return PackedModel(
-        embed=_embed_table(source, weights),
-        linears=linears,
-        experts=experts,
-        floats=_floats(architecture, source),
-    )
+        peaks = input_peaks(architecture, pack_model(architecture, source, "bf16"))
+    return PackedModel.from_pieces(pack_pieces(architecture, source, weights, peaks))
+
+
+def input_peaks(architecture: Architecture, plain: PackedModel) -> Mapping[str, F32Array]:
+    """Largest magnitudes of what linears read, of a model packed in bf16: what w8a8 asks for."""
+    return activation_peaks(compile_plan(architecture, plain, SMOOTHING_TOKENS))
+
+
+def pack_pieces(
+    architecture: Architecture,
+    source: WeightSource,
+    weights: WeightFormat,
+    peaks: Mapping[str, F32Array] | None = None,
+) -> Iterator[tuple[str, Piece]]:
+    """Pack a model piece by piece. Peak memory: some times the largest matrix of a block, or the embeddings.
+
+    `peaks` is what `input_peaks` found; w8a8 needs it.
+    """
+    yield "embed", _embed_table(source, weights)
+    if weights == "w8a8":
+        assert peaks is not None, "w8a8 is smoothed"
+        yield from _SmoothedPacker(architecture, source, peaks).pieces()
+        return
+    for name, parts in _linear_parts(architecture).items():
+        yield name, _pack_head(source, parts[0], weights) if name == "head" else _pack(source, parts, weights)
+    for name, each in _expert_parts(architecture).items():
+        linears = (_pack(source, parts, weights) for parts in each)
+        yield name, ExpertParts(num_experts=len(each), linears=linears)
+    yield from ((f"float.{name}", values) for name, values in _floats(architecture, source).items())
 
 
 def _linear_parts(architecture: Architecture) -> dict[str, list[str]]:
@@ -90,15 +118,6 @@ def _expert_parts(architecture: Architecture) -> dict[str, list[list[str]]]:
     }
 
 
-def _stack(each: Sequence[PackedLinear]) -> PackedExperts:
-    """One matrix of every expert; all of one kind and shape."""
-    first = each[0]
-    stacked: dict[str, Any] = {
-        part: np.stack([getattr(linear, part) for linear in each]) for part in ("data", "scales", "mins")
-    }
-    return PackedExperts(num_experts=len(each), linear=replace(first, **stacked))
-
-
 def _floats(architecture: Architecture, source: WeightSource) -> dict[str, F32Array]:
     """Everything that stays in float32: norms, biases in the order of their matrix, routers."""
     floats = {"ln_final": source.float32("model.norm.weight")}
@@ -122,90 +141,100 @@ def _floats(architecture: Architecture, source: WeightSource) -> dict[str, F32Ar
     return floats
 
 
-def _pack_smoothed(architecture: Architecture, source: WeightSource) -> PackedModel:
-    """8 bits a weight, the outliers of the activations moved into the weights first."""
-    plain = pack_model(architecture, source, "bf16")
-    packer = _SmoothedPacker(architecture, source, plain)
-    for layer, kind in enumerate(architecture.layers):
-        packer.attention(layer)
-        (packer.experts if kind.routed else packer.gated_unit)(layer)
-    packer.head()
-    return PackedModel(
-        embed=plain.embed,
-        linears=packer.linears,
-        experts=packer.packed_experts,
-        floats=packer.floats,
-        smoothing=packer.smoothing,
-    )
-
-
 class _SmoothedPacker:
-    """Packs a model to 8 bits part by part; what it divides an input by goes into the norm that makes it."""
+    """Packs a model to 8 bits piece by piece; what divides an input goes into the norm that makes it."""
 
-    def __init__(self, architecture: Architecture, source: WeightSource, plain: PackedModel) -> None:
+    def __init__(
+        self, architecture: Architecture, source: WeightSource, peaks: Mapping[str, F32Array]
+    ) -> None:
         self._architecture = architecture
         self._source = source
-        self._peaks = activation_peaks(compile_plan(architecture, plain, SMOOTHING_TOKENS))
+        self._peaks = peaks
         self._parts = _linear_parts(architecture)
-        self.floats = dict(plain.floats)
-        self.linears: dict[str, PackedLinear] = {}
-        self.packed_experts: dict[str, PackedExperts] = {}
-        self.smoothing: dict[str, F32Array] = {}
+        self._expert_parts = _expert_parts(architecture)
+        self._floats = _floats(architecture, source)
+        self._smoothing: dict[str, F32Array] = {}
 
-    def attention(self, layer: int) -> None:
+    def pieces(self) -> Iterator[tuple[str, Piece]]:
+        for layer, kind in enumerate(self._architecture.layers):
+            yield from self._attention(layer)
+            yield from (self._experts if kind.routed else self._gated_unit)(layer)
+        yield "head", self._head()
+        yield from ((f"float.{name}", values) for name, values in self._floats.items())
+        yield from ((f"smoothing.{name}", factors) for name, factors in self._smoothing.items())
+
+    def _attention(self, layer: int) -> Iterator[tuple[str, Piece]]:
         name = f"blocks.{layer}"
-        self.linears[f"{name}.qkv"] = pack_i8c(self._after_norm(f"{name}.qkv", f"{name}.ln1"))
-        self.linears[f"{name}.out"] = pack_i8c(self._matrix(f"{name}.out"))
+        yield f"{name}.qkv", pack_i8c(self._after_norm(f"{name}.qkv", f"{name}.ln1"))
+        yield f"{name}.out", pack_i8c(self._matrix(f"{name}.out"))
 
-    def gated_unit(self, layer: int) -> None:
+    def _gated_unit(self, layer: int) -> Iterator[tuple[str, Piece]]:
         name, inner = f"blocks.{layer}", self._architecture.intermediate_size
         gate_up_NK, down_NK = self._after_norm(f"{name}.gate_up", f"{name}.ln2"), self._matrix(f"{name}.down")
         s_K = smoothing_factors(self._peaks[f"{name}.mlp.hook_post"], np.abs(down_NK).max(axis=0))
         turns = gate_up_turns(2 * inner)
         divisor_N = np.concatenate([np.ones(inner, np.float32), s_K])
         gate_up_NK /= divisor_N[:, None]
-        if (bias_N := self.floats.get(f"{name}.gate_up.bias")) is not None:
-            self.floats[f"{name}.gate_up.bias"] = bias_N / divisor_N[turns]
-        self.smoothing[f"{name}.mlp.hook_post"] = s_K
-        self.linears[f"{name}.gate_up"] = pack_i8c(gate_up_NK[turns])
-        self.linears[f"{name}.down"] = pack_i8c(down_NK * s_K)
+        if (bias_N := self._floats.get(f"{name}.gate_up.bias")) is not None:
+            self._floats[f"{name}.gate_up.bias"] = bias_N / divisor_N[turns]
+        self._smoothing[f"{name}.mlp.hook_post"] = s_K
+        yield f"{name}.gate_up", pack_i8c(gate_up_NK[turns])
+        yield f"{name}.down", pack_i8c(down_NK * s_K)
 
-    def experts(self, layer: int) -> None:
+    def _experts(self, layer: int) -> Iterator[tuple[str, Piece]]:
         """One set of factors for all experts of a layer, which read the same rows; the inner rows stay."""
-        name, parts = f"blocks.{layer}", _expert_parts(self._architecture)
-        gate_up, norm = parts[f"{name}.gate_up"], f"{name}.ln2"
-        turns = gate_up_turns(2 * self._source.shape(gate_up[0][0])[0])
-        peaks = [np.abs(_matrix(self._source, each)).max(axis=0) for each in gate_up]
-        s_K = smoothing_factors(self._peaks[f"{norm}.hook_normalized"], np.max(peaks, axis=0))
-        self._divide_norm(norm, s_K)
-        self.packed_experts[f"{name}.gate_up"] = _stack(
-            [pack_i8c((_matrix(self._source, each) * s_K)[turns]) for each in gate_up]
-        )
-        self.packed_experts[f"{name}.down"] = _stack(
-            [pack_i8c(_matrix(self._source, each)) for each in parts[f"{name}.down"]]
-        )
+        name, source = f"blocks.{layer}", self._source
+        gate_up, down = self._expert_parts[f"{name}.gate_up"], self._expert_parts[f"{name}.down"]
+        turns = gate_up_turns(2 * source.shape(gate_up[0][0])[0])
+        weight_peaks = [np.abs(_matrix(source, each)).max(axis=0) for each in gate_up]
+        s_K = self._factors(f"{name}.ln2", np.max(weight_peaks, axis=0))
+        ups = (pack_i8c((_matrix(source, each) * s_K)[turns]) for each in gate_up)
+        yield f"{name}.gate_up", ExpertParts(num_experts=len(gate_up), linears=ups)
+        downs = (pack_i8c(_matrix(source, each)) for each in down)
+        yield f"{name}.down", ExpertParts(num_experts=len(down), linears=downs)
 
-    def head(self) -> None:
-        head_NK = self._matrix("head")
-        s_K = smoothing_factors(self._peaks["ln_final.hook_normalized"], np.abs(head_NK).max(axis=0))
-        self._divide_norm("ln_final", s_K)
-        self.linears["head"] = pack_i8c(head_NK * s_K)
+    def _head(self) -> PackedLinear:
+        [name] = self._parts["head"]
+        weight_peaks = [np.abs(part_NK).max(axis=0) for part_NK in float32_parts(self._source, name)]
+        s_K = self._factors("ln_final", np.max(weight_peaks, axis=0))
+        return _joined([pack_i8c(part_NK * s_K) for part_NK in float32_parts(self._source, name)])
 
     def _after_norm(self, linear: str, norm: str) -> F32Array:
         """The matrix, smoothed if a norm makes its input."""
         matrix_NK = self._matrix(linear)
-        if self._architecture.post_norm:
-            return matrix_NK
-        s_K = smoothing_factors(self._peaks[f"{norm}.hook_normalized"], np.abs(matrix_NK).max(axis=0))
-        self._divide_norm(norm, s_K)
-        return matrix_NK * s_K
+        if not self._architecture.post_norm:
+            matrix_NK *= self._factors(norm, np.abs(matrix_NK).max(axis=0))
+        return matrix_NK
 
-    def _divide_norm(self, norm: str, s_K: F32Array) -> None:
-        self.floats[norm] = self.floats[norm] / s_K
-        self.smoothing[f"{norm}.hook_normalized"] = s_K
+    def _factors(self, norm: str, weight_peak_K: F32Array) -> F32Array:
+        """What the weights that read a norm are multiplied by; the norm is divided by it."""
+        s_K = smoothing_factors(self._peaks[f"{norm}.hook_normalized"], weight_peak_K)
+        self._floats[norm] = self._floats[norm] / s_K
+        self._smoothing[f"{norm}.hook_normalized"] = s_K
+        return s_K
 
     def _matrix(self, linear: str) -> F32Array:
         return _matrix(self._source, self._parts[linear])
+
+
+def _pack_head(source: WeightSource, name: str, weights: WeightFormat) -> PackedLinear:
+    """As `_pack`, for a matrix that is often larger than all of a block: some rows at a time."""
+    if weights == "bf16":
+        return _joined([pack_bf16(part_NK) for part_NK in bf16_parts(source, name)])
+    if source.grid(name) is not None:
+        return _pack(source, [name], weights)
+    return _joined([pack_i8c(part_NK) for part_NK in float32_parts(source, name)])
+
+
+def _joined(parts: Sequence[PackedLinear]) -> PackedLinear:
+    """One matrix of parts of its rows; each but the last has whole pairs of tiles."""
+    return replace(
+        parts[0],
+        num_out=sum(part.num_out for part in parts),
+        data=np.concatenate([part.data for part in parts]),
+        scales=np.concatenate([part.scales for part in parts]),
+        mins=np.concatenate([part.mins for part in parts]),
+    )
 
 
 def _matrix(source: WeightSource, names: Sequence[str]) -> F32Array:
@@ -221,7 +250,7 @@ def _pack(source: WeightSource, names: Sequence[str], weights: WeightFormat) -> 
     if len(grids) == len(names) and len({(grid.bits, grid.mins is None) for grid in grids}) == 1:
         return _pack_grids(grids, rows)
     matrix_NK = _matrix(source, names)[rows]
-    if names[0] in ("lm_head.weight", _EMBED) or matrix_NK.shape[1] % _GROUP:
+    if matrix_NK.shape[1] % _GROUP:
         return pack_i8c(matrix_NK)
     return pack_i4g(*quantize_groups(matrix_NK, _GROUP, symmetric=False))
 
@@ -255,4 +284,17 @@ def _embed_table(source: WeightSource, weights: WeightFormat) -> EmbedTable:
     grid = source.grid(_EMBED) if weights == "w4a8" else None
     if grid is not None and grid.bits == 8:
         return EmbedTable(data=np.ascontiguousarray(grid.values), scales=np.ascontiguousarray(grid.scales))
+    if weights == "w4a8" and grid is None and source.shape(_EMBED)[1] % _GROUP == 0:
+        tables = [_rounded_rows(part_VD) for part_VD in float32_parts(source, _EMBED)]
+        data_VD, scales_VG = (np.concatenate(each) for each in zip(*tables, strict=True))
+        return EmbedTable(data=data_VD, scales=scales_VG)
     return EmbedTable(data=source.bf16(_EMBED), scales=_NO_SCALES)
+
+
+def _rounded_rows(part_VD: F32Array) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float16]]:
+    """Rows of the table of embeddings in 8 bits, with a scale (absmax / 127) a group of 32."""
+    grouped = part_VD.reshape(len(part_VD), -1, _GROUP)
+    scales_VG = (np.abs(grouped).max(axis=2) / np.float32(127)).astype(np.float16)
+    step = np.where(scales_VG > 0, scales_VG, np.float16(1)).astype(np.float32)[:, :, None]
+    values = np.clip(np.rint(grouped / step), -127, 127).astype(np.int8)
+    return values.reshape(part_VD.shape), scales_VG

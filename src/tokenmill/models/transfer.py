@@ -14,34 +14,59 @@ import os
 import re
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from http.client import HTTPResponse
 from pathlib import Path
 from typing import Final
 
 from tokenmill.core.errors import DownloadError
 from tokenmill.models.files import atomic_file, check_free_space, disk_errors, hash_file, sync_folder
-from tokenmill.models.package_index import PackageFile
-from tokenmill.models.web import Broken, NotUsable, Web, read_some
+from tokenmill.models.web import Broken, NotUsable, Web, check_passing, read_some
 
-__all__ = ["download"]
+__all__ = ["RemoteFile", "download", "wait_before_retry"]
 
 _CHUNK: Final = 1 << 16
 _MAX_TRIES: Final = 20
 _MAX_FRUITLESS: Final = 3
 _PAUSE_SECONDS: Final = 1.0
-_WRONG_FILE: Final = "the configured package index does not serve the original file"
-_PASSING: Final = (408, 425, 429, 500, 502, 503, 504)
+_MAX_WAIT_SECONDS: Final = 300.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoteFile:
+    """A file on a server: where it is and what must arrive; `num_bytes` is 0 if the server does not say.
+
+    `server` is what errors call the server.
+    """
+
+    name: str
+    url: str
+    sha256: str
+    num_bytes: int
+    server: str = "the configured package index"
+
+    @property
+    def wrong_file(self) -> str:
+        """What it means that another file arrives."""
+        return f"{self.server} does not serve the original file"
 
 
 def download(
-    file: PackageFile, web: Web, folder: Path, max_bytes: int, progress: Callable[[int, int], None]
+    file: RemoteFile,
+    web: Web,
+    folder: Path,
+    max_bytes: int,
+    progress: Callable[[int, int], None],
+    *,
+    has_other_way: bool = True,
 ) -> Path:
     """The file in `folder`, complete and with its hash; `progress` gets (bytes there, bytes), at first also.
 
     Raises DownloadError with what was kept, or if the file is longer than `max_bytes` or its hash is wrong;
-    StorageError; NotUsable if the server does not serve the file in this way.
+    StorageError; NotUsable if the server does not serve the file in this way, or, where the caller
+    `has_other_way`, if nothing at all arrives.
     """
-    part = _Part(folder / f"{file.name}.part", file.sha256)
+    part = _Part(folder / f"{file.name}.part", file)
     fruitless = 0
     for _ in range(_MAX_TRIES):
         before = part.num_bytes
@@ -50,12 +75,13 @@ def download(
             return part.finish(folder / file.name)
         except Broken as error:
             broken = error
-        if before == part.num_bytes == 0:
+        if has_other_way and before == part.num_bytes == 0:
             raise NotUsable(str(broken)) from broken
         fruitless = 0 if part.num_bytes > before else fruitless + 1
         if fruitless == _MAX_FRUITLESS:
             break
-        time.sleep(_PAUSE_SECONDS * (fruitless + 1))
+        if not wait_before_retry(broken, fruitless):
+            break
     raise DownloadError(
         f"{file.name}: the connection broke again and again ({broken}); "
         f"the {part.num_bytes / 1e6:.1f} MB that arrived are kept",
@@ -63,8 +89,16 @@ def download(
     )
 
 
+def wait_before_retry(broken: Broken, fruitless: int) -> bool:
+    """Sleep as the server asks, at least a little; False, at once, if it asks for more than some minutes."""
+    if broken.wait_seconds > _MAX_WAIT_SECONDS:
+        return False
+    time.sleep(max(broken.wait_seconds, _PAUSE_SECONDS * (fruitless + 1)))
+    return True
+
+
 def _receive(
-    file: PackageFile, web: Web, part: "_Part", max_bytes: int, progress: Callable[[int, int], None]
+    file: RemoteFile, web: Web, part: "_Part", max_bytes: int, progress: Callable[[int, int], None]
 ) -> None:
     """One request for what is missing. Raises Broken if something is still missing then."""
     done = part.num_bytes
@@ -76,8 +110,7 @@ def _receive(
     with web.open(file.url, headers) as response:
         if response.status == 416 and done:
             return  # there is no more of it; the hash decides
-        if response.status in _PASSING:
-            raise Broken(f"HTTP status {response.status}")
+        check_passing(response)
         start, size = _extent(response)
         validator = _validator(response)
         if start and (start != done or part.validator not in ("", validator)):
@@ -89,7 +122,7 @@ def _receive(
         if size > max_bytes:
             raise DownloadError(
                 f"{file.name} has {size / 1e6:.0f} MB on the server, expected: {max_bytes / 1e6:.0f} at most",
-                hint=_WRONG_FILE,
+                hint=file.wrong_file,
             )
         check_free_space(part.path.parent, size - start)
         if not start:
@@ -107,7 +140,8 @@ def _extent(response: HTTPResponse) -> tuple[int, int]:
         text = headers.get("Content-Length", "0")
         if response.status == 200 and re.fullmatch(r"\d{1,18}", text):
             return 0, int(text)
-    raise NotUsable(f"HTTP status {response.status}")
+    code = headers.get("X-Error-Code", "")
+    raise NotUsable(f"HTTP status {response.status}", status=response.status, code=code)
 
 
 def _validator(response: HTTPResponse) -> str:
@@ -119,14 +153,14 @@ def _validator(response: HTTPResponse) -> str:
 class _Part:
     """What has arrived of a file that is to have the given SHA-256; of another file, it is removed."""
 
-    def __init__(self, path: Path, sha256: str) -> None:
+    def __init__(self, path: Path, file: RemoteFile) -> None:
         self.path = path
         self.validator = ""
-        self._sha256 = sha256
+        self._file = file
         self._state = path.with_name(f"{path.name}.json")
         try:
             state = json.loads(self._state.read_text("utf-8"))
-            is_same, self.validator = state["sha256"] == sha256, str(state["validator"])
+            is_same, self.validator = state["sha256"] == file.sha256, str(state["validator"])
         except (OSError, ValueError, KeyError, TypeError):
             is_same = False
         if not is_same:
@@ -146,7 +180,7 @@ class _Part:
         """Begin with nothing; the state is on the disk before the first byte."""
         self.discard()
         self.validator = validator
-        state = {"sha256": self._sha256, "validator": validator}
+        state = {"sha256": self._file.sha256, "validator": validator}
         with atomic_file(self._state) as file:
             file.write(json.dumps(state).encode())
 
@@ -168,11 +202,12 @@ class _Part:
 
     def finish(self, target: Path) -> Path:
         """Check the hash and take the file's own name. Raises DownloadError, with nothing kept."""
-        if hash_file(self.path) != self._sha256:
+        if hash_file(self.path) != self._file.sha256:
             self.discard()
             raise DownloadError(
-                f"{target.name} does not match the SHA-256 of the package index; what arrived was discarded",
-                hint=f"pull again; if it stays so, {_WRONG_FILE}",
+                f"{target.name} does not match the SHA-256 of {self._file.server}; "
+                "what arrived was discarded",
+                hint=f"pull again; if it stays so, {self._file.wrong_file}",
             )
         with disk_errors(target):
             self.path.replace(target)

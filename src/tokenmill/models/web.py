@@ -1,15 +1,18 @@
 """Reading a web server under the rules of a download: https never becomes http, and waits and redirects
 are bounded.
 
-Proxies, certificates and passwords are those that pip is configured with. Keyrings, client certificates,
-cookies and caches are not covered: whoever needs one is served by pip itself.
+Proxies, certificates and passwords are what the caller says. A password or token goes to the origin it is
+for (scheme, host and port) and to no other, whatever a redirect says. Keyrings, client certificates, cookies
+and caches are not covered.
 """
 
 import base64
 import ipaddress
 import re
 import ssl
+import time
 from collections.abc import Iterable, Mapping
+from email.utils import parsedate_to_datetime
 from http.client import HTTPException, HTTPResponse
 from typing import Any, Final
 from urllib.parse import unquote, urldefrag, urljoin, urlsplit
@@ -17,18 +20,28 @@ from urllib.request import HTTPErrorProcessor, HTTPSHandler, ProxyHandler, Reque
 
 from tokenmill.core.errors import DownloadError
 
-__all__ = ["Broken", "NotUsable", "Web", "follow", "read_some"]
+__all__ = ["Broken", "NotUsable", "Web", "check_passing", "follow", "read_some"]
 
 _MAX_REDIRECTS: Final = 5
 _REDIRECTS: Final = (301, 302, 303, 307, 308)
+_PASSING: Final = (408, 425, 429, 500, 502, 503, 504)
 
 
 class Broken(DownloadError):
-    """The network or the server failed in a way that may pass."""
+    """The network or the server failed in a way that may pass, after `wait_seconds` if the server says so."""
+
+    def __init__(self, message: str, *, wait_seconds: float = 0.0) -> None:
+        super().__init__(message)
+        self.wait_seconds = wait_seconds
 
 
 class NotUsable(DownloadError):
-    """Downloading without pip is not possible here; pip has to do it."""
+    """The server does not serve this in the way it is asked for; `status` is its HTTP status, or 0."""
+
+    def __init__(self, message: str, *, status: int = 0, code: str = "") -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
 
 
 class _EveryStatus(HTTPErrorProcessor):
@@ -41,17 +54,27 @@ class _EveryStatus(HTTPErrorProcessor):
 
 
 class Web:
-    """Opens URLs; a password in one of `known_urls` is sent to that origin only.
+    """Opens URLs; a password in one of `known_urls`, or the `token` of the first, goes to that origin only.
 
     `ca_bundle` (file) and `proxy` (URL) may be empty for the system's. Raises OSError for a bad bundle.
     """
 
-    def __init__(self, known_urls: Iterable[str], ca_bundle: str, proxy: str, timeout_seconds: float) -> None:
+    def __init__(
+        self,
+        known_urls: Iterable[str],
+        ca_bundle: str = "",
+        proxy: str = "",
+        timeout_seconds: float = 15.0,
+        token: str = "",
+    ) -> None:
         context = ssl.create_default_context(cafile=ca_bundle or None)
         proxies = {"http": proxy, "https": proxy} if proxy else None
         self._opener = build_opener(_EveryStatus(), HTTPSHandler(context=context), ProxyHandler(proxies))
         self._timeout_seconds = timeout_seconds
-        self._passwords = {_origin(url): basic for url in known_urls if (basic := _basic(url))}
+        urls = list(known_urls)
+        self._passwords = {_origin(url): basic for url in urls if (basic := _basic(url))}
+        if token:
+            self._passwords[_origin(urls[0])] = f"Bearer {token}"
 
     def open(self, url: str, headers: Mapping[str, str]) -> HTTPResponse:
         """The response to a GET, whatever its status, after redirects. Raises Broken, NotUsable."""
@@ -95,6 +118,22 @@ def read_some(response: HTTPResponse, limit: int) -> bytes:
         return response.read1(limit)
     except (OSError, HTTPException, ValueError) as error:
         raise Broken(_reason(error)) from error
+
+
+def check_passing(response: HTTPResponse) -> None:
+    """Raise Broken for a status that may pass: too many requests, overload, a fault of the server."""
+    if response.status not in _PASSING:
+        return
+    wait = response.headers.get("Retry-After", "")
+    seconds = 0.0
+    if re.fullmatch(r"\d{1,9}", wait):
+        seconds = float(wait)
+    elif wait:
+        try:
+            seconds = max(0.0, parsedate_to_datetime(wait).timestamp() - time.time())
+        except ValueError:
+            seconds = 0.0
+    raise Broken(f"HTTP status {response.status}", wait_seconds=seconds)
 
 
 def _is_loopback(url: str) -> bool:
