@@ -25,6 +25,7 @@ from tokenmill.models.directory import ModelDirectory, layout_files
 from tokenmill.models.fetch import Progress
 from tokenmill.models.files import atomic_file, copy_file, disk_errors, hash_file
 from tokenmill.models.gguf import GgufFile
+from tokenmill.models.gguf_quants import GRID_TYPES
 from tokenmill.models.hf_config import architecture_to_config
 from tokenmill.models.manifest import DeclaredCosts, FileEntry, Manifest
 from tokenmill.models.safetensors import StoredArray, write_safetensors
@@ -57,9 +58,9 @@ def from_gguf(staging: Path, origin: Origin, progress: Progress) -> None:
         architecture = gguf_architecture(gguf)
         _convert_weights(staging, gguf, architecture, progress)
         _write_small_files(staging, gguf, architecture)
-        kinds = sorted({tensor.dtype for tensor in gguf.tensors.values() if len(tensor.shape) == 2})
+        kinds = sorted({tensor.dtype for tensor in gguf.tensors.values() if len(tensor.shape) > 1})
         licence = gguf.metadata.get("general.license")
-    has_grid = any(kind.startswith("Q") for kind in kinds)
+    has_grid = any(kind in GRID_TYPES for kind in kinds)
     if not has_grid:
         with disk_errors(path):
             path.unlink()
@@ -196,6 +197,9 @@ def _tokenizer_config(gguf: GgufFile, tokenizer: Tokenizer, architecture: Archit
         token_id = gguf.metadata.get(f"tokenizer.ggml.{key}_token_id")
         if isinstance(token_id, int) and 0 <= token_id < tokenizer.vocab_size:
             config[f"{field}_token"] = tokenizer.token_bytes(token_id).decode("utf-8", errors="replace")
+    adds_bos = gguf.metadata.get("tokenizer.ggml.add_bos_token")
+    if isinstance(adds_bos, bool):
+        config["add_bos_token"] = adds_bos
     return config
 
 
