@@ -11,9 +11,8 @@ predictions are compared with what is measured:
 - in memory: a step's time at 1 to 16 tokens is the bytes of the distinct experts that these touch, and of all
   else, over the bandwidth.
 
-`--cgroup` names the folder of an empty memory control group (as `systemd-run --scope` or `mkdir` under
-/sys/fs/cgroup makes it), whose limit is then set and which the child joins: the system itself enforces the
-share then. Without it the executor's own budget does, and what of the file is in memory is looked up.
+Where a memory control group can be made the child is held to the share by the system itself; elsewhere the
+executor's own budget does that. What of the file is in memory at the end is looked up.
 """
 
 import argparse
@@ -21,13 +20,13 @@ import ctypes
 import json
 import mmap
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from scripts.memory_group import forget_pages, limiter, memory_group
 from tokenmill.kernels import (
     KV_BLOCK,
     EmbedTable,
@@ -61,6 +61,7 @@ __all__ = ["Step", "main", "mixtral_shaped", "random_model"]
 
 _HIDDEN, _INNER, _VOCAB = 2048, 7168, 8192
 _LAYER_BYTES = 8 * 3 * _HIDDEN * _INNER
+_DATA_BYTES = 2 << 30  # of the child, where no control group can be made
 _RESERVE_BYTES = 256 << 20  # of the child's share: the interpreter, buffers, and pages on their way
 
 
@@ -199,8 +200,6 @@ def _child_main(arguments: argparse.Namespace) -> None:
     """Prints what the machine can do, then one line of JSON a step."""
     path = arguments.child
     before = _rates(path)
-    if arguments.budget and not arguments.cgroup:
-        resource.setrlimit(resource.RLIMIT_DATA, (2 << 30, 2 << 30))
     child = _Child(path, arguments.layers, arguments.budget or None)
     if arguments.budget:
         steps = [child.step(1) for _ in range(arguments.steps)]
@@ -251,13 +250,13 @@ def _bytes_in_memory(path: Path) -> int:
 def _run_child(path: Path, arguments: argparse.Namespace, num_layers: int, budget: int) -> list[Any]:
     command = [sys.executable, "-m", "scripts.expert_memory", "--child", str(path)]
     command += ["--layers", str(num_layers), "--budget", str(budget), "--steps", str(arguments.steps)]
-    if budget and arguments.cgroup:
-        command += ["--cgroup", str(arguments.cgroup)]
-        limit = int(path.stat().st_size * arguments.share)
-        names = [arguments.cgroup / name for name in ("memory.max", "memory.limit_in_bytes")]
-        next(name for name in names if name.exists()).write_text(str(limit))
-        command = ["sh", "-c", 'echo $$ > "$0"/cgroup.procs && exec "$@"', str(arguments.cgroup), *command]
-    lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+    limit = int(path.stat().st_size * arguments.share)
+    forget_pages(path.parent)
+    with memory_group(limit) if budget else nullcontext() as group:
+        held = limiter(group, _DATA_BYTES) if budget else None
+        print("limit:", "none" if not budget else "control group" if group else "the executor's budget")
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, preexec_fn=held)
+    lines = done.stdout.splitlines()
     return [json.loads(line) for line in lines]
 
 
@@ -308,7 +307,6 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.5)
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--folder", type=Path, default=None, help="on the disk that is meant (default: /tmp)")
-    parser.add_argument("--cgroup", type=Path, default=None)
     for name, kind in (("--child", Path), ("--layers", int), ("--budget", int)):
         parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
