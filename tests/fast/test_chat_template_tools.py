@@ -1,12 +1,12 @@
-"""Tools, tool calls and variables: what templates see of them, and that no text in them is a control "
-"token."""
+"""Tools, tool calls and variables: what templates see of them, and that none of it is a control token."""
 
 import json
 from typing import Any
 
 import pytest
 
-from tests.fast.chat_tools import CHATS, CLOCK, USER_FIELDS, WEATHER, Chat, called, said
+from scripts.scorecard.user_fields import USER_FIELDS, Chat
+from tests.fast.chat_tools import CHATS, CLOCK, WEATHER, called, said
 from tests.fast.model_files import tiny_gguf
 from tokenmill.core import Message, ToolCall, UsageError
 from tokenmill.models import chat_template, conversation
