@@ -7,6 +7,7 @@ has written ten characters. Tool calls in the model's answer are not read here.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -60,6 +61,11 @@ class ChatTemplate:
         """
         context = template_context(messages, tools, variables)
         return self.chosen(tools).rendered(context, add_generation_prompt)
+
+    @property
+    def knows_tools(self) -> bool:
+        """Whether tools have a place in the prompt, as far as the template's words say."""
+        return re.search(r"\btools\b", self.chosen([{}]).source) is not None
 
     def chosen(self, tools: Sequence[Mapping[str, Any]]) -> "ChatTemplate":
         """The template for a conversation with these tools."""
