@@ -33,7 +33,7 @@ from tokenmill.models.chat_template import ChatTemplate, encode_chat
 from tokenmill.models.gguf import GgufFile
 from tokenmill.models.tokenizer import Tokenizer
 
-__all__ = ["run"]
+__all__ = ["real_vocabularies", "run"]
 
 _FIELDS = tuple(USER_FIELDS)
 _HARMLESS = "harmless"
@@ -98,9 +98,17 @@ def _subjects() -> list[_Subject]:
         inner = tokenizers.Tokenizer.from_str(json.dumps(description(kind)))
         found.append(_subject(kind, Tokenizer(inner, kind)))
     folder = os.environ.get("TOKENMILL_TEST_VOCABS")
-    for path in sorted(Path(folder).glob("ggml-vocab-*.gguf")) if folder else ():
-        with GgufFile.open(path) as gguf, suppress(ModelFormatError):  # of a kind that is not supported
-            found.append(_subject(path.stem, Tokenizer.from_gguf(gguf)))
+    if folder:
+        found += [_subject(name, each) for name, each in real_vocabularies(Path(folder)).items()]
+    return found
+
+
+def real_vocabularies(folder: Path) -> dict[str, Tokenizer]:
+    """The tokenizers of llama.cpp's `ggml-vocab-*.gguf`, but for the kinds that are not supported."""
+    found = {}
+    for path in sorted(folder.glob("ggml-vocab-*.gguf")):
+        with GgufFile.open(path) as gguf, suppress(ModelFormatError):
+            found[path.stem.removeprefix("ggml-vocab-")] = Tokenizer.from_gguf(gguf)
     return found
 
 
