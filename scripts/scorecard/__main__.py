@@ -19,7 +19,15 @@ from pathlib import Path
 
 from scripts.scorecard import Line
 
-LINES = {"s4": 10_000_000, "s13": 100_000, "s14": 10_000, "s16": 5_000, "s24": 20_000}
+LINES = {
+    "s4": 10_000_000,
+    "s13": 100_000,
+    "s14": 10_000,
+    "s16": 5_000,
+    "s18": 5_000,
+    "s21": 100_000,
+    "s24": 20_000,
+}
 """Each line and how many cases its full form has."""
 
 

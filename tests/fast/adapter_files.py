@@ -12,7 +12,7 @@ from tokenmill.kernels import F32Array
 from tokenmill.models.adapter import Adapter
 from tokenmill.models.architecture import Architecture
 from tokenmill.models.bfloat16 import U16Array, round_to_bf16
-from tokenmill.models.gguf import Grid
+from tokenmill.models.gguf_quants import Grid
 from tokenmill.models.safetensors import write_safetensors
 from tokenmill.models.weights import WeightSource
 

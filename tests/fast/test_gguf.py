@@ -1,6 +1,7 @@
 """The GGUF reader: equal to the reference package on sound files, one error on any other."""
 
 import dataclasses
+import math
 import struct
 import subprocess
 import sys
@@ -15,9 +16,12 @@ from hypothesis import strategies as st
 
 from tests.fast.model_files import ARRAY, STRING, Tensor, gguf_bytes, quantised, text, tiny_gguf, tiny_llama
 from tokenmill.core import ModelFormatError
+from tokenmill.models import gguf as gguf_module
 from tokenmill.models.bfloat16 import round_to_bf16, widen_bf16
 from tokenmill.models.gguf import GgufFile
+from tokenmill.models.gguf_quants import STORED_TYPES
 
+OTHER_TYPES = ("Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 HUGE = (2**31, 2**32 - 1, 2**63, 2**64 - 1)
 MAX_MEMORY = 64 << 20
 
@@ -48,11 +52,19 @@ def f16_tensor(name: str, dtype: str) -> Tensor:
     return Tensor(name=name, shape=(3, 5), dtype=dtype, data=data.tobytes())
 
 
+def random_blocks(rng: np.random.Generator, name: str, shape: tuple[int, ...], dtype: str) -> Tensor:
+    """Random bytes, with no float16 that is infinite or NaN."""
+    stored = STORED_TYPES[dtype]
+    data = rng.integers(0, 256, stored.num_bytes(math.prod(shape)), dtype=np.uint8) & 0xBB
+    return Tensor(name=name, shape=shape, dtype=dtype, data=data.tobytes(), type_id=stored.type_id)
+
+
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
     rng = np.random.default_rng(1)
     tensors = [quantised(rng, f"m{kind}", (7, 96), kind) for kind in ("Q4_0", "Q4_1", "Q8_0")]
     tensors += [f16_tensor("half", "F16"), f16_tensor("brain", "BF16")]
+    tensors += [random_blocks(rng, f"m{kind}", (3, 4, 512), kind) for kind in OTHER_TYPES]
     return write(tmp_path, gguf_bytes({"general.architecture": "llama", "a": 1.5, "b": True}, tensors))
 
 
@@ -79,7 +91,23 @@ def test_grid_is_exact(mixed: Path) -> None:
         np.testing.assert_array_equal(grid.float32(), file.float32(name))
         rows = np.arange(7)[::-1].copy()
         np.testing.assert_array_equal(grid.take_rows(rows).float32(), file.float32(name)[rows])
-    assert file.grid("half") is None
+    assert file.grid("half") is None and file.grid("mQ4_K") is None
+
+
+def test_some_rows_are_those_of_the_whole(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = GgufFile.open(mixed)
+    for at_once in (1, 700, 1 << 22):  # read in steps of one row, of a few, and all at once
+        monkeypatch.setattr(gguf_module, "_ROWS_AT_ONCE", at_once)
+        for name, tensor in file.tensors.items():
+            whole = file.float32(name)
+            assert whole.shape == tensor.shape
+            rows = whole.reshape(-1, tensor.shape[-1])[1:3]
+            np.testing.assert_array_equal(file.float32(name, slice(1, 3)), rows)
+            np.testing.assert_array_equal(file.bf16(name, slice(1, 3)), round_to_bf16(rows))
+    assert file.grid("mQ5_0") is None  # three dimensions are no matrix, but its rows are
+    grid = file.grid("mQ5_0", slice(4, 8))
+    assert grid is not None and grid.bits == 8
+    np.testing.assert_array_equal(grid.float32(), file.float32("mQ5_0")[1])
 
 
 def test_bf16_is_the_rounded_weight_and_keeps_bf16_as_it_is(mixed: Path) -> None:
@@ -172,7 +200,8 @@ BAD_TENSORS = {
     "overflow": ([dataclasses.replace(GOOD, shape=(2**40, 2**40))], "shape"),
     "wraps to zero": ([dataclasses.replace(GOOD, shape=(2**32, 2**32))], "shape"),
     "ragged blocks": ([dataclasses.replace(GOOD, dtype="Q4_0", shape=(4, 33))], "multiple of 32"),
-    "Q6_K": ([dataclasses.replace(GOOD, type_id=14)], "Q6_K"),
+    "Q2_K": ([dataclasses.replace(GOOD, type_id=10)], "has the type Q2_K"),
+    "ragged K blocks": ([dataclasses.replace(GOOD, type_id=14, shape=(4, 96))], "multiple of 256"),
     "unknown type": ([dataclasses.replace(GOOD, type_id=4_000_000_000)], "unknown"),
 }
 

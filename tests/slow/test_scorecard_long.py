@@ -5,7 +5,15 @@ import pytest
 from scripts import storm
 from scripts.scorecard.__main__ import LINES, main
 
-CONTROL_CASES = {"s4": 48_000, "s13": 2_000, "s14": 400, "s16": 200, "s24": 400}
+CONTROL_CASES = {
+    "s4": 48_000,
+    "s13": 2_000,
+    "s14": 400,
+    "s16": 200,
+    "s18": 5_000,
+    "s21": 200,
+    "s24": 400,
+}
 
 
 @pytest.mark.parametrize("name", sorted(LINES))

@@ -22,7 +22,18 @@ from tokenmill.core import TokenmillError
 
 __all__ = ["BROKEN_PIPE", "COMMANDS", "INTERRUPTED", "TERMINATED", "UNEXPECTED", "build_parser", "main"]
 
-COMMANDS: Final = ("run", "chat", "score", "embed", "bench", "doctor", "models", "show", "completion")
+COMMANDS: Final = (
+    "run",
+    "chat",
+    "score",
+    "embed",
+    "bench",
+    "doctor",
+    "models",
+    "show",
+    "export",
+    "completion",
+)
 """Modules of this package that add commands, in the order of `--help`."""
 
 UNEXPECTED: Final = 1

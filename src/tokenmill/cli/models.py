@@ -113,7 +113,7 @@ def _check_source(path: Path) -> None:
         ModelDirectory.open(path).weights()
     elif path.suffix in (".safetensors", ".json"):
         raise UsageError(f"{path} is a part of a model", hint="give the folder that it lies in")
-    elif path.exists():
+    elif path.is_file():
         with GgufFile.open(path) as gguf:
             gguf_architecture(gguf)
 

@@ -22,6 +22,8 @@ __all__ = [
     "UsageError",
 ]
 
+_MAX_CHARS = 800
+
 
 class TokenmillError(Exception):
     """Root of all errors that tokenmill raises on purpose."""
@@ -51,10 +53,20 @@ class NotFoundError(TokenmillError):
 
 
 class ModelFormatError(TokenmillError):
-    """A model file that is damaged, hostile or not supported. The message names file and field."""
+    """A model file that is damaged, hostile or not supported. The message names file and field.
+
+    What it quotes may be hostile too, so the message is made one line of printable, bounded text.
+    """
 
     exit_code = 4
     default_hint = "get the file again (tokenmill pull), or check that it is of a supported kind"
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        if len(message) > _MAX_CHARS:
+            message = f"{message[: _MAX_CHARS // 2]} ... {message[-_MAX_CHARS // 4 :]}"
+        if not message.isprintable():
+            message = "".join(char if char.isprintable() else repr(char)[1:-1] for char in message)
+        super().__init__(message, hint=hint)
 
 
 class StorageError(TokenmillError):

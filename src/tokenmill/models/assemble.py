@@ -7,11 +7,12 @@ template, every tensor) is opened once here, so that a bad file fails at import 
 
 import json
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from tokenmill.models.directory import ModelDirectory, layout_files
 from tokenmill.models.fetch import Progress
 from tokenmill.models.files import atomic_file, copy_file, disk_errors, hash_file
 from tokenmill.models.gguf import GgufFile
+from tokenmill.models.gguf_quants import GRID_TYPES
 from tokenmill.models.hf_config import architecture_to_config
 from tokenmill.models.manifest import DeclaredCosts, FileEntry, Manifest
 from tokenmill.models.safetensors import StoredArray, write_safetensors
@@ -31,6 +33,9 @@ from tokenmill.models.tokenizer import Tokenizer
 from tokenmill.models.weights import bf16_parts
 
 __all__ = ["Origin", "from_gguf", "from_hf_folder", "hf_files", "take_file", "write_manifest"]
+
+_MAX_SMALL_BYTES: Final = 64 << 20
+"""Of a file that is not weights; tokenizers of large vocabularies have half of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +58,9 @@ def from_gguf(staging: Path, origin: Origin, progress: Progress) -> None:
         architecture = gguf_architecture(gguf)
         _convert_weights(staging, gguf, architecture, progress)
         _write_small_files(staging, gguf, architecture)
-        kinds = sorted({tensor.dtype for tensor in gguf.tensors.values() if len(tensor.shape) == 2})
+        kinds = sorted({tensor.dtype for tensor in gguf.tensors.values() if len(tensor.shape) > 1})
         licence = gguf.metadata.get("general.license")
-    has_grid = any(kind.startswith("Q") for kind in kinds)
+    has_grid = any(kind in GRID_TYPES for kind in kinds)
     if not has_grid:
         with disk_errors(path):
             path.unlink()
@@ -84,7 +89,9 @@ def from_hf_folder(
     Only files that are ever read are taken, never code. With `link` they become hard links, for a folder
     that nobody writes to any more. Raises ModelFormatError or StorageError.
     """
-    for name in hf_files(folder):
+    names = hf_files(folder)
+    _check_sources(folder, names)
+    for name in names:
         take_file(folder / name, staging / name, progress, link=link)
     _check(staging)
     _check_finite(staging, progress)
@@ -99,6 +106,20 @@ def from_hf_folder(
             files={},
         ),
     )
+
+
+def _check_sources(folder: Path, names: Sequence[str]) -> None:
+    """Refuse links that leave the folder (or the hub's cache that it is of), and endless small files."""
+    root = folder.resolve()
+    roots = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
+    for name in names:
+        path = folder / name
+        if not any(path.resolve().is_relative_to(each) for each in roots):
+            raise ModelFormatError(
+                f"{path}: is a link to a file outside the folder", hint="put the file itself into the folder"
+            )
+        if not name.endswith(".safetensors") and path.stat().st_size > _MAX_SMALL_BYTES:
+            raise ModelFormatError(f"{path}: has {path.stat().st_size} bytes, at most {_MAX_SMALL_BYTES}")
 
 
 def take_file(source: Path, target: Path, progress: Progress, *, link: bool = False) -> None:
@@ -146,7 +167,9 @@ def _convert_weights(staging: Path, gguf: GgufFile, architecture: Architecture, 
 
 def _write_small_files(staging: Path, gguf: GgufFile, architecture: Architecture) -> None:
     tokenizer = Tokenizer.from_gguf(gguf)
-    template = gguf.metadata.get("tokenizer.chat_template")
+    template = gguf.metadata.get("tokenizer.chat_template", "")
+    if not isinstance(template, str):
+        raise ModelFormatError(f"{gguf.path}: tokenizer.chat_template is no text")
     config = architecture_to_config(architecture)
     eos = config["eos_token_id"]
     files = {
@@ -155,7 +178,7 @@ def _write_small_files(staging: Path, gguf: GgufFile, architecture: Architecture
         "tokenizer.json": tokenizer.to_json(),
         "tokenizer_config.json": json.dumps(_tokenizer_config(gguf, tokenizer, architecture), indent=2),
     }
-    if isinstance(template, str) and template:
+    if template:
         files["chat_template.jinja"] = template
     for name, text in files.items():
         with atomic_file(staging / name) as file:
@@ -174,6 +197,9 @@ def _tokenizer_config(gguf: GgufFile, tokenizer: Tokenizer, architecture: Archit
         token_id = gguf.metadata.get(f"tokenizer.ggml.{key}_token_id")
         if isinstance(token_id, int) and 0 <= token_id < tokenizer.vocab_size:
             config[f"{field}_token"] = tokenizer.token_bytes(token_id).decode("utf-8", errors="replace")
+    adds_bos = gguf.metadata.get("tokenizer.ggml.add_bos_token")
+    if isinstance(adds_bos, bool):
+        config["add_bos_token"] = adds_bos
     return config
 
 

@@ -5,9 +5,9 @@ outside the file. Here every count, length, type, dimension and offset is checke
 are really there before anything is allocated or looped over, so that a hostile file costs at most time
 and memory in proportion to its own size.
 
-Covers versions 2 and 3, little-endian, with tensors in F32, F16, BF16, Q4_0, Q4_1 and Q8_0. It does not
-cover writing, split files, other quantisations or nested arrays. A file must not be truncated while it
-is open: it is memory-mapped.
+Covers versions 2 and 3, little-endian, with tensors of the types in `gguf_quants.py`. It does not cover
+writing (see `gguf_writer.py`), split files, other types or nested arrays. A file must not be truncated
+while it is open: it is memory-mapped.
 Source: the GGUF specification, docs/gguf.md of the ggml project.
 """
 
@@ -15,27 +15,25 @@ import math
 import mmap
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NoReturn, TypeAlias
+from typing import Any, Final, NoReturn, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from tokenmill.core.errors import ModelFormatError
-from tokenmill.models.bfloat16 import F32Array, round_to_bf16, widen_bf16
+from tokenmill.models.bfloat16 import F32Array, round_to_bf16
+from tokenmill.models.gguf_quants import STORED_TYPES, Grid, dequantize, exact_grid
 
-__all__ = ["GROUP", "GgufFile", "GgufTensor", "Grid", "MetadataValue"]
-
-GROUP: Final = 32
-"""Weights in one quantised block."""
+__all__ = ["GgufFile", "GgufTensor", "MetadataValue"]
 
 _MAX_METADATA_KEYS: Final = 4096
-_MAX_TENSORS: Final = 1 << 16
+_MAX_TENSORS: Final = 1 << 14
 _MAX_KEY_BYTES: Final = 256
 _MAX_STRING_BYTES: Final = 1 << 20
-_MAX_ARRAY_ITEMS: Final = 1 << 22
+_MAX_ARRAY_ITEMS: Final = 1 << 21
 _MAX_ALIGNMENT: Final = 1 << 16
 _MAX_DIMS: Final = 4
 _ROWS_AT_ONCE: Final = 1 << 22
@@ -47,47 +45,16 @@ _SCALARS: Final[Mapping[int, str]] = {
 }  # fmt: skip
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 
-_FLOATS: Final[Mapping[int, str]] = {0: "F32", 1: "F16", 30: "BF16"}
-_QUANTISED: Final[Mapping[int, tuple[str, int]]] = {2: ("Q4_0", 18), 3: ("Q4_1", 20), 8: ("Q8_0", 34)}
-_FLOAT_DTYPES: Final = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_NAMES: Final[Mapping[int, str]] = {each.type_id: name for name, each in STORED_TYPES.items()}
 _OTHER_TYPES: Final[Mapping[int, str]] = {
-    6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K",
-    16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S",
-    23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0",
-    35: "TQ2_0", 39: "MXFP4",
+    9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S",
+    20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64",
+    28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
 }  # fmt: skip
 
+_T = TypeVar("_T", bound=np.generic)
 _Scalar: TypeAlias = int | float | bool | str
 MetadataValue: TypeAlias = _Scalar | list[str] | list[bool] | npt.NDArray[Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Grid:
-    """A quantised matrix exactly as the file stores it: w[n, k] = scale * value (+ minimum).
-
-    `values` is [N, K], uint8 in 0..15 with minima, else int8 (-8..7 for 4 bits). `scales` and `mins` are
-    float16 [N, K/32], one for each group of 32 inputs; `mins` is None for symmetric grids.
-    """
-
-    values: npt.NDArray[Any]
-    scales: npt.NDArray[np.float16]
-    mins: npt.NDArray[np.float16] | None
-    bits: int
-
-    def float32(self) -> F32Array:
-        """The weights, [N, K]: one float32 product and at most one float32 sum each."""
-        num_rows, num_columns = self.values.shape
-        out = self.values.reshape(num_rows, -1, GROUP).astype(np.float32)
-        with np.errstate(invalid="ignore"):  # a scale that is infinite gives NaN, which conversion refuses
-            out *= self.scales.astype(np.float32)[:, :, None]
-            if self.mins is not None:
-                out += self.mins.astype(np.float32)[:, :, None]
-        return out.reshape(num_rows, num_columns)
-
-    def take_rows(self, rows: npt.NDArray[np.intp]) -> "Grid":
-        """The same grid with its outputs in another order; stays exact."""
-        mins = None if self.mins is None else self.mins[rows]
-        return Grid(values=self.values[rows], scales=self.scales[rows], mins=mins, bits=self.bits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,63 +115,49 @@ class GgufFile:
         except KeyError:
             raise ModelFormatError(f"{self.path}: tensor {name} is missing") from None
 
-    def float32(self, name: str) -> F32Array:
-        """The tensor de-quantised, in its shape."""
-        tensor = self.tensor(name)
-        out = np.empty(tensor.shape, np.float32)
-        rows_out = out.reshape(_num_rows(tensor), tensor.shape[-1])
-        for rows in self._row_spans(tensor):
-            rows_out[rows] = self._float32_rows(tensor, rows)
-        return out
+    def float32(self, name: str, rows: slice | None = None) -> F32Array:
+        """The tensor de-quantised, in its shape, or its rows [start, stop) of the last dimension.
 
-    def bf16(self, name: str) -> npt.NDArray[np.uint16]:
-        """The tensor rounded to bfloat16 (nearest, ties to even), as 16-bit patterns, in its shape."""
-        tensor = self.tensor(name)
-        out = np.empty(tensor.shape, np.uint16)
-        rows_out = out.reshape(_num_rows(tensor), tensor.shape[-1])
-        for rows in self._row_spans(tensor):
-            rows_out[rows] = round_to_bf16(self._float32_rows(tensor, rows))
-        return out
+        Bounded: the result, and temporaries of a few million weights.
+        """
+        return self._read(name, rows, np.dtype(np.float32), lambda weights: weights)
 
-    def grid(self, name: str) -> Grid | None:
-        """The exact quantised form of a matrix; None if the tensor is stored as floats or is no matrix."""
+    def bf16(self, name: str, rows: slice | None = None) -> npt.NDArray[np.uint16]:
+        """As `float32`, rounded to bfloat16 (nearest, ties to even), as 16-bit patterns."""
+        return self._read(name, rows, np.dtype(np.uint16), round_to_bf16)
+
+    def grid(self, name: str, rows: slice | None = None) -> Grid | None:
+        """The exact quantised form of a matrix, or of some of a tensor's rows; None if its type has none."""
         tensor = self.tensor(name)
-        if tensor.dtype in _FLOAT_DTYPES or len(tensor.shape) != 2:
+        if len(tensor.shape) == 1 or (rows is None and len(tensor.shape) > 2):
             return None
-        return self._grid_rows(tensor, slice(0, tensor.shape[0]))
+        stored = rows or slice(0, _num_rows(tensor))
+        return exact_grid(tensor.dtype, self._row_bytes(tensor, stored))
 
-    def _row_spans(self, tensor: GgufTensor) -> Iterator[slice]:
-        """Row ranges of at most a few million weights, so that temporaries stay small."""
-        num_rows = _num_rows(tensor)
+    def _read(
+        self,
+        name: str,
+        rows: slice | None,
+        dtype: "np.dtype[_T]",
+        convert: Callable[[F32Array], npt.NDArray[_T]],
+    ) -> npt.NDArray[_T]:
+        tensor = self.tensor(name)
+        wanted = rows or slice(0, _num_rows(tensor))
+        out = np.empty((wanted.stop - wanted.start, tensor.shape[-1]), dtype)
         step = max(1, _ROWS_AT_ONCE // tensor.shape[-1])
-        return (slice(first, min(first + step, num_rows)) for first in range(0, num_rows, step))
+        for first in range(wanted.start, wanted.stop, step):
+            part = slice(first, min(first + step, wanted.stop))
+            weights = dequantize(tensor.dtype, self._row_bytes(tensor, part))
+            out[part.start - wanted.start : part.stop - wanted.start] = convert(weights)
+        return out.reshape(tensor.shape) if rows is None else out
 
     def _row_bytes(self, tensor: GgufTensor, rows: slice) -> npt.NDArray[np.uint8]:
         """The stored bytes of rows [start, stop), copied out of the mapping: [rows, bytes a row]."""
+        assert 0 <= rows.start <= rows.stop <= _num_rows(tensor)
         width = tensor.num_bytes // _num_rows(tensor)
         first = tensor.offset + rows.start * width
         data = self._view[first : tensor.offset + rows.stop * width]
         return np.frombuffer(data, np.uint8).reshape(rows.stop - rows.start, width)
-
-    def _float32_rows(self, tensor: GgufTensor, rows: slice) -> F32Array:
-        if tensor.dtype not in _FLOAT_DTYPES:
-            return self._grid_rows(tensor, rows).float32()
-        stored = self._row_bytes(tensor, rows).view(_FLOAT_DTYPES[tensor.dtype])
-        return widen_bf16(stored) if tensor.dtype == "BF16" else stored.astype(np.float32)
-
-    def _grid_rows(self, tensor: GgufTensor, rows: slice) -> Grid:
-        num_groups = tensor.shape[-1] // GROUP
-        data = self._row_bytes(tensor, rows)
-        blocks = data.reshape(len(data), num_groups, -1)
-        scales = _halves(blocks, 0)
-        if tensor.dtype == "Q8_0":
-            values = blocks[:, :, 2:].copy().view(np.int8).reshape(len(data), -1)
-            return Grid(values=values, scales=scales, mins=None, bits=8)
-        if tensor.dtype == "Q4_1":
-            return Grid(values=_nibbles(blocks[:, :, 4:]), scales=scales, mins=_halves(blocks, 2), bits=4)
-        values = _nibbles(blocks[:, :, 2:]).view(np.int8)
-        values -= 8
-        return Grid(values=values, scales=scales, mins=None, bits=4)
 
 
 class _Parser:
@@ -300,8 +253,15 @@ class _Parser:
         count = self.count("Q", f"length of {key}", self.items_left, 8 if kind == _STRING else 1)
         self.items_left -= count
         if kind == _BOOL:
-            return [self.flag(key) for _ in range(count)]
+            return self.flags(key, count)
         return self.strings(key, count)
+
+    def flags(self, key: str, count: int) -> list[bool]:
+        flags = np.frombuffer(self.take(count, key), np.uint8)
+        if count and flags.max() > 1:
+            self.fail(key, f"has a boolean of value {flags.max()}")
+        items: list[bool] = flags.astype(bool).tolist()
+        return items
 
     def strings(self, key: str, count: int) -> list[str]:
         """`count` strings; a loop of its own, because vocabularies have a hundred thousand."""
@@ -341,9 +301,14 @@ class _Parser:
         for tensor in sorted(tensors.values(), key=lambda each: each.offset):
             if start + tensor.offset < end:
                 self.fail(f"tensor {tensor.name}", "overlaps another tensor")
+            gap = start + tensor.offset - end
             end = start + tensor.offset + tensor.num_bytes
             if end > self.size:
                 self.fail(f"tensor {tensor.name}", f"ends at {end}, the file at {self.size}")
+            if gap >= alignment:
+                self.fail(f"tensor {tensor.name}", "leaves a gap before it")
+        if tensors and self.size - end >= alignment:  # the file may be something else as well, such as a ZIP
+            self.fail("file", f"has {self.size} bytes, its last tensor ends at {end}")
         return {name: _moved(tensor, start) for name, tensor in tensors.items()}
 
     def tensor_entry(self, index: int, alignment: int) -> GgufTensor:
@@ -361,19 +326,16 @@ class _Parser:
 
     def storage(self, field: str, kind: int, dims: tuple[int, ...]) -> tuple[str, int]:
         """Type name and size in bytes. GGUF lists the innermost dimension first."""
-        if kind in _FLOATS:
-            dtype = _FLOATS[kind]
-            return dtype, math.prod(dims) * np.dtype(_FLOAT_DTYPES[dtype]).itemsize
-        if kind not in _QUANTISED:
+        if kind not in _NAMES:
             name = _OTHER_TYPES.get(kind, f"unknown ({kind})")
-            supported = ", ".join([*_FLOATS.values(), *(each for each, _ in _QUANTISED.values())])
             raise ModelFormatError(
-                f"{self.path}: {field} has the type {name}", hint=f"use a file with {supported}"
+                f"{self.path}: {field} has the type {name}", hint=f"use a file with {', '.join(STORED_TYPES)}"
             )
-        dtype, block_bytes = _QUANTISED[kind]
-        if dims[0] % GROUP:
-            self.fail(field, f"has rows of {dims[0]}, {dtype} needs a multiple of {GROUP}")
-        return dtype, math.prod(dims) // GROUP * block_bytes
+        dtype = _NAMES[kind]
+        block = STORED_TYPES[dtype].block_weights
+        if dims[0] % block:
+            self.fail(field, f"has rows of {dims[0]}, {dtype} needs a multiple of {block}")
+        return dtype, STORED_TYPES[dtype].num_bytes(math.prod(dims))
 
 
 def _moved(tensor: GgufTensor, start: int) -> GgufTensor:
@@ -388,14 +350,3 @@ def _moved(tensor: GgufTensor, start: int) -> GgufTensor:
 
 def _num_rows(tensor: GgufTensor) -> int:
     return math.prod(tensor.shape[:-1])
-
-
-def _halves(blocks: npt.NDArray[np.uint8], at: int) -> npt.NDArray[np.float16]:
-    """The float16 at byte `at` of every block: [rows, groups]."""
-    return np.ascontiguousarray(blocks[:, :, at : at + 2]).view("<f2")[:, :, 0].astype(np.float16)
-
-
-def _nibbles(packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """16 bytes a block to 32 values, low halves first: [rows, 32 * groups]."""
-    values = np.concatenate([packed & 15, packed >> 4], axis=2)
-    return values.reshape(len(packed), -1)

@@ -40,6 +40,8 @@ _BOUNDS: Final[Mapping[str, tuple[float, float]]] = {
     "moe_intermediate_size": (8, 1 << 18),
     "decoder_sparse_step": (1, 1024),
 }
+_MAX_EXPERTS: Final = 1 << 15
+"""In all layers together: each has three tensors, of which tables are made before a file is looked at."""
 _DEFAULTS: Final[Mapping[str, Any]] = {"rms_norm_eps": 1e-6}
 _ACTIVATIONS: Final[Mapping[str, Activation]] = {
     "silu": "silu",
@@ -81,6 +83,11 @@ def read_architecture(config: Mapping[str, Any], source: str) -> Architecture:
     rope_field = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
     rope = read.mapping(rope_field)
     experts = _experts(read, family)
+    if experts is not None and num_layers * experts.num_experts > _MAX_EXPERTS:
+        raise ModelFormatError(
+            f"{source}: {family.experts_field} {experts.num_experts} in each of {num_layers} layers: "
+            f"over {_MAX_EXPERTS} together"
+        )
     architecture = Architecture(
         family=name,
         vocab_size=vocab_size,
@@ -203,7 +210,9 @@ class _Fields:
 def _layers(read: _Fields, family: Family, num_layers: int, experts: Experts | None) -> tuple[Layer, ...]:
     rotary = _rotary_layers(read, family, num_layers)
     windows = _windows(read, family, num_layers, rotary)
-    routed = _routed_layers(read, num_layers) if experts is not None else [False] * num_layers
+    routed = [experts is not None] * num_layers
+    if "decoder_sparse_step" in family.defaults:  # the others ignore it
+        routed = _routed_layers(read, num_layers)
     return tuple(
         Layer(rotary=turned, window=window, routed=is_routed)
         for turned, window, is_routed in zip(rotary, windows, routed, strict=True)

@@ -5,12 +5,20 @@ it was and one error says why. `fetch.py` and `transfer.py` say what an interrup
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Final
 
-from tokenmill.core.errors import DownloadError, NotFoundError, StorageError, TokenmillError
+from tokenmill.core.errors import (
+    DownloadError,
+    ModelFormatError,
+    NotFoundError,
+    ResourceError,
+    StorageError,
+    TokenmillError,
+)
 from tokenmill.models.assemble import Origin, from_gguf, from_hf_folder, hf_files, take_file
 from tokenmill.models.catalog import CATALOG, CatalogEntry
 from tokenmill.models.directory import ModelDirectory
@@ -67,8 +75,9 @@ def import_model(path: Path, library: Library, name: str = "", progress: Progres
     ModelFormatError if the content cannot, StorageError if the name is taken or the disk is full.
     """
     path = path.expanduser().absolute()
-    if not path.exists():
-        raise NotFoundError(f"{path} does not exist", hint="give a GGUF file or a Hugging Face folder")
+    if not path.is_file() and not path.is_dir():  # a pipe or a device would be read for ever
+        problem = "is no file and no folder" if path.exists() else "does not exist"
+        raise NotFoundError(f"{path} {problem}", hint="give a GGUF file or a Hugging Face folder")
     name = name or (path.stem if path.is_file() else path.name)
     check_name(name)
     if library.path_of(name).exists():
@@ -76,7 +85,8 @@ def import_model(path: Path, library: Library, name: str = "", progress: Progres
             f"a model named {name!r} exists already", hint=f"remove it first: tokenmill rm {name}"
         )
     origin = Origin(name=name, source=f"imported from {path.name!r}")
-    with library.lock(name, waiting=lambda: progress("waiting", 0, 0)), library.staging(name) as staging:
+    lock = library.lock(name, waiting=lambda: progress("waiting", 0, 0))
+    with lock, library.staging(name) as staging, _naming(path, staging):
         if path.is_dir():
             check_free_space(staging, _SPARE_BYTES + _folder_bytes(path))
             from_hf_folder(path, staging, origin, progress)
@@ -87,6 +97,19 @@ def import_model(path: Path, library: Library, name: str = "", progress: Progres
         model = library.place(staging, name)
     progress("done", 1, 1)
     return model
+
+
+@contextmanager
+def _naming(source: Path, staging: Path) -> Iterator[None]:
+    """Errors about a copy in `staging`, which is gone when they are read, name what the user gave."""
+    try:
+        yield
+    except (ModelFormatError, NotFoundError, ResourceError) as error:
+        message = error.message.replace(str(staging / "model.gguf"), str(source))
+        error.message = message.replace(str(staging), str(source))
+        error.args = (error.message,)
+        error.hint = error.hint or "it cannot be used as it is; take another model, or another file of it"
+        raise
 
 
 def pull_from_hub(

@@ -38,6 +38,7 @@ __all__ = [
 StoredArray: TypeAlias = npt.NDArray[np.float32] | npt.NDArray[np.uint16]
 
 _MAX_HEADER_BYTES: Final = 8 << 20
+_MAX_TENSORS: Final = 1 << 15
 _MAX_DIMS: Final = 8
 _MAX_METADATA_CHARS: Final = 1 << 16
 TENSOR_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,255}")
@@ -174,6 +175,8 @@ def _read_header(path: Path, view: mmap.mmap) -> dict[str, TensorEntry]:
         _fail(path, "header length", f"is {header_bytes} in a file of {size} bytes")
     header = load_unique_json(path, "header", view[8 : 8 + header_bytes])
     _check_metadata(path, header.pop("__metadata__", {}))
+    if len(header) > _MAX_TENSORS:
+        _fail(path, "header", f"describes {len(header)} tensors, at most {_MAX_TENSORS}")
     start = 8 + header_bytes
     entries = {name: _read_entry(path, name, value, start) for name, value in header.items()}
     end = start
@@ -195,6 +198,9 @@ def load_unique_json(path: Path, field: str, data: bytes) -> dict[str, Any]:
             _fail(path, field, "has a key twice")
         return result
 
+    # Python's objects take many times the text, so those of a sound header are counted before they are made.
+    if data.count(b"[") + data.count(b"{") > 4 * _MAX_TENSORS or data.count(b",") > 16 * _MAX_TENSORS:
+        _fail(path, "header", f"describes more than {_MAX_TENSORS} tensors")
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:

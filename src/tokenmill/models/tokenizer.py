@@ -25,6 +25,8 @@ from tokenmill.models.tokenizer_pipeline import guarded, read_pipeline
 __all__ = ["Tokenizer"]
 
 _MAX_FILE_BYTES: Final = 64 << 20
+_MAX_TOKEN_CHARS: Final = 4096
+_LONG_CONTENT: Final = re.compile(rf'"content"\s*:\s*"(?:[^"\\]|\\.){{{_MAX_TOKEN_CHARS}}}')
 # White space as Unicode and the library have it; `str.strip` would take four control characters more.
 _WHITE: Final = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
     map(chr, range(0x2000, 0x200B))
@@ -52,6 +54,8 @@ class Tokenizer:
             raise ModelFormatError(f"{path}: cannot be read ({error})") from error
         if not text:
             raise ModelFormatError(f"{path}: has {size} bytes, expected 1 to {_MAX_FILE_BYTES}")
+        if _LONG_CONTENT.search(text):  # the library takes 75 bytes for each of theirs
+            raise ModelFormatError(f"{path}: added_tokens has a token of over {_MAX_TOKEN_CHARS} characters")
         return cls(guarded(lambda: tokenizers.Tokenizer.from_str(text), str(path)), str(path))
 
     @classmethod

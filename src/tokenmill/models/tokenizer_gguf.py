@@ -56,8 +56,11 @@ class _Vocabulary:
         return {token: token_id for token_id, token in enumerate(self.tokens)}
 
     def flag(self, name: str, default: bool) -> bool:
-        """A boolean field."""
-        return bool(self.metadata.get(f"{_FIELD}.{name}", default))
+        """A boolean field. Raises ModelFormatError if it is something else."""
+        value = self.metadata.get(f"{_FIELD}.{name}", default)
+        if not isinstance(value, bool):
+            raise ModelFormatError(f"{self.source}: {_FIELD}.{name} is no true or false")
+        return value
 
     def token_id(self, name: str, default: int | None = None) -> int:
         """A field that is a token's id. Raises ModelFormatError if it is missing or out of range."""
@@ -100,6 +103,8 @@ def _vocabulary(gguf: GgufFile) -> _Vocabulary:
     types = metadata.get(f"{_FIELD}.token_type")
     if not isinstance(types, np.ndarray) or types.dtype.kind not in "iu" or len(types) != len(tokens):
         raise ModelFormatError(f"{source}: {_FIELD}.token_type is not one number a token")
+    if len(types) and not 0 <= types.min() <= types.max() <= _BYTE:
+        raise ModelFormatError(f"{source}: {_FIELD}.token_type has a type beyond 0 to {_BYTE}")
     return _Vocabulary(source=source, metadata=metadata, tokens=tokens, types=types.tolist())
 
 

@@ -29,6 +29,7 @@ Lead = Literal["kept", "one space", "first token"]
 """What decoding takes from the start of a text: nothing, a space, or every space of the first token."""
 
 _MAX_CONTROL_TOKENS: Final = 4096
+_MAX_CONTROL_CHARS: Final = 1 << 17
 _MAX_ADDED_TOKENS: Final = 1 << 16
 _MAX_VOCABULARY: Final = 1 << 22
 _SPACE: Final = "▁"
@@ -66,6 +67,10 @@ def read_pipeline(inner: tokenizers.Tokenizer, source: str) -> Pipeline:
     controls = {token.content: token_id for token_id, token in added.items() if token.special}
     if len(added) > _MAX_ADDED_TOKENS or len(controls) > _MAX_CONTROL_TOKENS:
         raise ModelFormatError(f"{source}: added_tokens: too many")
+    if sum(map(len, controls)) > _MAX_CONTROL_CHARS:  # they become one pattern
+        raise ModelFormatError(
+            f"{source}: added_tokens: over {_MAX_CONTROL_CHARS} characters of control tokens"
+        )
     if any(len(text) < 2 for text in controls):
         raise ModelFormatError(f"{source}: added_tokens: a control token shorter than two characters")
     _check_model(inner, source)
@@ -250,7 +255,12 @@ def _prompt_prefix(inner: tokenizers.Tokenizer, source: str) -> tuple[int, ...]:
         for part in step["single"]:
             if "SpecialToken" not in part:
                 break
-            prefix += step["special_tokens"][part["SpecialToken"]["id"]]["ids"]
+            special = step["special_tokens"].get(part["SpecialToken"]["id"])
+            if special is None:
+                raise ModelFormatError(
+                    f"{source}: post_processor: {part['SpecialToken']['id'][:40]!r} is unknown"
+                )
+            prefix += special["ids"]
     unknown = [token_id for token_id in prefix if inner.id_to_token(token_id) is None]
     if unknown:
         raise ModelFormatError(f"{source}: post_processor: id {unknown[0]} is not in the vocabulary")

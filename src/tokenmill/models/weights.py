@@ -13,7 +13,7 @@ from tokenmill.core.errors import ModelFormatError
 from tokenmill.models.architecture import Architecture
 from tokenmill.models.bfloat16 import F32Array, U16Array
 from tokenmill.models.checkpoint import Checkpoint
-from tokenmill.models.gguf import Grid
+from tokenmill.models.gguf_quants import Grid
 
 __all__ = ["CheckpointWeights", "RowSource", "WeightSource", "bf16_parts", "float32_parts"]
 
