@@ -1,92 +1,135 @@
 #include "expert_cache.h"
 
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <chrono>
+#include <cerrno>
+#include <new>
+#include <stdexcept>
 
 namespace mill {
 namespace {
 
-// Older C libraries do not name them.
-constexpr int kPageOut = 21, kPopulateRead = 22;
+constexpr size_t kBlock = MappedFiles::kBlock;
+constexpr size_t kPiece = size_t(16) << 20;  // smaller reads are slower; larger ones leave threads without any
 
-// Whole pages: all that the span touches, or only those that belong to nothing else.
-struct Pages { char* at; size_t bytes; };
-Pages pages(const ExpertCache::Span& span, bool inner) {
-  const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE)), grow = inner ? page - 1 : 0;
-  const uintptr_t from = uintptr_t(span.at), to = from + span.bytes;
-  const uintptr_t begin = (from + grow) & ~(page - 1), end = (to + (page - 1 - grow)) & ~(page - 1);
-  return {reinterpret_cast<char*>(begin), end > begin ? end - begin : 0};
-}
-
-// In pieces that a system reads whole, whatever its limit. Left to faults it would read on into what comes after
-// the span, which nobody would give back.
-void read_ahead(const ExpertCache::Span& span) {
-  constexpr size_t piece = size_t(128) << 10;
-  const Pages p = pages(span, false);
-  for (size_t i = 0; i < p.bytes; i += piece) madvise(p.at + i, std::min(piece, p.bytes - i), MADV_WILLNEED);
-}
-
-// Waits for the pages; on systems without the call they come as they are touched.
-void populate(const ExpertCache::Span& span) {
-  const Pages p = pages(span, false);
-  if (!p.bytes || madvise(p.at, p.bytes, kPopulateRead) == 0) return;
-  const size_t page = size_t(sysconf(_SC_PAGESIZE));
-  for (size_t i = 0; i < span.bytes; i += page) (void)static_cast<const volatile char*>(span.at)[i];
-}
+size_t blocks_up(size_t bytes) { return (bytes + kBlock - 1) / kBlock * kBlock; }
 
 }  // namespace
 
-int ExpertCache::add(std::vector<Span> spans) {
-  Unit unit{std::move(spans), 0};
-  for (const Span& span : unit.spans) unit.bytes += span.bytes;
+int ExpertCache::add(const Spans& spans) {
+  Unit unit{};
+  size_t pieces = 0;
+  for (int i = 0; i < kSpans; i++) {
+    Part& part = unit.parts[i];
+    part = {spans[i], files_.find(spans[i].at, spans[i].bytes), unit.room};
+    if (part.place.file < 0) continue;
+    unit.bytes += part.span.bytes;
+    unit.room += blocks_up(part.span.bytes) + kBlock;
+    pieces += (part.span.bytes + kBlock) / kPiece + 1;
+  }
   const int number = int(units_.size());
   unit.place = others_.insert(others_.end(), number);
   units_.push_back(std::move(unit));
-  read_.reserve(units_.size());
+  missing_.reserve(units_.size());
+  reads_.reserve(reads_.capacity() + pieces);
   return number;
 }
 
+const void* ExpertCache::address(int unit, int span) const {
+  const Part& part = units_[unit].parts[span];
+  if (part.place.file < 0) return part.span.at;
+  return units_[unit].buffer.get() + part.at + part.place.offset % kBlock;
+}
+
 int ExpertCache::admit(const std::vector<int>& units, int begin) {
-  const auto began = std::chrono::steady_clock::now();
+  began_ = std::chrono::steady_clock::now();
+  wave_++, missing_.clear(), reads_.clear();
   size_t wanted = 0;
   int end = begin;
   for (; end < int(units.size()); end++) {
     Unit& unit = units_[units[end]];
     if (end > begin && wanted + unit.bytes > budget_) break;
     wanted += unit.bytes;
+    unit.wave = wave_;
     unit.held ? stats_.hits++ : stats_.misses++;
     if (unit.held) held_.splice(held_.begin(), held_, unit.place);
+    else missing_.push_back(units[end]);
   }
-  read_.clear();
-  for (int i = begin; i < end; i++)
-    if (!units_[units[i]].held) read_.push_back(units[i]);
-  // Room is made while the disk reads. What is wanted now fits together, and is the last that would go.
-  for (const int number : read_) {
+  for (const int number : missing_) {
     Unit& unit = units_[number];
-    for (const Span& span : unit.spans) read_ahead(span);
-    while (!held_.empty() && stats_.bytes_held + unit.bytes > budget_) drop(units_[held_.back()]);
+    const bool has_room = make_room(unit);
     held_.splice(held_.begin(), others_, unit.place);
     unit.held = true;
-    stats_.bytes_held += unit.bytes, stats_.bytes_read += unit.bytes;
+    stats_.bytes_held += unit.bytes;
+    if (has_room) plan(unit);
   }
-  for (const int number : read_)
-    for (const Span& span : units_[number].spans) populate(span);
-  stats_.read_seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
+  next_.store(0, std::memory_order_relaxed), left_.store(reads_.size(), std::memory_order_relaxed);
   return end;
 }
 
-// Never loses what memory holds: pages of a file leave memory if nobody else has mapped them, others stay.
-void ExpertCache::drop(Unit& unit) {
-  for (const Span& span : unit.spans) {
-    const Pages p = pages(span, true);
-    if (p.bytes) madvise(p.at, p.bytes, kPageOut);
+// Takes over the buffer of what goes, so that in the long run no memory is asked for or given back.
+bool ExpertCache::make_room(Unit& unit) {
+  while (stats_.bytes_held + unit.bytes > budget_) {
+    Unit* old = oldest(unit.room);
+    if (!old) break;
+    if (old->room == unit.room) std::swap(unit.buffer, old->buffer);
+    drop(*old);
   }
+  if (unit.buffer.get() || !unit.room) return true;
+  try {
+    unit.buffer = Array<uint8_t>(unit.room);
+  } catch (const std::bad_alloc&) {
+    reads_.push_back({unit.parts[0].place.file, 0, 0, 0, nullptr, ENOMEM});
+    failed_.store(&reads_.back(), std::memory_order_relaxed);
+    return false;
+  }
+  return true;
+}
+
+// The unit not used for longest, of those of the same size if there are any, that is not wanted now.
+ExpertCache::Unit* ExpertCache::oldest(size_t room) {
+  Unit* any = nullptr;
+  for (auto number = held_.rbegin(); number != held_.rend(); ++number) {
+    Unit& unit = units_[*number];
+    if (unit.wave == wave_ || !unit.bytes) continue;
+    if (unit.room == room) return &unit;
+    if (!any) any = &unit;
+  }
+  return any;
+}
+
+void ExpertCache::drop(Unit& unit) {
+  unit.buffer = Array<uint8_t>();
   others_.splice(others_.begin(), held_, unit.place);
   unit.held = false;
   stats_.bytes_held -= unit.bytes;
+}
+
+void ExpertCache::plan(Unit& unit) {
+  stats_.bytes_read += unit.bytes;
+  for (const Part& part : unit.parts) {
+    if (part.place.file < 0) continue;
+    const size_t skipped = part.place.offset % kBlock, wanted = skipped + part.span.bytes, bytes = blocks_up(wanted);
+    for (size_t i = 0; i < bytes; i += kPiece)
+      reads_.push_back({part.place.file, part.place.offset - skipped + i, std::min(kPiece, bytes - i),
+                        std::min(kPiece, wanted - i), unit.buffer.get() + part.at + i, 0});
+  }
+}
+
+void ExpertCache::read() {
+  for (size_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < reads_.size();) {
+    Read& own = reads_[i];
+    if (own.to) own.error = files_.read(own.file, own.offset, own.bytes, own.wanted, own.to);
+    if (own.error) failed_.store(&own, std::memory_order_release);
+    if (left_.fetch_sub(1, std::memory_order_acq_rel) == 1)
+      stats_.read_seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - began_).count();
+  }
+}
+
+void ExpertCache::check() {
+  const Read* failed = failed_.exchange(nullptr);
+  if (!failed) return;
+  for (const int number : missing_) drop(units_[number]);
+  throw std::runtime_error(files_.describe(failed->file, failed->error));
 }
 
 }  // namespace mill

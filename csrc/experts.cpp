@@ -32,6 +32,8 @@ Experts::Experts(const ExpertShape& shape, const Kernels& kernels, Pool& pool, i
 }
 
 void Experts::add(ExpertWeights& w) {
+  if (!cache_.is_bounded()) return;
+  cache_.look();
   for (int e = 0; e < shape_.count; e++) {
     const LinearWeight one = w.at(e);
     const int unit = cache_.add({{one.data, w.data_step}, {one.scales, w.scales_step}, {one.mins, w.mins_step}});
@@ -126,8 +128,18 @@ void Experts::order(const ExpertWeights& w) {
   for (const Segment& s : segments_) units_.push_back(w.unit + s.expert);
 }
 
+LinearWeight Experts::weight(const ExpertWeights& w, int expert) const {
+  LinearWeight own = w.at(expert);
+  if (!cache_.is_bounded()) return own;
+  const int unit = w.unit + expert;
+  own.data = static_cast<const uint8_t*>(cache_.address(unit, 0));
+  own.scales = cache_.address(unit, 1);
+  own.mins = static_cast<const uint16_t*>(cache_.address(unit, 2));
+  return own;
+}
+
 // In waves of experts that are in memory together. Threads take runs of outputs of an expert, whoever is free.
-void Experts::linear(const ExpertWeights& w, Activation gated, float* dst, int ld_dst, int thread) {
+bool Experts::linear(const ExpertWeights& w, Activation gated, float* dst, int ld_dst, int thread) {
   const ActKind kind = act_of(w.first.kind);
   const int lines = lines_of(w.first.k, kind), pairs = round_up(w.first.n, 2 * kTileN) / (2 * kTileN);
   const int count = int(segments_.size()), share = count * pairs / (8 * pool_.size());
@@ -140,15 +152,21 @@ void Experts::linear(const ExpertWeights& w, Activation gated, float* dst, int l
     }
     pool_.barrier();
     end = wave_end_;
+    if (cache_.is_bounded()) {
+      cache_.read();
+      pool_.barrier();
+      if (cache_.failed()) return false;
+    }
     for (int i; (i = next_task_.fetch_add(1, std::memory_order_relaxed)) < (end - begin) * runs;) {
       const Segment& s = segments_[begin + i / runs];
-      const LinearWeight own = w.at(s.expert);
+      const LinearWeight own = weight(w, s.expert);
       const Act act = inputs(s.at, lines, kind);
       const LinearTask task{&own, &act, dst + size_t(s.first) * ld_dst, ld_dst, s.count, false, gated};
       kernels_.linear(task, i % runs * run, std::min(pairs, (i % runs + 1) * run));
     }
     if (end < count) pool_.barrier();
   }
+  return true;
 }
 
 void Experts::combine(const float* route, const float* src, float* x, int thread) const {

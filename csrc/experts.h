@@ -42,8 +42,11 @@ class Experts {
   bool gather(const float* route, int rows, const Act& act, ActKind, int thread);
   // The inputs of the next linear, from src [pairs][inner].
   void quantize(const float* src, ActKind, int thread);
-  // dst [pairs][ld_dst] = the rows of each expert times its matrix.
-  void linear(const ExpertWeights&, Activation gated, float* dst, int ld_dst, int thread);
+  // dst [pairs][ld_dst] = the rows of each expert times its matrix. False, for all threads, if a matrix could not
+  // be read.
+  bool linear(const ExpertWeights&, Activation gated, float* dst, int ld_dst, int thread);
+  // After a step: throws what kept a matrix from being read.
+  void check() { cache_.check(); }
   // x [rows][hidden] += the weighted sum of the pairs' rows of src.
   void combine(const float* route, const float* src, float* x, int thread) const;
 
@@ -52,6 +55,7 @@ class Experts {
 
   bool sort(const float* route, int rows);
   void order(const ExpertWeights&);
+  LinearWeight weight(const ExpertWeights&, int expert) const;
   Act inputs(int row, int lines, ActKind) const;
 
   const ExpertShape shape_;

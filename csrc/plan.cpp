@@ -185,6 +185,7 @@ void Plan::run(const Batch& batch, int first, int last) {
     }
     kernels_.end_thread();
   });
+  if (experts_) experts_->check();
   require(fits, "rows are sent to more experts than there is room for");
 }
 
@@ -195,7 +196,7 @@ bool Plan::is_routed(const Op& op) {
   }
 }
 
-// False where the rows of the step have more experts than there is room for.
+// False where the rows of the step have more experts than there is room for, or an expert cannot be read.
 bool Plan::routed_step(const Batch& b, const Op& op, int thread) {
   float *x = buffers_[kX].get(), *route = buffers_[kRoute].get(), *eo = buffers_[kEo].get();
   Act act = act_;
@@ -208,8 +209,7 @@ bool Plan::routed_step(const Batch& b, const Op& op, int thread) {
       return experts_->gather(route, b.rows, act, op.act, thread);
     case OpKind::quantize: experts_->quantize(buffers_[op.src].get(), op.act, thread); return true;
     case OpKind::expert_linear:
-      experts_->linear(op.experts, op.gated, buffers_[op.dst].get(), widths_[op.dst], thread);
-      return true;
+      return experts_->linear(op.experts, op.gated, buffers_[op.dst].get(), widths_[op.dst], thread);
     default: experts_->combine(route, eo, x, thread); return true;
   }
 }

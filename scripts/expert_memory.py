@@ -7,16 +7,18 @@ tokens in a child process that may have `share` of the file in memory, with ever
 predictions are compared with what is measured:
 
 - short of memory: a step's time is what it reads from memory over the memory's bandwidth, plus what was
-  missing over the disk's sequential rate, both measured in the same run;
+  missing over the disk's rate (sequential, past the system's cache), both measured in the same run;
 - in memory: a step's time at 1 to 16 tokens is the bytes of the distinct experts that these touch, and of all
   else, over the bandwidth.
 
 Where a memory control group can be made the child is held to the share by the system itself; elsewhere the
-executor's own budget does that. What of the file is in memory at the end is looked up.
+executor's own budget does that. What of the file is in memory at the end is looked up. The load of the machine
+is printed beside the figures: other work slows both the disk and the step.
 """
 
 import argparse
 import ctypes
+import io
 import json
 import mmap
 import os
@@ -62,6 +64,7 @@ __all__ = ["Step", "main", "mixtral_shaped", "random_model"]
 _HIDDEN, _INNER, _VOCAB = 2048, 7168, 8192
 _LAYER_BYTES = 8 * 3 * _HIDDEN * _INNER
 _DATA_BYTES = 2 << 30  # of the child, where no control group can be made
+_BLOCK_BYTES = 16 << 20
 _RESERVE_BYTES = 256 << 20  # of the child's share: the interpreter, buffers, and pages on their way
 
 
@@ -222,16 +225,21 @@ def _rates(path: Path) -> dict[str, float]:
 
 
 def _disk_rate(path: Path) -> float:
-    """Bytes a second of a sequential read of up to 1 GB of the file that is not in memory."""
-    buffer = bytearray(16 << 20)
-    with path.open("rb", buffering=0) as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    """Bytes a second of a sequential read of up to 1 GB of the file, past the system's cache, in order, by one
+    thread, in blocks of the largest size that the executor reads.
+    """
+    with mmap.mmap(-1, _BLOCK_BYTES) as buffer, _unbuffered(path) as file:
+        buffer.madvise(mmap.MADV_HUGEPAGE)
+        file.readinto(buffer)  # the buffer's pages are there
+        file.seek(0)
         began, num_bytes = time.perf_counter(), 0
         while num_bytes < 1 << 30 and (got := file.readinto(buffer)):
             num_bytes += got
-        rate = num_bytes / (time.perf_counter() - began)
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return rate
+        return num_bytes / (time.perf_counter() - began)
+
+
+def _unbuffered(path: Path) -> io.FileIO:
+    return io.FileIO(path, opener=lambda name, flags: os.open(name, flags | os.O_DIRECT))
 
 
 def _bytes_in_memory(path: Path) -> int:
@@ -276,7 +284,7 @@ def _report_short(lines: list[Any], size: int) -> None:
     print(f"step: measured {mean * 1e3:.0f} ms (median {statistics.median(seconds) * 1e3:.0f})", end="")
     print(f", predicted {expected * 1e3:.0f} ms, measured / predicted {mean / expected:.2f}")
     reading = statistics.mean(step["read_seconds"] for step in steps)
-    print(f"of which waiting for experts: {reading * 1e3:.0f} ms")
+    print(f"of which waiting for experts: {reading * 1e3:.0f} ms; load of the machine {os.getloadavg()[0]:.1f}")
 
 
 def _report_resident(lines: list[Any]) -> None:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tokenmill.core import ResourceError, UsageError
+from tokenmill.core import ResourceError, StorageError, UsageError
 from tokenmill.kernels import twin
 from tokenmill.kernels.isa import NUMPY, choose_isa, default_threads, load_native
 from tokenmill.kernels.numpy_executor import NumpyExecutor
@@ -69,8 +69,8 @@ class NativeExecutor:
     """Runs a plan in C++ with its own threads, buffers and paged KV cache.
 
     Not safe for use by several threads at once; a step releases the interpreter lock. With
-    `expert_cache_bytes` the weights of experts take no more memory than that, or than one matrix, if they
-    are mapped from a file.
+    `expert_cache_bytes` the weights of experts that are mapped from a file are read into memory that is no
+    larger than that, or than one matrix, and part of two pages for each array.
     """
 
     def __init__(
@@ -135,19 +135,27 @@ class NativeExecutor:
         self._add_all()
 
     def run(self, batch: StepBatch, first: int = 0, last: int | None = None) -> None:
-        """Run operations [first, last) of the plan in one native call."""
-        self._native.run(
-            batch.tokens,
-            batch.positions,
-            batch.kv_slots,
-            batch.row_starts,
-            batch.block_starts,
-            batch.blocks,
-            batch.out_rows,
-            batch.adapters,
-            first,
-            len(self.plan.ops) if last is None else last,
-        )
+        """Run operations [first, last) of the plan in one native call.
+
+        Raises StorageError if an expert cannot be read; the executor can be used on.
+        """
+        try:
+            self._native.run(
+                batch.tokens,
+                batch.positions,
+                batch.kv_slots,
+                batch.row_starts,
+                batch.block_starts,
+                batch.blocks,
+                batch.out_rows,
+                batch.adapters,
+                first,
+                len(self.plan.ops) if last is None else last,
+            )
+        except RuntimeError as error:
+            raise StorageError(
+                str(error), hint="check the disk, and load the model again: its file must not change in use"
+            ) from error
 
     def buffer(self, name: BufferName) -> F32Array:
         """A writable view of the live buffer."""
