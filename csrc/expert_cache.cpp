@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cerrno>
 #include <new>
-#include <stdexcept>
 
 namespace mill {
 namespace {
@@ -129,7 +128,7 @@ void ExpertCache::check() {
   const Read* failed = failed_.exchange(nullptr);
   if (!failed) return;
   for (const int number : missing_) drop(units_[number]);
-  throw std::runtime_error(files_.describe(failed->file, failed->error));
+  throw ReadError(files_.describe(failed->file, failed->error));
 }
 
 }  // namespace mill

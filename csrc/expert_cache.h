@@ -44,7 +44,7 @@ class ExpertCache {
   int admit(const std::vector<int>& units, int begin);
   // By any number of threads after that: they share the reading, which is over when all have returned.
   void read();
-  // Until `check`, which throws what went wrong; the units admitted last are then out of memory.
+  // Until `check`, which throws a ReadError; the units admitted last are then out of memory.
   bool failed() const { return failed_.load(std::memory_order_relaxed) != nullptr; }
   void check();
   const ExpertStats& stats() const { return stats_; }

@@ -2,10 +2,13 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
 namespace mill {
+
+struct ReadError : std::runtime_error { using runtime_error::runtime_error; };
 
 class MappedFiles {
  public:

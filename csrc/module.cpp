@@ -398,6 +398,7 @@ double op_rate(const std::string& isa, int threads, bool int8, double seconds) {
 }  // namespace
 
 NB_MODULE(_native, m) {
+  nb::exception<mill::ReadError>(m, "ReadError", PyExc_OSError);
   m.def("available_isas", &available_isas);
   m.def("log_sum_exp_rows", &log_sum_exp_rows, "logits"_a, "isa"_a);
   m.def("sample", &sample, "logits"_a, "integers"_a, "reals"_a, "bias_ids"_a, "bias_values"_a, "banned"_a, "tokens"_a,

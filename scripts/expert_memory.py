@@ -7,18 +7,17 @@ tokens in a child process that may have `share` of the file in memory, with ever
 predictions are compared with what is measured:
 
 - short of memory: a step's time is what it reads from memory over the memory's bandwidth, plus what was
-  missing over the disk's rate (sequential, past the system's cache), both measured in the same run;
+  missing over the disk's rate (in order, past the system's cache), both measured between the steps;
 - in memory: a step's time at 1 to 16 tokens is the bytes of the distinct experts that these touch, and of all
   else, over the bandwidth.
 
 Where a memory control group can be made the child is held to the share by the system itself; elsewhere the
-executor's own budget does that. What of the file is in memory at the end is looked up. The load of the machine
-is printed beside the figures: other work slows both the disk and the step.
+executor's own budget does that. What of the file the system keeps at the end is looked up. The load of the
+machine is printed beside the figures: other work slows both the disk and the step.
 """
 
 import argparse
 import ctypes
-import io
 import json
 import mmap
 import os
@@ -28,8 +27,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +64,16 @@ __all__ = ["Step", "main", "mixtral_shaped", "random_model"]
 _HIDDEN, _INNER, _VOCAB = 2048, 7168, 8192
 _LAYER_BYTES = 8 * 3 * _HIDDEN * _INNER
 _DATA_BYTES = 2 << 30  # of the child, where no control group can be made
-_BLOCK_BYTES = 16 << 20
+_BLOCK_BYTES, _SAMPLE_BYTES = 16 << 20, 256 << 20
 _RESERVE_BYTES = 256 << 20  # of the child's share: the interpreter, buffers, and pages on their way
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One measured step: seconds, bytes of weights that it used, and of those what came from disk."""
+    """One measured step: seconds, bytes of weights that it used, and of those what came from disk.
+
+    The rates are what the machine gave, in bytes a second, when nobody else but its other work asked.
+    """
 
     num_rows: int
     experts_a_layer: float
@@ -80,6 +83,8 @@ class Step:
     num_hits: int
     num_misses: int
     read_seconds: float
+    disk_rate: float = 0.0
+    memory_rate: float = 0.0
 
 
 def mixtral_shaped(num_layers: int) -> Architecture:
@@ -200,46 +205,73 @@ def _first_tokens(tokens: npt.NDArray[np.int64]) -> StepBatch:
 
 
 def _child_main(arguments: argparse.Namespace) -> None:
-    """Prints what the machine can do, then one line of JSON a step."""
+    """Prints one line of JSON, then one a step."""
     path = arguments.child
-    before = _rates(path)
-    child = _Child(path, arguments.layers, arguments.budget or None)
     if arguments.budget:
-        steps = [child.step(1) for _ in range(arguments.steps)]
+        in_memory, steps = _steps_short(path, arguments)
     else:
-        for _ in range(3):
-            child.step(16)
-        steps = [child.step(rows) for rows in (1, 2, 4, 8, 16) for _ in range(arguments.steps)]
-    in_memory, after = _bytes_in_memory(path), _rates(path)
-    rates = {name: (before[name] + after[name]) / 2 for name in before}
-    print(json.dumps(rates | {"file_in_memory": in_memory}))
+        in_memory, steps = 0, _steps_resident(path, arguments)
+    print(json.dumps({"file_in_memory": in_memory}))
     for step in steps:
         print(json.dumps(asdict(step)))
 
 
-def _rates(path: Path) -> dict[str, float]:
-    """Bytes a second of the disk and of the memory, before and after: the machine may have other work."""
+def _steps_short(path: Path, arguments: argparse.Namespace) -> tuple[int, list[Step]]:
+    """Also what of the file the system keeps at the end. The disk is measured after every step."""
+    memory = _memory_rate()
+    child, steps = _Child(path, arguments.layers, arguments.budget), []
+    for index in range(arguments.steps):
+        step = child.step(1)
+        steps.append(replace(step, disk_rate=_disk_rate(path, index)))
+    in_memory = _bytes_in_memory(path)
+    del child  # its memory is needed to measure the rate
+    memory = (memory + _memory_rate()) / 2
+    return in_memory, [replace(step, memory_rate=memory) for step in steps]
+
+
+def _steps_resident(path: Path, arguments: argparse.Namespace) -> list[Step]:
+    """The memory is measured between the numbers of tokens."""
+    child, steps = _Child(path, arguments.layers, None), []
+    for _ in range(3):
+        child.step(16)
+    before = _memory_rate()
+    for rows in (1, 2, 4, 8, 16):
+        some, after = [child.step(rows) for _ in range(arguments.steps)], _memory_rate()
+        steps += [replace(step, memory_rate=(before + after) / 2) for step in some]
+        before = after
+    return steps
+
+
+def _memory_rate() -> float:
     native: Any = load_native()
-    memory = native.read_bandwidth(choose_isa(), default_threads(), 512 << 20, 1.0)
-    return {"disk": _disk_rate(path), "memory": memory}
+    rate: float = native.read_bandwidth(choose_isa(), default_threads(), 512 << 20, 0.5)
+    return rate
 
 
-def _disk_rate(path: Path) -> float:
-    """Bytes a second of a sequential read of up to 1 GB of the file, past the system's cache, in order, by one
-    thread, in blocks of the largest size that the executor reads.
+def _disk_rate(path: Path, part: int) -> float:
+    """Of 256 MB of the file that are read past the system's cache, in order.
+
+    As the executor reads: in blocks of its largest size, by as many threads as it has.
     """
-    with mmap.mmap(-1, _BLOCK_BYTES) as buffer, _unbuffered(path) as file:
-        buffer.madvise(mmap.MADV_HUGEPAGE)
-        file.readinto(buffer)  # the buffer's pages are there
-        file.seek(0)
-        began, num_bytes = time.perf_counter(), 0
-        while num_bytes < 1 << 30 and (got := file.readinto(buffer)):
-            num_bytes += got
-        return num_bytes / (time.perf_counter() - began)
+    num_threads, num_parts = default_threads(), path.stat().st_size // _SAMPLE_BYTES
+    first = part % num_parts * _SAMPLE_BYTES
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    with mmap.mmap(-1, num_threads * _BLOCK_BYTES) as buffers, ThreadPoolExecutor(num_threads) as pool:
+        buffers[:] = bytes(len(buffers))  # so that all of it is there
+        views = [memoryview(buffers)[i * _BLOCK_BYTES :][:_BLOCK_BYTES] for i in range(num_threads)]
 
+        def read(thread: int) -> int:
+            step = num_threads * _BLOCK_BYTES
+            places = range(first + thread * _BLOCK_BYTES, first + _SAMPLE_BYTES, step)
+            return sum(os.preadv(handle, [views[thread]], place) for place in places)
 
-def _unbuffered(path: Path) -> io.FileIO:
-    return io.FileIO(path, opener=lambda name, flags: os.open(name, flags | os.O_DIRECT))
+        began = time.perf_counter()
+        num_bytes = sum(pool.map(read, range(num_threads)))
+        seconds = time.perf_counter() - began
+        for view in views:
+            view.release()
+    os.close(handle)
+    return num_bytes / seconds
 
 
 def _bytes_in_memory(path: Path) -> int:
@@ -269,33 +301,37 @@ def _run_child(path: Path, arguments: argparse.Namespace, num_layers: int, budge
 
 
 def _report_short(lines: list[Any], size: int) -> None:
-    rates, *steps = lines
+    about, *steps = lines
     steps = steps[len(steps) // 4 :]  # the cache is filled first
     seconds = [step["seconds"] for step in steps]
-    predicted = [_predict(step, rates) for step in steps]
+    predicted = [_predict(step) for step in steps]
     hits, misses = (sum(step[name] for step in steps) for name in ("num_hits", "num_misses"))
-    print(
-        f"disk {rates['disk'] / 1e9:.2f} GB/s, memory {rates['memory'] / 1e9:.1f} GB/s; of the file of "
-        f"{size / 1e9:.2f} GB {rates['file_in_memory'] / 1e9:.2f} are in memory at the end"
+    disk, memory = (
+        statistics.mean(step[name] for step in steps) / 1e9 for name in ("disk_rate", "memory_rate")
     )
+    print(f"disk {disk:.2f} GB/s, memory {memory:.1f} GB/s; of the file of {size / 1e9:.2f} GB ", end="")
+    print(f"{about['file_in_memory'] / 1e9:.2f} are in the system's cache at the end")
     print(f"short of memory, {len(steps)} steps of 1 token: hits {hits / (hits + misses):.0%}, ", end="")
     print(f"{statistics.mean(step['missed_bytes'] for step in steps) / 1e6:.0f} MB read a step")
     mean, expected = statistics.mean(seconds), statistics.mean(predicted)
     print(f"step: measured {mean * 1e3:.0f} ms (median {statistics.median(seconds) * 1e3:.0f})", end="")
     print(f", predicted {expected * 1e3:.0f} ms, measured / predicted {mean / expected:.2f}")
     reading = statistics.mean(step["read_seconds"] for step in steps)
-    print(f"of which waiting for experts: {reading * 1e3:.0f} ms; load of the machine {os.getloadavg()[0]:.1f}")
+    print(
+        f"of which waiting for experts: {reading * 1e3:.0f} ms; load of the machine {os.getloadavg()[0]:.1f}"
+    )
 
 
 def _report_resident(lines: list[Any]) -> None:
-    rates, *steps = lines
-    print("in memory:\n| tokens | experts a layer | MB a step | measured ms | predicted ms | ratio |")
+    _, *steps = lines
+    print(f"in memory, load of the machine {os.getloadavg()[0]:.1f}:\n")
+    print("| tokens | experts a layer | MB a step | measured ms | predicted ms | ratio |")
     print("|---:|---:|---:|---:|---:|---:|")
     for rows in sorted({step["num_rows"] for step in steps}):
         mine = [step for step in steps if step["num_rows"] == rows]
         seconds, predicted = (
             statistics.median(values)
-            for values in ([s["seconds"] for s in mine], [_predict(s, rates) for s in mine])
+            for values in ([s["seconds"] for s in mine], [_predict(s) for s in mine])
         )
         experts, used = (
             statistics.mean(step[name] for step in mine) for name in ("experts_a_layer", "used_bytes")
@@ -304,8 +340,9 @@ def _report_resident(lines: list[Any]) -> None:
         print(f"| {predicted * 1e3:.1f} | {seconds / predicted:.2f} |")
 
 
-def _predict(step: Mapping[str, float], rates: Mapping[str, float]) -> float:
-    return step["used_bytes"] / rates["memory"] + step["missed_bytes"] / rates["disk"]
+def _predict(step: Mapping[str, float]) -> float:
+    missing = step["missed_bytes"] / step["disk_rate"] if step["disk_rate"] else 0.0
+    return step["used_bytes"] / step["memory_rate"] + missing
 
 
 def main() -> None:

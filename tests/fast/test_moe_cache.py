@@ -6,15 +6,18 @@ Run: pytest tests/fast/test_moe_cache.py
 import ctypes
 import os
 import subprocess
+import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from tests.fast.random_moe import make_moe_plan
 from tests.fast.random_plan import make_batch, make_plan
-from tokenmill.core import UsageError
+from tokenmill.core import StorageError, UsageError
 from tokenmill.engine.core import CoreConfig, EngineCore
 from tokenmill.engine.embedding import EmbeddingState
 from tokenmill.engine.taps.routing import RoutingStats, routing
@@ -36,17 +39,27 @@ BATCH = make_batch([([t % 203 for t in range(40)], 0, [0, 1])])
 
 
 def mapped(plan: StepPlan, folder: Path) -> StepPlan:
-    """The same plan with its experts' weights in files."""
+    """The same plan with its experts' weights in files, none of it in the system's cache."""
     ops = list(plan.ops)
     for index, op in enumerate(ops):
         if isinstance(op, ExpertLinear):
-            path = folder / f"{index}.npy"
-            with path.open("wb") as file:
-                np.save(file, op.weight.linear.data)
-                os.fsync(file.fileno())
-            linear = replace(op.weight.linear, data=np.load(path, mmap_mode="r"))
+            parts = {}
+            for part in ("data", "scales", "mins"):
+                if (array := getattr(op.weight.linear, part)).size:
+                    parts[part] = in_file(array, folder / f"{index}.{part}.npy")
+            linear = replace(op.weight.linear, **parts)
             ops[index] = replace(op, weight=PackedExperts(num_experts=op.weight.num_experts, linear=linear))
     return replace(plan, ops=tuple(ops))
+
+
+def in_file(array: npt.NDArray[Any], path: Path) -> npt.NDArray[Any]:
+    with path.open("wb") as file:
+        np.save(file, array)
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    loaded: npt.NDArray[Any] = np.load(path, mmap_mode="r")
+    return loaded
 
 
 def touched(plan: StepPlan, batch: StepBatch) -> list[int]:
@@ -123,25 +136,84 @@ def test_the_least_recently_used_expert_goes(tmp_path: Path) -> None:
     assert misses == [2, 4, 4, 6, 6, 8]
 
 
-def test_what_is_dropped_leaves_memory(tmp_path: Path) -> None:
-    # Matrices are so small here that pages which several of them share are much of it.
+def budgeted(plan: StepPlan, num_bytes: int | None, num_threads: int = 2) -> Executor:
+    return create_executor(
+        plan,
+        max_rows=64,
+        max_out_rows=64,
+        num_blocks=4,
+        num_threads=num_threads,
+        isa=ISA,
+        expert_cache_bytes=num_bytes,
+    )
+
+
+def test_memory_is_what_the_budget_says(tmp_path: Path) -> None:
+    plan = mapped(make_moe_plan("bf16", num_experts=8, expert_size=8192, layers=1), tmp_path)
+    arrays = [op.weight.linear.data for op in plan.ops if isinstance(op, ExpertLinear)]
+    total, largest = sum(each.nbytes for each in arrays), max(each.nbytes // 8 for each in arrays)
+    assert len(touched(plan, BATCH)) == 16  # every expert is used
+    grown = {}
+    for budget in (None, 1, total // 3, total):
+        ex = budgeted(plan, budget)
+        before = anonymous_bytes()
+        ex.run(BATCH)
+        grown[budget] = anonymous_bytes() - before
+        if budget is not None:
+            # Without a budget all is in the mapping, and what grows is what every step needs.
+            own, held = grown[budget] - grown[None], counts(ex).bytes_held
+            assert budget - largest <= held <= max(budget, largest)
+            assert held - largest / 2 <= own <= held + largest / 2
+        del ex
+
+
+def test_reading_leaves_nothing_in_the_systems_cache(tmp_path: Path) -> None:
     kind = subprocess.run(["stat", "-f", "-c", "%T", tmp_path], capture_output=True, text=True, check=True)
     if kind.stdout.strip() in ("tmpfs", "ramfs"):
         pytest.skip("files in memory stay there")
     plan = mapped(make_moe_plan("bf16", num_experts=8, expert_size=256, layers=1), tmp_path)
-    data = [op.weight.linear.data for op in plan.ops if isinstance(op, ExpertLinear)]
-    for budget, low, high in ((1 << 30, 0.9, 1.1), (1, 0.0, 0.6)):
-        ex = create_executor(
-            plan,
-            max_rows=64,
-            max_out_rows=64,
-            num_blocks=4,
-            num_threads=1,
-            isa=ISA,
-            expert_cache_bytes=budget,
-        )
-        ex.run(BATCH)
-        assert low <= sum(resident(each) for each in data) / sum(each.nbytes for each in data) <= high
+    arrays = [op.weight.linear.data for op in plan.ops if isinstance(op, ExpertLinear)]
+    budgeted(plan, 1 << 30).run(BATCH)
+    pages = os.sysconf("SC_PAGESIZE") * len(arrays)  # numpy reads the head of each file
+    assert sum(resident(each) for each in arrays) <= 16 * pages < sum(each.nbytes for each in arrays) / 2
+
+
+@pytest.mark.parametrize("num_bytes", [1, 1 << 30])
+def test_a_file_system_in_memory_serves_as_well(num_bytes: int, tmp_path: Path) -> None:
+    folder = Path("/dev/shm")
+    if not os.access(folder, os.W_OK):
+        pytest.skip("no file system in memory")
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        plan = mapped(make_moe_plan("i4g"), Path(name))
+        kept, free = budgeted(plan, num_bytes), budgeted(make_moe_plan("i4g"), num_bytes)
+        for ex in (kept, free):
+            ex.run(BATCH)
+        np.testing.assert_array_equal(kept.buffer("logits")[:40], free.buffer("logits")[:40])
+        assert counts(kept).bytes_read and not counts(free).bytes_read  # what is in memory stays there
+
+
+def test_a_file_that_was_cut_is_an_error_and_no_crash(tmp_path: Path) -> None:
+    plan = mapped(make_moe_plan("i8c", layers=1), tmp_path)
+    ex = budgeted(plan, 1 << 30)
+    ex.run(BATCH, 0, 1)
+    path = max(tmp_path.iterdir(), key=lambda each: each.stat().st_size)
+    content = path.read_bytes()
+    os.truncate(path, 4096)
+    for _ in range(2):
+        with pytest.raises(StorageError, match=rf"{path.name}: it is shorter"):
+            ex.run(BATCH)
+    path.write_bytes(content)
+    ex.run(BATCH)
+    whole = budgeted(plan, 1)
+    whole.run(BATCH)
+    np.testing.assert_array_equal(ex.buffer("logits")[:40], whole.buffer("logits")[:40])
+    assert counts(ex).bytes_held == sum(touched(plan, BATCH))
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that no file backs."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in line)
+    return int(line.split()[1]) * 1024
 
 
 def resident(array: "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]") -> int:

@@ -152,7 +152,7 @@ class NativeExecutor:
                 first,
                 len(self.plan.ops) if last is None else last,
             )
-        except RuntimeError as error:
+        except OSError as error:
             raise StorageError(
                 str(error), hint="check the disk, and load the model again: its file must not change in use"
             ) from error
