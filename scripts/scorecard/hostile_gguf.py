@@ -261,18 +261,20 @@ def _metadata_mismatches() -> Iterator[HostileCase]:
     ):
         data = small_gguf({key: value})
         yield case("number", f"{key} is {value}, the tensors say another", data, f"{named(key)}|tensor")
-    unsupported: tuple[tuple[str, Any], ...] = (
-        ("rope.scaling.type", "linear"),
-        ("rope.scaling.type", 7),
-        ("rope.scaling.factor", float("nan")),
-        ("expert_count", 2**32 - 1),
-        ("expert_count", "8"),
-        ("attention.sliding_window", "many"),
-        ("attention.sliding_window", [1, 2]),
+    unsupported: tuple[tuple[str, Any, str], ...] = (
+        ("rope.scaling.type", "linear", "rope_scaling: factor"),
+        ("rope.scaling.type", 7, "rope_scaling: rope_type"),
+        ("rope.scaling.factor", float("nan"), "rope_scaling: factor"),
+        ("expert_count", 2**32 - 1, "num_local_experts"),
+        ("expert_count", "8", "num_local_experts"),
+        ("attention.sliding_window", "many", "sliding_window"),
+        ("attention.sliding_window", [1, 2], r"attention\.sliding_window"),
     )
-    for key, setting in unsupported:
-        data = small_gguf({f"llama.{key}": setting})
-        yield case("number", f"llama.{key} is {setting}", data, escaped(key))
+    for key, setting, field in unsupported:
+        data = small_gguf({f"llama.{key}": setting, "llama.expert_used_count": 2})
+        yield case("number", f"llama.{key} is {setting}", data, field)
+    data = small_gguf({"llama.expert_count": 8})
+    yield case("number", "llama.expert_used_count is missing", data, "expert_used_count")
     for token in ("bos", "eos"):
         for number in (262, 263, 267, 2**31, 2**32 - 1):
             key = f"tokenizer.ggml.{token}_token_id"

@@ -25,7 +25,7 @@ from typing import Any, Final
 import numpy as np
 
 from tokenmill.core.errors import TokenmillError
-from tokenmill.models import gguf, hf_config, safetensors, template_worker, tokenizer
+from tokenmill.models import gguf, hf_config, safetensors, template_worker, tokenizer_pipeline
 from tokenmill.models.directory import ModelDirectory
 from tokenmill.models.library import Library
 from tokenmill.models.pull import import_model
@@ -229,7 +229,7 @@ CONTROLS: Final[dict[str, Callable[[], None]]] = {
     "safetensors checks": _replace(safetensors, "_fail", _no_fail),
     "config bounds": _without_bounds,
     "config features": _replace(hf_config, "_refuse_unsupported", _no_fail),
-    "tokenizer pipeline": _replace(tokenizer, "_check_pipeline", _no_fail),
+    "tokenizer pipeline": _replace(tokenizer_pipeline, "_check_model", _no_fail),
 }
 """The guards that the control leaves out, one at a time."""
 
