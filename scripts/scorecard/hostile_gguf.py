@@ -14,6 +14,7 @@ from scripts.scorecard.gguf_borders import Border, borders
 from scripts.scorecard.gguf_cases import NAMES, case, escaped, loads, named, parts, patched, small_gguf
 from scripts.scorecard.hostile_files import Expected, Fifo, HostileCase
 from scripts.scorecard.hostile_gguf_content import gguf_content
+from scripts.scorecard.hostile_gguf_kinds import gguf_kinds
 from tests.fast.model_files import (
     ARRAY,
     BOOL,
@@ -49,6 +50,7 @@ def hostile_gguf() -> list[HostileCase]:
         *_tensor_tables(),
         *_tensor_shapes(),
         *gguf_content(),
+        *gguf_kinds(),
         *_sizes(),
         *_no_files(),
     ]

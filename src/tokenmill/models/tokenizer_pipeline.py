@@ -128,6 +128,9 @@ def _check_model(inner: tokenizers.Tokenizer, source: str) -> None:
         raise ModelFormatError(
             f"{source}: model is {type(model).__name__}", hint="supported are BPE and Unigram vocabularies"
         )
+    if isinstance(model, models.Unigram):  # one without an unknown token fails at a character that it lacks
+        lacking = next(char for char in map(chr, range(0x10FFFF, 0, -1)) if model.token_to_id(char) is None)
+        guarded(lambda: model.tokenize(lacking), source)
     if isinstance(model, models.BPE):
         if model.dropout:
             raise ModelFormatError(f"{source}: model.dropout makes encoding random")
