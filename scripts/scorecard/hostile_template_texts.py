@@ -28,7 +28,8 @@ ESCAPES: Final[dict[str, str]] = {
     "class of a tool": "{% for tool in tools %}"
     + _subclass_search("tool.__class__.__mro__[-1].__subclasses__()", "__init__")
     + "{% endfor %}",
-    "arguments of a call": "{{ messages[1].tool_calls[0].function.arguments.__str__." + _GLOBALS
+    "arguments of a call": "{{ messages[1].tool_calls[0].function.arguments.__str__."
+    + _GLOBALS
     + "['open']('@CANARY@').read() }}",
     "json of a tool": "{{ (tools|tojson).__class__.__mro__[1].__init__.__globals__.os." + _TOUCH + " }}",
     "lipsum globals": "{{ lipsum." + _GLOBALS + "['" + "open" + "']('@CANARY@').read() }}",

@@ -4,12 +4,13 @@ More than 1,100 GGUF files and 900 folders, made by hand (`hostile_gguf.py`, `ho
 `hostile_folders.py`, `hostile_tokenizers.py`), are imported in a watched child: under a second of processor
 time and 64 MiB each, no code run, nothing left. More than 100 chat templates (`hostile_templates.py`) are
 rendered, with tools. The controls leave out one guard of the readers at a time, or render in plain Jinja2,
-and each must be noticed. Mutations of these files are `scripts/fuzz_models.py`.
+and each must be noticed. Mutations of such files are `scripts/fuzz_models.py`.
 """
 
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 
 from scripts.scorecard import Line, hostile_templates
 from scripts.scorecard.hostile_files import HostileCase
@@ -57,7 +58,8 @@ def run(*, cases: int, seed: int, guard: bool) -> Line:
     )
 
 
-def all_files() -> list[HostileCase]:
+@cache
+def all_files() -> Sequence[HostileCase]:
     """The whole corpus."""
     return [
         *hostile_gguf(),
