@@ -197,9 +197,16 @@ def _divisors() -> Iterator[HostileCase]:
     yield case("divisors", "cut short", scaled(sound)[:-4], "rope_freqs")
 
 
-def _spm(name: str, field: str, expected: Expected = "refused", **changes: Any) -> HostileCase:
+def _spm(
+    name: str,
+    field: str,
+    expected: Expected = "refused",
+    changes: Mapping[str, Any] | None = None,
+    **fields: Any,
+) -> HostileCase:
     """A SentencePiece vocabulary: bytes, three letters and a pair of them."""
-    return case("sentencepiece", name, small_gguf(_spm_fields(**changes)), field, expected)
+    data = small_gguf(_spm_fields(**{**fields, **(changes or {})}))
+    return case("sentencepiece", name, data, field, expected)
 
 
 def _spm_fields(**changes: Any) -> dict[str, Any]:
@@ -229,11 +236,11 @@ def _scores() -> Iterator[HostileCase]:
     yield _spm("the greatest scores", "scores", "either", scores=_reals([3.4e38] * 263))
     yield _spm("equal scores", "scores", "loads", scores=_reals([0.0] * 263))
     for key in ("scores", "token_type", "tokens"):
-        yield _spm(f"{key} is a number", key, **{key: 1})
+        yield _spm(f"{key} is a number", key, changes={key: 1})
     for value in (-1, 263, 2**31):
         setting = struct.pack("<Iq", 11, value)
         for key in ("unknown_token_id", "bos_token_id"):
-            yield _spm(f"{key} is {value}", key, **{key: setting})
+            yield _spm(f"{key} is {value}", key, changes={key: setting})
     yield _spm("a space prefix of text", "add_space_prefix", add_space_prefix="yes")
 
 
@@ -270,7 +277,7 @@ def _unigrams() -> Iterator[HostileCase]:
             f"a table that is {other!r}", "precompiled_charsmap", model="t5", precompiled_charsmap=other
         )
     for key in ("remove_extra_whitespaces", "treat_whitespace_as_suffix", "add_space_prefix"):
-        yield _spm(f"{key} is 1", key, model="t5", **{key: 1})
+        yield _spm(f"{key} is 1", key, changes={"model": "t5", key: 1})
 
 
 def _bytes(data: bytes) -> bytes:
