@@ -101,6 +101,13 @@ struct LinearTask {
   int ld_low = 0;
 };
 
+// Rows [rows][d] that have passed a norm against a router [experts][d], all in float32.
+struct RouterTask {
+  const float *x, *weight;
+  int d, rows, experts;
+  float* logits;  // [rows][experts]
+};
+
 // Rows of one sequence against its blocks, for one KV head. A row is a (token, query head) pair.
 struct AttendTask {
   const uint16_t* q;         // [rows][head_pad] bf16, contiguous
@@ -173,6 +180,11 @@ struct Kernels {
   // cos and sin may be null: rounds only.
   void (*rope)(const float* src, int head_dim, const float* cos, const float* sin, uint16_t* dst);
   void (*attend)(const AttendTask&, const AttendScratch&);
+  // Experts [begin, end).
+  void (*router_logits)(const RouterTask&, int begin, int end);
+  void (*choose_experts)(float* row, int experts, int active, bool renormalise);
+  void (*add_experts)(float* x, int d, const float* src, const float* weights, const int* experts, const int* pairs,
+                      int count);
   double (*log_sum_exp)(const float* row, int n);
   int (*sample)(const SampleTask&, const SampleScratch&);
   void (*top_ids)(const float* row, int n, int num, int32_t* ids);

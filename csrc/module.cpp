@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
@@ -52,7 +53,7 @@ mill::Activation activation(const std::string& name) {
 }
 
 int buffer_id(const std::string& name) {
-  const char* names[mill::kNumBuffers] = {"x", "y", "qkv", "z", "h", "o", "logits"};
+  const char* names[mill::kNumBuffers] = {"x", "y", "qkv", "z", "h", "o", "logits", "route", "eh", "eo"};
   for (int i = 0; i < mill::kNumBuffers; i++)
     if (name == names[i]) return i;
   throw std::invalid_argument("unknown buffer: " + name);
@@ -101,11 +102,13 @@ class NativePlan {
  public:
   NativePlan(const std::string& isa, int threads, int max_rows, int max_outs, int num_blocks, int max_inputs,
              int max_adapters, int hidden, int heads, int kv_heads, int head_dim, int inner, int vocab, int layers,
-             float softmax_scale, Bytes cos, Bytes sin, bool kv_int8)
-      : hidden_(hidden), vocab_(vocab),
+             float softmax_scale, Bytes cos, Bytes sin, bool kv_int8, int experts, int active,
+             int expert_inner, size_t expert_cache_bytes)
+      : hidden_(hidden), vocab_(vocab), experts_(experts),
         plan_({hidden, heads, kv_heads, head_dim, inner, vocab, layers, int(cos.shape(0)), softmax_scale,
-               (const float*)cos.data(), (const float*)sin.data()},
-              kernels_of(isa), threads, max_rows, max_outs, num_blocks, max_inputs, max_adapters, kv_int8),
+               (const float*)cos.data(), (const float*)sin.data(), {experts, active, expert_inner}},
+              kernels_of(isa), threads, max_rows, max_outs, num_blocks, max_inputs, max_adapters, kv_int8,
+              expert_cache_bytes),
         adapter_arrays_(std::max(max_adapters, 0)) {
     require(cos.ndim() == 2 && cos.nbytes() == cos.shape(0) * (head_dim / 2) * 4 && sin.nbytes() == cos.nbytes(),
             "size of the rotation tables");
@@ -169,6 +172,35 @@ class NativePlan {
     plan_.add(op);
   }
 
+  void add_route(Bytes weight, Bytes norm, float eps, bool renormalise) {
+    mill::Op op{mill::OpKind::route};
+    require(weight.nbytes() == size_t(experts_) * hidden_ * 4 && norm.nbytes() == size_t(hidden_) * 4, "size of a router");
+    op.router = (const float*)weight.data(), op.weight = (const float*)norm.data();
+    op.eps = eps, op.renormalise = renormalise;
+    keep(op, {weight, norm});
+  }
+  void add_gather(const std::string& act) {
+    mill::Op op{mill::OpKind::gather};
+    op.act = act_kind(act);
+    plan_.add(op);
+  }
+  void add_expert_linear(const std::string& dst, const std::string& kind, int n, int k, int group, bool symmetric,
+                         Bytes data, Bytes scales, Bytes mins, const std::string& gated) {
+    mill::Op op{mill::OpKind::expert_linear};
+    const size_t x = size_t(experts_);
+    require(x && data.nbytes() % x == 0 && scales.nbytes() % x == 0 && mins.nbytes() % x == 0, "size of experts' weights");
+    op.experts = {{linear_kind(kind), n, k, group, symmetric, (const uint8_t*)data.data(), pointer_or_null(scales),
+                   (const uint16_t*)pointer_or_null(mins)}, data.nbytes() / x, scales.nbytes() / x, mins.nbytes() / x};
+    check_sizes(op.experts.first, op.experts.data_step, op.experts.scales_step, op.experts.mins_step);
+    op.dst = buffer_id(dst), op.gated = activation(gated);
+    keep(op, {data, scales, mins});
+  }
+  void add_combine() { plan_.add({mill::OpKind::combine}); }
+  std::tuple<uint64_t, uint64_t, uint64_t, uint64_t, double> expert_stats() const {
+    const mill::ExpertStats s = plan_.expert_stats();
+    return {s.hits, s.misses, s.bytes_read, s.bytes_held, s.read_seconds};
+  }
+
   // One entry an operation in `ops`; none frees the slot. Nothing is changed if anything is wrong.
   void set_adapter(int slot, std::vector<int> ops, std::vector<int> ranks, std::vector<float> scales,
                    std::vector<Bytes> downs, std::vector<Bytes> ups, std::vector<Bytes> pairs) {
@@ -219,7 +251,7 @@ class NativePlan {
     return {(const float*)pointer_or_null(weight), int(weight.nbytes() / 4)};
   }
 
-  const int hidden_, vocab_;
+  const int hidden_, vocab_, experts_;
   mill::Plan plan_;
   std::vector<Bytes> owned_;
   std::vector<std::vector<Bytes>> adapter_arrays_;  // by slot
@@ -375,10 +407,10 @@ NB_MODULE(_native, m) {
   m.def("op_rate", &op_rate, "isa"_a, "threads"_a, "int8"_a, "seconds"_a);
   nb::class_<NativePlan>(m, "Plan")
       .def(nb::init<const std::string&, int, int, int, int, int, int, int, int, int, int, int, int, int, float, Bytes,
-                    Bytes, bool>(),
+                    Bytes, bool, int, int, int, size_t>(),
            "isa"_a, "threads"_a, "max_rows"_a, "max_outs"_a, "num_blocks"_a, "max_inputs"_a, "max_adapters"_a, "hidden"_a, "heads"_a,
            "kv_heads"_a, "head_dim"_a, "inner"_a, "vocab"_a, "layers"_a, "softmax_scale"_a, "cos"_a, "sin"_a,
-           "kv_int8"_a)
+           "kv_int8"_a, "experts"_a, "active"_a, "expert_inner"_a, "expert_cache_bytes"_a)
       .def("add_embed", &NativePlan::add_embed, "table"_a, "scales"_a)
       .def("add_norm", &NativePlan::add_norm, "src"_a, "weight"_a, "eps"_a, "act"_a, "out_rows"_a)
       .def("add_add_norm", &NativePlan::add_add_norm, "weight"_a, "eps"_a)
@@ -388,6 +420,12 @@ NB_MODULE(_native, m) {
       .def("add_rope_kv", &NativePlan::add_rope_kv, "layer"_a, "rotary"_a, "q_norm"_a, "k_norm"_a, "eps"_a)
       .def("add_attend", &NativePlan::add_attend, "layer"_a, "window"_a)
       .def("add_select", &NativePlan::add_select)
+      .def("add_route", &NativePlan::add_route, "weight"_a, "norm"_a, "eps"_a, "renormalise"_a)
+      .def("add_gather", &NativePlan::add_gather, "act"_a)
+      .def("add_expert_linear", &NativePlan::add_expert_linear, "dst"_a, "kind"_a, "n"_a, "k"_a, "group"_a, "symmetric"_a,
+           "data"_a, "scales"_a, "mins"_a, "gated"_a)
+      .def("add_combine", &NativePlan::add_combine)
+      .def("expert_stats", &NativePlan::expert_stats)
       .def("set_adapter", &NativePlan::set_adapter, "slot"_a, "ops"_a, "ranks"_a, "scales"_a, "downs"_a, "ups"_a,
            "pairs"_a)
       .def("run", &NativePlan::run, nb::arg("tokens").noconvert(), nb::arg("positions").noconvert(), nb::arg("kv_slots").noconvert(), nb::arg("row_starts").noconvert(), nb::arg("block_starts").noconvert(),

@@ -8,6 +8,8 @@
 #include <new>
 #include <stdexcept>
 
+#include "shares.h"
+
 #define MILL_ISA baseline
 #include "vec.h"
 
@@ -29,22 +31,6 @@ template <class T> Array<T>::~Array() {
 }
 
 namespace {
-
-int round_up(int x, int to) { return (x + to - 1) / to * to; }
-
-// Lines of 64 bytes that hold the inputs of a linear.
-int lines_of(int inputs, ActKind act) { return round_up(inputs, act == ActKind::bf16 ? 32 : 64) / (act == ActKind::bf16 ? 32 : 64); }
-
-ActKind act_of(LinearKind kind) {
-  if (kind == LinearKind::i8c) return ActKind::int8;
-  return kind == LinearKind::bf16 ? ActKind::bf16 : ActKind::int8_groups;
-}
-
-// The part of [0, total) that belongs to a thread.
-struct Range { int begin, end; };
-Range part(int total, int thread, int threads) {
-  return {int(int64_t(total) * thread / threads), int(int64_t(total) * (thread + 1) / threads)};
-}
 
 void require(bool ok, const char* what) {
   if (!ok) throw std::invalid_argument(what);
@@ -78,7 +64,7 @@ struct Release {
 }  // namespace
 
 Plan::Plan(const Shape& shape, const Kernels& kernels, int threads, int max_rows, int max_outs, int num_blocks,
-           int max_inputs, int max_adapters, bool kv_int8)
+           int max_inputs, int max_adapters, bool kv_int8, size_t expert_cache_bytes)
     : shape_(shape), kernels_(kernels), pool_(threads), max_rows_(max_rows), max_outs_(max_outs),
       num_blocks_(num_blocks), max_inputs_(max_inputs), max_adapters_(max_adapters), head_pad_(round_up(shape.head_dim, 32)),
       kv_int8_(kv_int8), page_bytes_(kKvBlock * (kv_int8 ? head_pad_ + sizeof(float) : head_pad_ * sizeof(uint16_t))),
@@ -90,10 +76,11 @@ Plan::Plan(const Shape& shape, const Kernels& kernels, int threads, int max_rows
   require(shape.kv_heads > 0 && shape.heads % shape.kv_heads == 0, "heads that share keys");
   const int qkv = (shape.heads + 2 * shape.kv_heads) * shape.head_dim;
   const int widths[kNumBuffers] = {shape.hidden, shape.hidden, qkv, shape.heads * shape.head_dim,
-                                   shape.inner, shape.hidden, shape.vocab};
+                                   shape.inner, shape.hidden, shape.vocab, shape.experts.count, shape.experts.inner,
+                                   shape.experts.count ? shape.hidden : 0};
   for (int b = 0; b < kNumBuffers; b++) {
     widths_[b] = widths[b];
-    capacity_[b] = b == kY || b == kLogits ? max_outs : max_rows;
+    capacity_[b] = b == kY || b == kLogits ? max_outs : max_rows * (b == kEh || b == kEo ? shape.experts.active : 1);
     buffers_[b] = Array<float>(size_t(capacity_[b]) * widths[b] + 16);
   }
   const size_t rows = round_up(std::max(max_rows, max_outs), 16) + kSlackRows, inputs = round_up(max_inputs, 64);
@@ -104,6 +91,11 @@ Plan::Plan(const Shape& shape, const Kernels& kernels, int threads, int max_rows
   act_sums_ = Array<int32_t>(rows);
   act_groups_ = Array<int32_t>(rows * inputs / kGroup);
   act_ = {act_data_.get(), 0, act_scale_.get(), act_sums_.get(), act_groups_.get()};
+  const ExpertShape& moe = shape.experts;
+  require(moe.count >= 0 && moe.active >= 0 && moe.active <= moe.count && !moe.count == !moe.active &&
+          !moe.count == !moe.inner, "numbers of experts");
+  if (moe.count)
+    experts_ = std::make_unique<Experts>(moe, kernels_, pool_, max_rows, shape.hidden, expert_cache_bytes);
   for (int t = 0; t < threads; t++)
     threads_.push_back({Array<float>(std::max({max_inputs, shape.hidden, qkv})), Array<float>(16 * kSpan),
                         Array<float>(16 * head_pad_), Array<float>(16 * head_pad_), Array<uint16_t>(16 * kSpan),
@@ -112,6 +104,14 @@ Plan::Plan(const Shape& shape, const Kernels& kernels, int threads, int max_rows
 }
 
 void Plan::add(const Op& op) {
+  require(experts_ || !is_routed(op), "an operation on experts in a plan without any");
+  if (op.kind == OpKind::expert_linear) {
+    const LinearWeight& w = op.experts.first;
+    const bool gated = op.gated != Activation::none;
+    require((gated ? w.n / 2 : w.n) == widths_[op.dst] && (op.dst == kEh || op.dst == kEo) &&
+            w.k == (op.dst == kEh ? shape_.hidden : shape_.experts.inner), "an experts' linear does not fit its buffers");
+    require(!gated || w.n % (2 * kTileN) == 0, "a gated linear needs whole pairs of tiles");
+  }
   if (op.kind == OpKind::linear) {
     const bool gated = op.gated != Activation::none;
     const int width = gated ? op.linear.n / 2 : op.linear.n;
@@ -126,6 +126,7 @@ void Plan::add(const Op& op) {
   require(op.window > 0, "a window of attention without positions");
   ops_.push_back(op);
   ops_.back().index = num_ops() - 1;
+  if (op.kind == OpKind::expert_linear) experts_->add(ops_.back().experts);
   low_ranks_.emplace_back(max_adapters_);
 }
 
@@ -174,14 +175,43 @@ void Plan::run(const Batch& batch, int first, int last) {
   if (first == 0 && poisoned_) wipe_new_blocks(batch);
   plan_attention(batch);
   plan_adapters(batch);
+  std::atomic<bool> fits{true};
   pool_.run([&](int thread) {
     kernels_.begin_thread();
-    for (int i = first; i < last; i++) {
-      step(batch, ops_[i], thread);
+    for (int i = first; i < last && fits; i++) {
+      if (is_routed(ops_[i]) && !routed_step(batch, ops_[i], thread)) fits = false;
+      else if (!is_routed(ops_[i])) step(batch, ops_[i], thread);
       pool_.barrier();
     }
     kernels_.end_thread();
   });
+  require(fits, "rows are sent to more experts than there is room for");
+}
+
+bool Plan::is_routed(const Op& op) {
+  switch (op.kind) {
+    case OpKind::route: case OpKind::gather: case OpKind::expert_linear: case OpKind::combine: return true;
+    default: return op.kind == OpKind::quantize && op.src == kEh;
+  }
+}
+
+// False where the rows of the step have more experts than there is room for.
+bool Plan::routed_step(const Batch& b, const Op& op, int thread) {
+  float *x = buffers_[kX].get(), *route = buffers_[kRoute].get(), *eo = buffers_[kEo].get();
+  Act act = act_;
+  switch (op.kind) {
+    case OpKind::route:  // eo is free until the experts have run
+      experts_->route(x, b.rows, op.weight, op.eps, op.router, op.renormalise, eo, route, thread);
+      return true;
+    case OpKind::gather:
+      act.lines = lines_of(shape_.hidden, op.act);
+      return experts_->gather(route, b.rows, act, op.act, thread);
+    case OpKind::quantize: experts_->quantize(buffers_[op.src].get(), op.act, thread); return true;
+    case OpKind::expert_linear:
+      experts_->linear(op.experts, op.gated, buffers_[op.dst].get(), widths_[op.dst], thread);
+      return true;
+    default: experts_->combine(route, eo, x, thread); return true;
+  }
 }
 
 // A sequence fills a block from its first slot on.
@@ -248,8 +278,7 @@ void Plan::step(const Batch& b, const Op& op, int thread) {
         std::memcpy(buffers_[kY].get() + size_t(r) * shape_.hidden,
                     buffers_[kX].get() + size_t(b.out_rows[r]) * shape_.hidden, shape_.hidden * sizeof(float));
         break;
-      case OpKind::linear:
-      case OpKind::attend: break;  // not row by row: done above
+      default: break;  // not row by row: done elsewhere
     }
   }
 }

@@ -3,16 +3,20 @@
 // once; src/tokenmill/kernels/plan.py explains them.
 #pragma once
 #include <cstddef>
-#include <utility>
+#include <memory>
 #include <vector>
 
+#include "array.h"
+#include "experts.h"
 #include "threads.h"
 #include "mill.h"
 
 namespace mill {
 
-enum class OpKind { embed, norm, add_norm, linear, rope_kv, attend, quantize, select };
-enum Buffer { kX, kY, kQkv, kZ, kH, kO, kLogits, kNumBuffers };
+enum class OpKind {
+  embed, norm, add_norm, linear, rope_kv, attend, quantize, select, route, gather, expert_linear, combine
+};
+enum Buffer { kX, kY, kQkv, kZ, kH, kO, kLogits, kRoute, kEh, kEo, kNumBuffers };
 
 // Norm weights for a head, or for all heads at once; null for none.
 struct HeadNorm {
@@ -34,12 +38,16 @@ struct Op {
   const float* bias = nullptr;          // [n up to 32s]
   const void* table = nullptr;          // embeddings: bf16 bits or int8
   const uint16_t* table_scales = nullptr;  // float16 a 32 inputs, or null for bf16
+  const float* router = nullptr;        // [experts][hidden]
+  bool renormalise = false;
+  ExpertWeights experts{};
 };
 
 struct Shape {
   int hidden, heads, kv_heads, head_dim, inner, vocab, layers, positions;
   float softmax_scale;
   const float *cos, *sin;  // [positions][head_dim / 2]
+  ExpertShape experts{};
 };
 
 struct Batch {
@@ -48,27 +56,10 @@ struct Batch {
   const int32_t* adapters = nullptr;  // [sequences] slot or -1; null: none at all
 };
 
-// Zeroed memory from the operating system: untouched pages cost nothing.
-template <class T> class Array {
- public:
-  explicit Array(size_t count = 0);
-  ~Array();
-  Array(Array&& other) noexcept : at_(other.at_), bytes_(other.bytes_) { other.at_ = nullptr; }
-  Array& operator=(Array&& other) noexcept {
-    std::swap(at_, other.at_), std::swap(bytes_, other.bytes_);
-    return *this;
-  }
-  T* get() const { return at_; }
-
- private:
-  T* at_ = nullptr;
-  size_t bytes_ = 0;
-};
-
 class Plan {
  public:
   Plan(const Shape&, const Kernels&, int threads, int max_rows, int max_outs, int num_blocks, int max_inputs,
-       int max_adapters, bool kv_int8);
+       int max_adapters, bool kv_int8, size_t expert_cache_bytes);
 
   // Throws std::invalid_argument if a linear does not fit the buffers.
   void add(const Op& op);
@@ -83,6 +74,7 @@ class Plan {
   uint8_t* block(int index);
   size_t block_bytes() const { return block_bytes_; }
   void copy_block(int from, int to);
+  ExpertStats expert_stats() const { return experts_ ? experts_->stats() : ExpertStats{}; }
   Pool& pool() { return pool_; }
   const Kernels& kernels() const { return kernels_; }
 
@@ -106,6 +98,8 @@ class Plan {
   void put_bf16(const uint16_t* key, const float* value, int slot, uint8_t* k_page, uint8_t* v_page);
   void put_int8(const uint16_t* key, const float* value, int slot, uint8_t* k_page, uint8_t* v_page) const;
   void attend(const Batch&, const Op&, int thread);
+  static bool is_routed(const Op&);
+  bool routed_step(const Batch&, const Op&, int thread);
   // Where the page of K (kind 0) or V (kind 1) of a layer and head lies inside a block, in bytes.
   size_t kv_offset(int layer, int kind, int head) const;
   int rows_of(const Batch&, const Op&) const;
@@ -138,6 +132,7 @@ class Plan {
   int ld_low_ = 0;
   std::vector<int32_t> slots_, adapter_rows_;    // of the current step: a slot a row; rows with one, by slot
   std::vector<AdapterRows> adapter_groups_;
+  std::unique_ptr<Experts> experts_;             // null without experts
 };
 
 }  // namespace mill

@@ -2,6 +2,7 @@
 #pragma once
 #include "attend.h"
 #include "linear.h"
+#include "moe.h"
 #include "rows.h"
 #include "sample.h"
 
@@ -63,6 +64,9 @@ static Kernels make_table(const char* name) {
   k.quantize = quantize;
   k.rope = rope;
   k.attend = attend<PlainAttend>;
+  k.router_logits = router_logits;
+  k.choose_experts = choose_experts;
+  k.add_experts = add_experts;
   k.log_sum_exp = log_sum_exp;
   k.sample = sample;
   k.top_ids = top_ids;

@@ -12,14 +12,12 @@ import argparse
 import json
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -27,6 +25,7 @@ from typing import Any, Final
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from scripts.memory_group import forget_pages, limiter, memory_group
 from tokenmill.cli.output import format_table
 from tokenmill.cli.show import byte_size
 from tokenmill.core import SamplingParams
@@ -171,45 +170,14 @@ def _status(name: str) -> int:
     return 1024 * int(re.findall(rf"^{name}:\s+(\d+) kB", text, flags=re.MULTILINE)[0])
 
 
-@contextmanager
-def memory_group(limit: int) -> Iterator[Path | None]:
-    """A control group that may use `limit` bytes of memory; None where none can be made."""
-    first, second = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
-    base, file = (first, "memory.limit_in_bytes") if first.is_dir() else (second, "memory.max")
-    group = base / f"larger_shapes_{os.getpid()}"
-    try:
-        group.mkdir()
-        (group / file).write_text(str(limit))
-    except OSError:
-        yield None
-        return
-    try:
-        yield group
-    finally:
-        group.rmdir()
-
-
-def forget_pages(*folders: Path) -> None:
-    """Have files leave the system's cache, where they count for whoever read or wrote them first."""
-    for path in (path for folder in folders for path in folder.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
 def run_child(words: Sequence[str], limit: int) -> dict[str, Any]:
     """What `child` returns, run under the limit; `error` if it did not end well."""
     forget_pages(Path(words[1]).parent)
+    command = [sys.executable, "-m", "scripts.larger_shapes", "--child", *words]
     with memory_group(limit) as group:
-
-        def enter() -> None:
-            if group is None:
-                resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-            else:
-                (group / "cgroup.procs").write_text(str(os.getpid()))
-
-        command = [sys.executable, "-m", "scripts.larger_shapes", "--child", *words]
-        done = subprocess.run(command, capture_output=True, text=True, preexec_fn=enter, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, preexec_fn=limiter(group, limit), check=False
+        )
     if done.returncode:
         return {"error": f"exit {done.returncode}: {done.stderr.strip()[-200:]}"}
     result: dict[str, Any] = json.loads(done.stdout)

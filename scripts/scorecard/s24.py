@@ -1,9 +1,9 @@
 """S24: text that a user wrote never becomes a control token.
 
-Every control token of every test vocabulary is put into every field of a conversation: whole, in pieces,
-twice over itself, in wide letters, with white space and other text around it, and so that the template's own
-text would complete it; then random mixtures of all that. The control tokens of the prompt must be
-those of the same conversation with harmless text in that field.
+Every control token of every test vocabulary is put into every field of a conversation (`user_fields`): whole,
+in pieces, twice over itself, in wide letters, with white space and other text around it, and so that the
+template's own text would complete it; then random mixtures of all that. The control tokens of the prompt must
+be those of the same conversation with harmless text in that field.
 
 The vocabularies are made to be hit (`vocabularies.py`); the folder named by TOKENMILL_TEST_VOCABS adds the
 `ggml-vocab-*.gguf` of llama.cpp. Without the guard the rendered prompt is encoded as one text, as a naive
@@ -16,147 +16,156 @@ import json
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from functools import cache
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
 import tokenizers
 
 from scripts.scorecard import Line
+from scripts.scorecard.user_fields import USER_FIELDS, Chat
 from scripts.scorecard.vocabularies import CHATML, KINDS, LLAMA_CHAT, description
-from tokenmill.core import Message, ModelFormatError
+from tokenmill.core import ModelFormatError
 from tokenmill.models.chat_template import ChatTemplate, encode_chat
 from tokenmill.models.gguf import GgufFile
 from tokenmill.models.tokenizer import Tokenizer
 
-__all__ = ["FIELDS", "Field", "Subject", "run", "subjects"]
+__all__ = ["real_vocabularies", "run"]
 
-_HARMLESS = "x"
+_FIELDS = tuple(USER_FIELDS)
+_HARMLESS = "harmless"
+_MAX_CHARS = 256  # of a name
 _UNKNOWN = "\U0010fffe"
 
 
-class Field(NamedTuple):
-    """A place for a user's text in a conversation."""
-
-    name: str
-    place: Callable[[str], Sequence[Message]]
-
-
-class Subject(NamedTuple):
-    """A vocabulary with a template that writes its control tokens."""
+class _Subject(NamedTuple):
+    """A vocabulary, and the source of a template that writes its control tokens."""
 
     name: str
     tokenizer: Tokenizer
-    whole: tokenizers.Tokenizer
-    template: ChatTemplate
+    source: str
+    begin: str
+    end: str
 
 
 class _Case(NamedTuple):
-    subject: Subject
-    field: Field
+    subject: _Subject
+    field: str
     text: str
-
-
-def _content_of(role: str) -> Field:
-    def place(text: str) -> list[Message]:
-        around = [Message(role="user", content="Hello"), Message(role="assistant", content="Yes?")]
-        return [*around, Message(role=role, content=text), Message(role="user", content="Go on.")]
-
-    return Field(f"content of {role}", place)
-
-
-FIELDS: tuple[Field, ...] = tuple(map(_content_of, ("system", "developer", "user", "assistant", "tool")))
-"""Every field that holds a user's text."""
 
 
 def run(*, cases: int, seed: int, guard: bool) -> Line:
     """All systematic cases, or a random part of them if there are more than `cases`, then random ones."""
     started = time.monotonic()
     rng = random.Random(seed)
-    found = subjects()
+    found = _subjects()
     systematic = list(_systematic(found))
     chosen = rng.sample(systematic, cases) if len(systematic) > cases else systematic
     chosen += [_mixture(rng, found) for _ in range(cases - len(chosen))]
-    harmless: dict[tuple[str, str], list[int]] = {}
-    violations = num_switched = 0
-    for case in chosen:
-        key = (case.subject.name, case.field.name)
-        if key not in harmless:
-            harmless[key] = _controls(case._replace(text=_HARMLESS), guard)
-        violations += _controls(case, guard) != harmless[key]
-        num_switched += not guard and _passes_the_switch(case)
+    chosen.sort(key=attrgetter("subject.name"))  # one template process at a time
+    hit: list[_Case] = []
+    num_switched = 0
+    for _, group in groupby(chosen, key=attrgetter("subject.name")):
+        same = list(group)
+        library = None if guard else tokenizers.Tokenizer.from_str(same[0].subject.tokenizer.to_json())
+        hit += _violations(same, library)
+        num_switched += sum(_passes_the_switch(case, library) for case in same) if library else 0
     figures: dict[str, float | int | str] = {
         "vocabularies": len(found),
         "control_tokens": sum(len(each.tokenizer.special_tokens) for each in found),
-        "fields": len(FIELDS),
+        "fields": len(_FIELDS),
     }
     if not guard:
+        figures["fields_with_violations"] = len({case.field for case in hit})
         figures["violations_with_the_librarys_switch"] = num_switched
     return Line(
         name="S24",
         what="control tokens in a user's text, in every field, with every test vocabulary",
         cases=len(chosen),
-        violations=violations,
+        violations=len(hit),
         seconds=time.monotonic() - started,
         figures=figures,
     )
 
 
-def subjects() -> list[Subject]:
+def _subjects() -> list[_Subject]:
     """The test vocabularies, each with a template in its own control tokens."""
     found = []
     for kind in KINDS:
-        text = json.dumps(description(kind))
-        tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(text), kind)
-        found.append(_subject(kind, tokenizer, text))
+        inner = tokenizers.Tokenizer.from_str(json.dumps(description(kind)))
+        found.append(_subject(kind, Tokenizer(inner, kind)))
     folder = os.environ.get("TOKENMILL_TEST_VOCABS")
-    for path in sorted(Path(folder).glob("ggml-vocab-*.gguf")) if folder else ():
-        with GgufFile.open(path) as gguf, suppress(ModelFormatError):  # of a kind that is not supported
-            tokenizer = Tokenizer.from_gguf(gguf)
-            found.append(_subject(path.stem, tokenizer, tokenizer.to_json()))
+    if folder:
+        found += [_subject(name, each) for name, each in real_vocabularies(Path(folder)).items()]
     return found
 
 
-def _subject(name: str, tokenizer: Tokenizer, text: str) -> Subject:
+def real_vocabularies(folder: Path) -> dict[str, Tokenizer]:
+    """The tokenizers of llama.cpp's `ggml-vocab-*.gguf`, but for the kinds that are not supported."""
+    found = {}
+    for path in sorted(folder.glob("ggml-vocab-*.gguf")):
+        with GgufFile.open(path) as gguf, suppress(ModelFormatError):
+            found[path.stem.removeprefix("ggml-vocab-")] = Tokenizer.from_gguf(gguf)
+    return found
+
+
+def _subject(name: str, tokenizer: Tokenizer) -> _Subject:
     controls = list(tokenizer.special_tokens)
     begin, end = (controls[1], controls[2]) if len(controls) > 2 else (controls[0], controls[-1])
     source = CHATML if "<|im_start|>" in controls else LLAMA_CHAT
-    return Subject(name, tokenizer, tokenizers.Tokenizer.from_str(text), _template(source, begin, end))
+    return _Subject(name, tokenizer, source, begin, end)
 
 
-@cache
-def _template(source: str, begin: str, end: str) -> ChatTemplate:
-    """One process renders for all vocabularies with these tokens."""
-    return ChatTemplate(source, bos_token=begin, eos_token=end)
+def _violations(cases: Sequence[_Case], naive: tokenizers.Tokenizer | None) -> list[_Case]:
+    """Those of one vocabulary's cases whose prompt has other control tokens than with harmless text."""
+    subject = cases[0].subject
+    template = ChatTemplate(subject.source, bos_token=subject.begin, eos_token=subject.end)
+    harmless = {}
+    for field in {case.field for case in cases}:
+        chat = USER_FIELDS[field](_HARMLESS)
+        prompt = template.render(chat.messages, tools=chat.tools, variables=chat.variables)
+        if _HARMLESS not in prompt:
+            raise AssertionError(f"the template does not print the {field}")
+        harmless[field] = _controls(subject.tokenizer, template, chat, naive)
+    return [
+        case
+        for case in cases
+        if _controls(subject.tokenizer, template, USER_FIELDS[case.field](case.text), naive)
+        != harmless[case.field]
+    ]
 
 
-def _controls(case: _Case, guard: bool) -> list[int]:
-    """The control tokens of the prompt, in order."""
-    subject, messages = case.subject, case.field.place(case.text)
-    if guard:
-        ids = encode_chat(subject.tokenizer, subject.template, messages)
+def _controls(
+    tokenizer: Tokenizer, template: ChatTemplate, chat: Chat, naive: tokenizers.Tokenizer | None
+) -> list[int]:
+    """The control tokens of the prompt, in order; `naive` encodes it as one text."""
+    tools, variables = chat.tools, chat.variables
+    if naive is None:
+        ids = encode_chat(tokenizer, template, chat.messages, tools=tools, variables=variables)
     else:
-        subject.whole.encode_special_tokens = False
-        ids = subject.whole.encode(subject.template.render(messages), add_special_tokens=False).ids
+        naive.encode_special_tokens = False
+        prompt = template.render(chat.messages, tools=tools, variables=variables)
+        ids = naive.encode(prompt, add_special_tokens=False).ids
     # Without byte tokens a character may be unknown, and the token for that is no violation.
-    unknown = subject.tokenizer.encode(_UNKNOWN)
-    return [each for each in ids if subject.tokenizer.is_special(each) and each not in unknown]
+    unknown = tokenizer.encode(_UNKNOWN)
+    return [each for each in ids if tokenizer.is_special(each) and each not in unknown]
 
 
-def _passes_the_switch(case: _Case) -> bool:
+def _passes_the_switch(case: _Case, library: tokenizers.Tokenizer) -> bool:
     """Whether the text alone becomes a control token although the library was told to read it as text."""
-    case.subject.whole.encode_special_tokens = True
-    ids = case.subject.whole.encode(case.text, add_special_tokens=False).ids
+    library.encode_special_tokens = True
+    ids = library.encode(case.text, add_special_tokens=False).ids
     return any(map(case.subject.tokenizer.is_special, ids))
 
 
-def _systematic(found: Sequence[Subject]) -> Iterator[_Case]:
+def _systematic(found: Sequence[_Subject]) -> Iterator[_Case]:
     for subject in found:
         for control in subject.tokenizer.special_tokens:
             for text in _forms(control):
-                for field in FIELDS:
+                for field in _FIELDS:
                     yield _Case(subject, field, text)
 
 
@@ -180,7 +189,7 @@ def _forms(control: str) -> list[str]:
     ]
 
 
-def _mixture(rng: random.Random, found: Sequence[Subject]) -> _Case:
+def _mixture(rng: random.Random, found: Sequence[_Subject]) -> _Case:
     """Control tokens, their pieces and other text in a row."""
     subject = rng.choice(found)
     controls = list(subject.tokenizer.special_tokens)
@@ -192,4 +201,4 @@ def _mixture(rng: random.Random, found: Sequence[Subject]) -> _Case:
         parts.append(
             rng.choice([control, control[start:end], rng.choice(forms), " ", "\n", "é", "the mill", ""])
         )
-    return _Case(subject, rng.choice(FIELDS), "".join(parts))
+    return _Case(subject, rng.choice(_FIELDS), "".join(parts)[:_MAX_CHARS] or " ")

@@ -14,16 +14,30 @@ from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 __all__ = ["CHATML", "KINDS", "LLAMA_CHAT", "description", "unknown_id"]
 
+_EVERY_TEXT = """\
+{%- macro every(value) %}
+{%- if value is mapping %}{% for key, item in value.items() %}{{ every(key) ~ every(item) }}{% endfor %}
+{%- elif value is string %}{{ bos_token[:-1] ~ value ~ bos_token[1:] }}
+{%- elif value is iterable %}{% for item in value %}{{ every(item) }}{% endfor %}{% endif %}
+{%- endmacro %}
+{{- tools | tojson if tools }}{{ every(tools) }}{{ every(messages) }}
+{{- custom }}{{ every(custom) }}{{ every(more) }}
+{%- for message in messages if message.tool_calls %}{{ message.tool_calls | tojson }}{% endfor %}
+"""
+"""Every text of a chat once more, between the two halves of what nearly is a control token."""
+
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
+    _EVERY_TEXT
+    + "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
     " + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 LLAMA_CHAT = (
-    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
+    "{{ bos_token }}" + _EVERY_TEXT + "{% for message in messages %}{% if message['role'] == 'assistant' %}"
     "{{ ' ' + message['content'] + ' ' + eos_token }}{% else %}"
     "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% endif %}{% endfor %}"
 )
+"""Templates as models have them, with tools, to which `user_fields` gives its variables."""
 
 _CHATML_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _LLAMA_TOKENS = ("<unk>", "<s>", "</s>")

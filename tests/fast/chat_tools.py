@@ -1,8 +1,7 @@
-"""What tests of chat templates share: conversations with everything in them, Jinja2 itself, user fields."""
+"""What tests of chat templates share: conversations with everything in them, Jinja2 itself."""
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -10,6 +9,7 @@ from jinja2 import TemplateError, ext, nodes
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from scripts.scorecard.user_fields import Chat
 from tokenmill.core import Message, ToolCall
 
 WEATHER: dict[str, Any] = {
@@ -36,15 +36,6 @@ CLOCK: dict[str, Any] = {
         "parameters": {"type": "object", "properties": {}},
     },
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chat:
-    """Everything that a template is rendered with."""
-
-    messages: list[Message]
-    tools: list[dict[str, Any]] = field(default_factory=list)
-    variables: dict[str, Any] = field(default_factory=dict)
 
 
 def said(role: str, content: str) -> Message:
@@ -157,60 +148,3 @@ def jinja2_text(source: str, context: Mapping[str, Any]) -> str:
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
     return environment.from_string(source).render(context)
-
-
-def _schema_with(**fields: Any) -> list[dict[str, Any]]:
-    return [{"type": "function", "function": {"name": "f", **fields}}]
-
-
-def _properties(properties: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return _schema_with(parameters={"type": "object", "properties": properties})
-
-
-def _with_call(call: ToolCall) -> Chat:
-    return Chat(messages=[said("user", "x"), Message(role="assistant", content=None, tool_calls=(call,))])
-
-
-USER_FIELDS: dict[str, Callable[[str], Chat]] = {
-    "content of a system message": lambda text: Chat(messages=[said("system", text), said("user", "x")]),
-    "content of a user message": lambda text: Chat(messages=[said("user", text)]),
-    "content of an answer": lambda text: Chat(messages=[said("user", "x"), said("assistant", text)]),
-    "content of a tool's result": lambda text: Chat(messages=[said("user", "x"), said("tool", text)]),
-    "name of a message": lambda text: Chat(messages=[Message(role="user", content="x", name=text)]),
-    "tool_call_id": lambda text: Chat(messages=[Message(role="tool", content="x", tool_call_id=text)]),
-    "id of a call": lambda text: _with_call(ToolCall(id=text, name="f", arguments="{}")),
-    "name of a call": lambda text: _with_call(ToolCall(name=text, arguments="{}")),
-    "value of an argument": lambda text: _with_call(ToolCall(name="f", arguments=json.dumps({"a": [text]}))),
-    "name of an argument": lambda text: _with_call(ToolCall(name="f", arguments=json.dumps({text: 1}))),
-    "name of a tool": lambda text: Chat(
-        messages=[said("user", "x")], tools=[{"type": "function", "function": {"name": text}}]
-    ),
-    "description of a tool": lambda text: Chat(
-        messages=[said("user", "x")], tools=_schema_with(description=text)
-    ),
-    "name of a property": lambda text: Chat(
-        messages=[said("user", "x")], tools=_properties({text: {"type": "string"}})
-    ),
-    "description of a property": lambda text: Chat(
-        messages=[said("user", "x")], tools=_properties({"a": {"type": "string", "description": text}})
-    ),
-    "type of a property": lambda text: Chat(
-        messages=[said("user", "x")], tools=_properties({"a": {"type": text}})
-    ),
-    "enum of a property": lambda text: Chat(
-        messages=[said("user", "x")], tools=_properties({"a": {"enum": [text]}})
-    ),
-    "default of a property": lambda text: Chat(
-        messages=[said("user", "x")], tools=_properties({"a": {"default": {text: [text]}}})
-    ),
-    "required property": lambda text: Chat(
-        messages=[said("user", "x")], tools=_schema_with(parameters={"required": [text]})
-    ),
-    "unknown word of a schema": lambda text: Chat(
-        messages=[said("user", "x")], tools=_schema_with(parameters={text: {text: text}})
-    ),
-    "template variable": lambda text: Chat(
-        messages=[said("user", "x")], variables={"custom": f"{text} ", "more": {f"{text} ": [f"{text} "]}}
-    ),
-}
-"""Every place where a user's text reaches a template, as a chat that has the given text there."""

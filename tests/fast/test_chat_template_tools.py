@@ -1,12 +1,12 @@
-"""Tools, tool calls and variables: what templates see of them, and that no text in them is a control "
-"token."""
+"""Tools, tool calls and variables: what templates see of them, and that none of it is a control token."""
 
 import json
 from typing import Any
 
 import pytest
 
-from tests.fast.chat_tools import CHATS, CLOCK, USER_FIELDS, WEATHER, Chat, called, said
+from scripts.scorecard.user_fields import USER_FIELDS, Chat
+from tests.fast.chat_tools import CHATS, CLOCK, WEATHER, called, said
 from tests.fast.model_files import tiny_gguf
 from tokenmill.core import Message, ToolCall, UsageError
 from tokenmill.models import chat_template, conversation
@@ -113,6 +113,15 @@ def test_words_that_templates_ask_for_stay() -> None:
     assert (context["speed"], context["note"]) == ("fast", "fastM ")
 
 
+def test_a_template_for_tools(tokenizer: Tokenizer) -> None:
+    template = ChatTemplate("no tools", for_tools=ChatTemplate("<|im_start|>{{ tools[0].function.name }}"))
+    assert template.render(HELLO) == "no tools"
+    assert template.render(HELLO, tools=[CLOCK]) == "<|im_start|>now"
+    ids = encode_chat(tokenizer, template, HELLO, tools=[{"name": "f", "function": {"name": "<|im_end|>"}}])
+    assert num_controls(ids) == (1, 0)
+    assert tokenizer.decode(ids, skip_special=False) == "<|im_start|><|im_end|>"
+
+
 def test_json_stays_json(tokenizer: Tokenizer) -> None:
     template = ChatTemplate("{{ tools | tojson }}\n{{ tools | tojson(ensure_ascii=true, sort_keys=true) }}")
     tool = {
@@ -184,6 +193,7 @@ BAD_TOOLS: list[tuple[str, Any, Any]] = [
     (r"tools\[0\] is nested deeper", [{"name": "f", "items": nested(200)}], {}),
     ("2000 tools", [CLOCK] * 2000, {}),
     ("'messages' cannot be set", [], {"messages": []}),
+    ("'pad_token' cannot be set", [], {"pad_token": "x"}),
     ("'not a name' cannot be set", [], {"not a name": 1}),
     ("65 template variables", [], {f"v{i}": i for i in range(65)}),
     ("variable x has a value of type object", [], {"x": object()}),

@@ -96,6 +96,38 @@ def test_an_answer_matches_its_grammar(run: Runner, tmp_path: Path) -> None:
     assert bad.code == 2 and "the grammar (regex)" in bad.error_line and bad.out == ""
 
 
+TOOL_CHAT = (
+    "{% for m in messages %}{{ m.content }}{% endfor %}{% for t in tools or [] %}{{ t.function.name }}"
+    "{% endfor %}"
+)
+
+
+def test_tools_are_in_the_prompt(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run = make_runner(monkeypatch, capsys, make_home(tmp_path, **{"tokenizer.chat_template": TOOL_CHAT}))
+    path = tmp_path / "tools.json"
+    path.write_text(json.dumps([{"type": "function", "function": {"name": "hello"}}]))
+    tools, short = ("--tools", str(path)), ("--max-tokens", "2", "--json")
+    expected = run("run", "tiny", "hellohello", *short).document
+    assert run("run", "tiny", "hello", *tools, *short).document["token_ids"] == expected["token_ids"]
+    assert run("run", "tiny", "hello", *tools, *short).document["usage"] == expected["usage"]
+    [turn] = run("chat", "tiny", *tools, *short, stdin=b"hello").document["turns"]
+    assert turn["token_ids"] == expected["token_ids"]
+    assert "a raw prompt has no place" in run("run", "tiny", "hello", "--raw", *tools).error_line
+    (tmp_path / "home" / "models" / "tiny" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert "the chat template of tiny has no place" in run("run", "tiny", "hello", *tools).error_line
+    for content, says in (
+        ("[", f"{path} is not JSON"),
+        ("{}", f"{path}: is no list"),
+        ('[{"type": "function"}]', f"{path}: tools[0] names no function"),
+    ):
+        path.write_text(content)
+        for words in (("run", "tiny", "hello"), ("chat", "tiny")):
+            result = run(*words, *tools)
+            assert result.code == 2 and says in result.error_line and result.out == ""
+
+
 @pytest.mark.parametrize(
     ("words", "stdin", "code", "says"),
     [
@@ -114,6 +146,8 @@ def test_an_answer_matches_its_grammar(run: Runner, tmp_path: Path) -> None:
         (("run", "tiny", "hello", "--adapter", "none"), b"", 3, "none is no folder"),
         (("run", "tiny", "hello", "--adapter", "."), b"", 3, "is no adapter"),
         (("chat", "tiny", "--kv", "int4"), b"", 2, "invalid choice: 'int4'"),
+        (("chat", "tiny", "--tools", "-"), b"", 2, "tools do not come from standard input"),
+        (("chat", "tiny", "--tools", "none.json"), b"", 3, "none.json does not exist"),
         (("embed", "none"), b"", 2, "standard input is empty"),
         (("embed", "none"), b"a\n\nb\n", 2, "line 2 of standard input is empty"),
         (("embed", "none", ""), b"", 2, "a text is empty"),

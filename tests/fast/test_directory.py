@@ -237,6 +237,43 @@ def test_hf_folder(model: ModelDirectory, tmp_path: Path) -> None:
     )
 
 
+def with_template(model: ModelDirectory, **config: Any) -> ModelDirectory:
+    """The model with this `tokenizer_config.json` and no other template."""
+    (model.path / "chat_template.jinja").unlink(missing_ok=True)
+    (model.path / "tokenizer_config.json").write_text(json.dumps(config))
+    return model
+
+
+def test_named_templates(model: ModelDirectory) -> None:
+    named = [{"name": "tool_use", "template": "T {{ tools[0].name }}"}, {"name": "rag", "template": 7}, "x"]
+    template = with_template(
+        model, chat_template=[*named, {"name": "default", "template": "D"}]
+    ).chat_template()
+    assert template is not None
+    hello = [Message(role="user", content="x")]
+    assert template.render(hello) == "D"
+    assert template.render(hello, tools=[{"name": "clock"}]) == "T clock"
+    assert with_template(model, chat_template=named).chat_template() is None
+    broken = [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "\n{% x %}"}]
+    template = with_template(model, chat_template=broken).chat_template()
+    assert template is not None
+    with pytest.raises(ModelFormatError, match=r"chat_template 'tool_use': cannot be rendered \(line 2"):
+        template.render(hello, tools=[{"name": "clock"}])
+    for value in (7, [{"name": "tool_use", "template": ["x"]}]):
+        with pytest.raises(ModelFormatError, match="chat_template is no text"):
+            with_template(model, chat_template=value).chat_template()
+
+
+def test_every_special_token_is_a_variable(model: ModelDirectory) -> None:
+    tokens = {"pad_token": {"content": "<pad>"}, "image_token": "<image>", "add_bos_token": True}
+    source = "{{ bos_token }}|{{ pad_token }}{{ image_token }}{{ add_bos_token }}{{ unk_token }}"
+    template = with_template(model, chat_template=source, unk_token=None, **tokens).chat_template()
+    assert template is not None
+    assert template.render([Message(role="user", content="x")]) == "|<pad><image>"
+    with pytest.raises(ModelFormatError, match="a token has half of a surrogate pair"):
+        with_template(model, chat_template=source, eos_token="\ud800").chat_template()
+
+
 def test_weights_of_another_architecture_are_refused(model: ModelDirectory) -> None:
     path = model.path / "config.json"
     config = json.loads(path.read_text())

@@ -97,11 +97,16 @@ def data_bytes() -> int:
     return 1024 * int(re.findall(r"^VmData:\s+(\d+) kB", status, flags=re.MULTILINE)[0])
 
 
+@pytest.mark.parametrize("num_routed", [0, 1, 2])
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
-def test_the_executor_allocates_what_was_said(kv_dtype: KvDtype) -> None:
+def test_the_executor_allocates_what_was_said(kv_dtype: KvDtype, num_routed: int) -> None:
     if available_isas()[0] == "numpy":
         pytest.skip("needs the native kernels")
     architecture = replace(PLAIN, vocab_size=20_000, intermediate_size=1600, max_positions=4096)
+    if num_routed:
+        experts = Experts(num_experts=40, num_active=3, intermediate_size=320, renormalise=True)
+        layers = (*(Layer(routed=True),) * num_routed, *(Layer(),) * (2 - num_routed))
+        architecture = replace(architecture, experts=experts, layers=layers)
     plan = compile_plan(architecture, pack_model(architecture, RandomWeights(architecture), "bf16"))
     sizes = StepSizes(max_rows=2048, max_out_rows=512, num_threads=1)
     said = footprint(architecture, kv_dtype, 65_536, sizes)

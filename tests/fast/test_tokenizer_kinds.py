@@ -218,8 +218,15 @@ def test_ignored_merges_outside_byte_level_bpe() -> None:
 
 def test_the_scorecard_finds_what_it_is_about() -> None:
     assert s24.run(cases=120, seed=1, guard=True).violations == 0
-    naive = s24.run(cases=60, seed=1, guard=False)
-    assert naive.violations > 10 and int(naive.figures["violations_with_the_librarys_switch"]) > 10
+    naive = s24.run(cases=200, seed=1, guard=False)
+    assert naive.figures["fields_with_violations"] == naive.figures["fields"] == 22
+    assert int(naive.figures["violations_with_the_librarys_switch"]) > 10
+
+
+def test_the_scorecard_wants_fields_that_reach_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s24, "LLAMA_CHAT", "{{ bos_token }}")
+    with pytest.raises(AssertionError, match="does not print"):
+        s24.run(cases=60, seed=1, guard=True)
 
 
 def _added(kind: str) -> list[dict[str, Any]]:

@@ -19,7 +19,8 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from scripts.scorecard.hostile_templates import Case, cases, check, check_unguarded
-from tests.fast.chat_tools import CHATS, Chat, plain_context
+from scripts.scorecard.user_fields import Chat
+from tests.fast.chat_tools import CHATS, plain_context
 from tokenmill.core import ModelFormatError, UsageError
 from tokenmill.models.chat_template import ChatTemplate
 

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from tokenmill.cli.arguments import (
 from tokenmill.cli.inputs import stdin_is_terminal
 from tokenmill.cli.output import Output
 from tokenmill.cli.sampling import add_sampling_flags, sampling_params
+from tokenmill.cli.tools import add_tools_flag, tools
 from tokenmill.core import Completion, Message, SamplingParams, StorageError, TokenmillError, UsageError
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ def add_parser(subparsers: Subparsers) -> None:
     """Add `chat`."""
     parser = add_command(subparsers, "chat", _chat, summary="talk to a model", description=_DESCRIPTION)
     add_model_argument(parser)
+    add_tools_flag(parser)
     add_sampling_flags(parser)
     add_generator_flags(parser)
 
@@ -43,13 +46,21 @@ def add_parser(subparsers: Subparsers) -> None:
 class Conversation:
     """The messages of a chat, and what each answer took."""
 
-    def __init__(self, llm: "LLM", params: SamplingParams, out: Output, adapter: str = "") -> None:
+    def __init__(
+        self,
+        llm: "LLM",
+        params: SamplingParams,
+        out: Output,
+        adapter: str = "",
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
         self.messages: list[Message] = []
         self.turns: list[dict[str, Any]] = []
         self._llm = llm
         self._params = params
         self._out = out
         self._adapter = adapter
+        self._tools = tools
 
     def forget(self) -> None:
         """Start anew; what was answered stays on record."""
@@ -97,12 +108,12 @@ class Conversation:
 
     def _fitting_prompt(self) -> list[int]:
         """The conversation as tokens, the oldest turns left out until there is room for an answer."""
-        ids = self._llm.encode_chat(self.messages)
+        ids = self._llm.encode_chat(self.messages, self._tools)
         num_left_out = 0
         while len(ids) >= self._llm.context_length and len(self.messages) > 2:
             del self.messages[:2]
             num_left_out += 1
-            ids = self._llm.encode_chat(self.messages)
+            ids = self._llm.encode_chat(self.messages, self._tools)
         if num_left_out:
             self._out.note(f"[the context is full: the oldest {num_left_out} turns are left out]")
         if len(ids) >= self._llm.context_length:
@@ -121,8 +132,9 @@ def _chat(args: argparse.Namespace, out: Output) -> int:
             f"{model.name} has no chat template: it is a base model",
             hint=f'continue a text instead: tokenmill run {args.model} "text"',
         )
+    given_tools = tools(args, model)
     with opened_llm(model, args, out) as llm:
-        conversation = Conversation(llm, params, out, adapter_name(args))
+        conversation = Conversation(llm, params, out, adapter_name(args), given_tools)
         if not stdin_is_terminal():
             _talk_through_pipe(conversation)
         else:

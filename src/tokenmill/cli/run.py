@@ -24,6 +24,7 @@ from tokenmill.cli.sampling import (
     reads_stdin,
     sampling_params,
 )
+from tokenmill.cli.tools import add_tools_flag, tools
 from tokenmill.core import Completion, Message, SamplingParams, UsageError
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--raw", action="store_true", help="continue the prompt as it is, without the chat template"
     )
+    add_tools_flag(parser)
     default = SamplingParams()
     sampling = add_sampling_flags(parser)
     sampling.add_argument(
@@ -73,9 +75,11 @@ def _run(args: argparse.Namespace, out: Output) -> int:
     params = sampling_params(args, grammar=grammar(args))
     prompt = _prompt(args.prompt)
     model = open_model(args.model)
+    is_raw = args.raw or model.chat_template() is None
+    given_tools = tools(args, model)
     with opened_llm(model, args, out) as llm:
-        is_raw = args.raw or model.chat_template() is None
-        ids = llm.encode(prompt) if is_raw else llm.encode_chat([Message(role="user", content=prompt)])
+        asked = [Message(role="user", content=prompt)]
+        ids = llm.encode(prompt) if is_raw else llm.encode_chat(asked, given_tools)
         completions = _answers(llm, ids, params, adapter_name(args), out)
         weights = llm.config.weights
     tokenizer = None if params.logprobs is None else model.tokenizer()

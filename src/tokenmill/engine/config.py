@@ -34,6 +34,9 @@ class LLMConfig:
     keeps what preempted requests had computed. `speculation` "lookup" guesses from what was seen before,
     where that pays. `max_adapters` is how many adapters may be loaded at a time. While requests of the fast
     tier run, a step takes about `fast_step_s` seconds at most, or twice what it takes without prompts.
+
+    `expert_cache_bytes` is the memory that the experts of a mixture may take: those that are used stay,
+    others are read from disk when a token is sent to them. By default the system decides what stays.
     """
 
     weights: WeightFormat = "w8a8"
@@ -49,6 +52,7 @@ class LLMConfig:
     speculation: Speculation = "off"
     max_adapters: int = 0
     fast_step_s: float = 0.1
+    expert_cache_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if self.weights not in WEIGHT_FORMATS:
@@ -67,6 +71,8 @@ class LLMConfig:
             _check("kv_tokens", self.kv_tokens, KV_BLOCK, 1 << 31)
         _check("swap_tokens", self.swap_tokens, 0, 1 << 34)
         _check("max_adapters", self.max_adapters, 0, 1 << 10)
+        if self.expert_cache_bytes is not None:
+            _check("expert_cache_bytes", self.expert_cache_bytes, 1, 1 << 50)
         _check("fast_step_s", self.fast_step_s, 1e-3, 60.0)
 
     def num_blocks(self, architecture: Architecture) -> int:

@@ -25,7 +25,7 @@ from tokenmill.engine.step_time import StepTimeModel
 from tokenmill.engine.swap import SwapFile, measure_swap
 from tokenmill.engine.taps.points import check_taps
 from tokenmill.engine.taps.tap import intervention_digest
-from tokenmill.kernels import KV_BLOCK, Executor
+from tokenmill.kernels import KV_BLOCK, Executor, ExpertCacheStats, expert_cache
 from tokenmill.kvcache import BlockPool, PrefixChain, prefix_root
 
 __all__ = ["CoreConfig", "EngineCore", "StepResult", "StepStats"]
@@ -53,7 +53,8 @@ class CoreConfig:
 class StepStats:
     """What one step did, for measuring: rows computed, rows with logits, sequences, wall seconds.
 
-    Of the `num_preempted` sequences `num_swapped` kept what was computed.
+    Of the `num_preempted` sequences `num_swapped` kept what was computed. `experts` is what the cache of
+    experts did, None without one.
     """
 
     num_rows: int
@@ -63,6 +64,7 @@ class StepStats:
     num_preempted: int
     seconds: float
     num_swapped: int = 0
+    experts: ExpertCacheStats | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +141,7 @@ class EngineCore:
         """Compute one step. Exceptions of the model fail one request; what is not an `Exception` is raised,
         and then no row counts as computed and every state stays valid.
         """
-        began = self.clock()
+        began, cached = self.clock(), expert_cache(self._executor)
         finished = self._expire(began)
         schedule = self._plan()
         # If this fails, blocks are without their content, and nobody can go on.
@@ -165,8 +167,13 @@ class EngineCore:
             num_preempted=len(schedule.preempted),
             num_swapped=sum(bool(victim.swap_slots) for victim in schedule.preempted),
             seconds=self.clock() - began,
+            experts=self._expert_reads(cached),
         )
         return StepResult(stats=stats, finished=tuple(finished))
+
+    def _expert_reads(self, before: ExpertCacheStats | None) -> ExpertCacheStats | None:
+        now = expert_cache(self._executor)
+        return None if now is None or before is None else now.since(before)
 
     def check_integrity(self) -> None:
         """Assert that every KV block is free, cached, or held by a sequence that is not finished."""

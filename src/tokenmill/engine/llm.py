@@ -27,6 +27,7 @@ from tokenmill.engine.embedding import Pooling, embeddings
 from tokenmill.engine.local import LocalEngine
 from tokenmill.engine.sequence import GenerationState, ScoringState, SequenceState
 from tokenmill.engine.taps.calibration import InputStats
+from tokenmill.engine.taps.routing import RoutingStats
 from tokenmill.engine.taps.tap import Tap
 from tokenmill.kernels import F32Array, StepPlan
 from tokenmill.models.compile import ExecutorFactory, create_executor
@@ -236,6 +237,13 @@ class LLM:
     ) -> Mapping[str, InputStats]:
         """Statistics of linears' inputs over token windows; see `tokenmill.engine.taps.calibration`."""
         return self._engine.calibrate(windows, points, second_moment=second_moment)
+
+    def routing(self, windows: Iterable[Sequence[int]]) -> Mapping[int, RoutingStats]:
+        """How the tokens of windows are shared among the experts of each layer, by its number.
+
+        Errors as in `tokenmill.engine.taps.routing`.
+        """
+        return self._engine.routing(windows)
 
     def load_adapter(self, name: str, folder: Path) -> None:
         """Load a LoRA adapter in the layout of PEFT under a name. Errors as in `AdapterSlots.load`."""

@@ -26,6 +26,7 @@ from tokenmill.engine.step_time import ROW_TILE
 from tokenmill.engine.structured.grammar import CheckedGrammar, GrammarCompiler
 from tokenmill.engine.swap import SwapFile
 from tokenmill.engine.taps.calibration import InputStats, calibrate
+from tokenmill.engine.taps.routing import RoutingStats, routing
 from tokenmill.engine.taps.tap import Tap
 from tokenmill.kernels import KV_BLOCK, Executor, StepPlan
 from tokenmill.models.chat_template import ChatTemplate, encode_chat
@@ -203,6 +204,10 @@ class LocalEngine:
         """Statistics of what the linears at these points read; see `calibration`."""
         return calibrate(self._core, windows, points, second_moment=second_moment)
 
+    def routing(self, windows: Iterable[Sequence[int]]) -> Mapping[int, RoutingStats]:
+        """How the tokens of windows are shared among the experts of each layer; see `routing`."""
+        return routing(self._core, self.plan, windows)
+
     def submit_state(self, state: SequenceState) -> None:
         """Queue a prepared state.
 
@@ -261,6 +266,7 @@ class LocalEngine:
             num_threads=self.config.num_threads,
             kv_dtype=self.config.kv_dtype,
             max_adapters=max_adapters,
+            expert_cache_bytes=self.config.expert_cache_bytes,
         )
         return create(model, config)
 

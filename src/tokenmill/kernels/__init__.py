@@ -1,6 +1,12 @@
 """CPU kernels and the step executor: native where it can, and beside each kernel its numpy twin."""
 
-from tokenmill.kernels.executor import NativeExecutor, create_executor, log_sum_exp_rows
+from tokenmill.kernels.executor import (
+    ExpertCacheStats,
+    NativeExecutor,
+    create_executor,
+    expert_cache,
+    log_sum_exp_rows,
+)
 from tokenmill.kernels.isa import available_isas, choose_isa, default_threads
 from tokenmill.kernels.numpy_executor import NumpyExecutor
 from tokenmill.kernels.plan import (
@@ -52,6 +58,7 @@ __all__ = [
     "Embed",
     "EmbedTable",
     "Executor",
+    "ExpertCacheStats",
     "ExpertLinear",
     "F32Array",
     "Gather",
@@ -79,6 +86,7 @@ __all__ = [
     "choose_tokens",
     "create_executor",
     "default_threads",
+    "expert_cache",
     "kv_block_bytes",
     "log_sum_exp_rows",
     "top_token_ids",

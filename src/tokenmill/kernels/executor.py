@@ -1,7 +1,7 @@
 """The native executor: hands a step plan to the extension once, then one call a step."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,9 +15,12 @@ from tokenmill.kernels.plan import (
     AddNorm,
     Attend,
     BufferName,
+    Combine,
     Embed,
     Executor,
+    ExpertLinear,
     F32Array,
+    Gather,
     KvDtype,
     Linear,
     Norm,
@@ -25,22 +28,49 @@ from tokenmill.kernels.plan import (
     PackedAdapter,
     Quantize,
     RopeKv,
+    Route,
     Select,
     StepBatch,
     StepPlan,
 )
 
-__all__ = ["NativeExecutor", "create_executor", "log_sum_exp_rows"]
+__all__ = ["ExpertCacheStats", "NativeExecutor", "create_executor", "expert_cache", "log_sum_exp_rows"]
 
 _MAX_HEAD_DIM = 512
 _NO_WINDOW = 2**30
 """A window that no position lies outside of."""
 
 
+class ExpertCacheStats(NamedTuple):
+    """What the cache of experts did since the executor was made.
+
+    A hit or a miss is one matrix of one expert (gate and up together, or down) in one step. `bytes_held` are
+    in memory now; `read_seconds` were spent waiting for what was not.
+    """
+
+    num_hits: int
+    num_misses: int
+    bytes_read: int
+    bytes_held: int
+    read_seconds: float
+
+    def since(self, before: "ExpertCacheStats") -> "ExpertCacheStats":
+        """What it did after `before`; the bytes held are those of now."""
+        return ExpertCacheStats(
+            num_hits=self.num_hits - before.num_hits,
+            num_misses=self.num_misses - before.num_misses,
+            bytes_read=self.bytes_read - before.bytes_read,
+            bytes_held=self.bytes_held,
+            read_seconds=self.read_seconds - before.read_seconds,
+        )
+
+
 class NativeExecutor:
     """Runs a plan in C++ with its own threads, buffers and paged KV cache.
 
-    Not safe for use by several threads at once; a step releases the interpreter lock.
+    Not safe for use by several threads at once; a step releases the interpreter lock. With
+    `expert_cache_bytes` the weights of experts take no more memory than that, or than one matrix, if they
+    are mapped from a file.
     """
 
     def __init__(
@@ -54,6 +84,7 @@ class NativeExecutor:
         isa: str,
         kv_dtype: KvDtype = "bf16",
         max_adapters: int = 0,
+        expert_cache_bytes: int | None = None,
     ) -> None:
         shape = plan.shape
         if shape.head_dim > _MAX_HEAD_DIM:
@@ -67,6 +98,7 @@ class NativeExecutor:
         self.kv_dtype = kv_dtype
         self.isa = isa
         self.num_threads = num_threads
+        self._has_expert_cache = expert_cache_bytes is not None
         try:
             self._native = native.Plan(
                 isa=isa,
@@ -87,6 +119,10 @@ class NativeExecutor:
                 cos=np.ascontiguousarray(shape.cos),
                 sin=np.ascontiguousarray(shape.sin),
                 kv_int8=kv_dtype == "int8",
+                experts=shape.num_experts,
+                active=shape.num_active,
+                expert_inner=shape.expert_size,
+                expert_cache_bytes=expert_cache_bytes or 0,
             )
         except MemoryError as error:
             raise ResourceError(
@@ -96,10 +132,7 @@ class NativeExecutor:
             raise ResourceError(
                 f"{num_threads} threads cannot be started ({error})", hint="use fewer threads"
             ) from error
-        for before, op in zip((None, *plan.ops), plan.ops, strict=False):
-            if isinstance(op, Linear):
-                assert isinstance(before, Norm | Quantize) and before.act == op.weight.act_format
-            self._add(op)
+        self._add_all()
 
     def run(self, batch: StepBatch, first: int = 0, last: int | None = None) -> None:
         """Run operations [first, last) of the plan in one native call."""
@@ -144,6 +177,44 @@ class NativeExecutor:
             [np.ascontiguousarray(each.pairs) for each in linears.values()],
         )
 
+    def expert_cache(self) -> ExpertCacheStats | None:
+        """What the cache of experts did so far; None without a budget."""
+        return ExpertCacheStats(*self._native.expert_stats()) if self._has_expert_cache else None
+
+    def _add_all(self) -> None:
+        plan = self.plan
+        for before, op, after in zip((None, *plan.ops), plan.ops, (*plan.ops[1:], None), strict=False):
+            if isinstance(op, Linear):
+                assert isinstance(before, Norm | Quantize) and before.act == op.weight.act_format
+            if isinstance(op, Gather):
+                assert isinstance(after, ExpertLinear)
+                self._native.add_gather(after.weight.linear.act_format)
+            else:
+                self._add(op)
+
+    def _add_routed(self, op: Route | ExpertLinear | Combine) -> None:
+        native = self._native
+        match op:
+            case Route():
+                weight, norm = np.ascontiguousarray(op.weight), np.ascontiguousarray(op.norm)
+                native.add_route(weight, norm, op.eps, op.renormalise)
+            case ExpertLinear():
+                w = op.weight.linear
+                native.add_expert_linear(
+                    op.dst,
+                    w.kind,
+                    w.num_out,
+                    w.num_in,
+                    w.group,
+                    w.symmetric,
+                    w.data,
+                    w.scales,
+                    w.mins,
+                    op.gated or "",
+                )
+            case _:
+                native.add_combine()
+
     def _add(self, op: Op) -> None:
         native = self._native
         match op:
@@ -179,6 +250,8 @@ class NativeExecutor:
                 )
             case Attend():
                 native.add_attend(op.layer, _NO_WINDOW if op.window is None else op.window)
+            case Route() | ExpertLinear() | Combine():
+                self._add_routed(op)
             case Select():
                 native.add_select()
             case _:
@@ -208,8 +281,12 @@ def create_executor(
     isa: str | None = None,
     kv_dtype: KvDtype = "bf16",
     max_adapters: int = 0,
+    expert_cache_bytes: int | None = None,
 ) -> Executor:
-    """The fastest executor available here for a plan; `isa` and `num_threads` default to the machine's."""
+    """The fastest executor available here for a plan; `isa` and `num_threads` default to the machine's.
+
+    The numpy twin leaves the memory of experts to the system.
+    """
     isa = isa or choose_isa()
     if isa == NUMPY:
         return NumpyExecutor(
@@ -229,7 +306,13 @@ def create_executor(
         isa=isa,
         kv_dtype=kv_dtype,
         max_adapters=max_adapters,
+        expert_cache_bytes=expert_cache_bytes,
     )
+
+
+def expert_cache(executor: Executor) -> ExpertCacheStats | None:
+    """What an executor's cache of experts did so far; None if it has none."""
+    return executor.expert_cache() if isinstance(executor, NativeExecutor) else None
 
 
 def log_sum_exp_rows(logits_LV: F32Array) -> npt.NDArray[np.float64]:

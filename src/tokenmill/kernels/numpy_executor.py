@@ -10,19 +10,24 @@ import numpy.typing as npt
 
 from tokenmill.kernels import twin
 from tokenmill.kernels.lowrank import low_rank_delta
+from tokenmill.kernels.moe_twin import ExpertPairs, combine, expert_linear, route_rows, sort_pairs
 from tokenmill.kernels.plan import (
     KV_BLOCK,
     AddNorm,
     Attend,
     BufferName,
+    Combine,
     Embed,
+    ExpertLinear,
     F32Array,
+    Gather,
     KvDtype,
     Linear,
     Norm,
     PackedAdapter,
     Quantize,
     RopeKv,
+    Route,
     Select,
     StepBatch,
     StepPlan,
@@ -64,13 +69,19 @@ class NumpyExecutor:
             "h": shape.intermediate_size,
             "o": shape.hidden_size,
             "logits": shape.vocab_size,
+            "route": shape.num_experts,
+            "eh": shape.expert_size,
+            "eo": shape.hidden_size if shape.num_experts else 0,
         }
+        num_pairs = max_rows * shape.num_active
+        rows = dict.fromkeys(("y", "logits"), max_out_rows) | dict.fromkeys(("eh", "eo"), num_pairs)
         self._buffers = {
-            name: np.zeros((max_out_rows if name in ("y", "logits") else max_rows, width), np.float32)
-            for name, width in widths.items()
+            name: np.zeros((rows.get(name, max_rows), width), np.float32) for name, width in widths.items()
         }
         # The rows as the next linear reads them, before rounding: each linear rounds to its own format.
         self._act = np.zeros((0, 0), np.float32)
+        self._expert_act = np.zeros((0, 0), np.float32)
+        self._pairs = ExpertPairs(np.zeros(0, np.intp), np.zeros(0, np.intp))
         self._q = np.zeros((max_rows, shape.num_heads, shape.head_dim), np.float32)
         # [layers, keys and values, heads, tokens, head width] a block; bf16 values in float32.
         page = (shape.num_layers, 2, shape.num_kv_heads, KV_BLOCK)
@@ -121,6 +132,8 @@ class NumpyExecutor:
                 self._rows(batch, "x")[:] += twin.rms_norm(self._rows(batch, "o"), op.weight, op.eps)
             case Linear():
                 self._linear(batch, index, op)
+            case Route() | Gather() | ExpertLinear() | Combine() | Quantize(src="eh"):
+                self._routed_step(batch, op)
             case Quantize():
                 self._act = self._rows(batch, op.src).copy()
             case RopeKv():
@@ -149,6 +162,25 @@ class NumpyExecutor:
             product = product + op.bias
         product = twin.gated_unit(product, op.gated) if op.gated else product
         dst[:] = dst + product if op.accumulate else product
+
+    def _routed_step(self, batch: StepBatch, op: Route | Gather | ExpertLinear | Combine | Quantize) -> None:
+        x, route = (self._rows(batch, name) for name in ("x", "route"))
+        match op:
+            case Route():
+                route[:] = route_rows(op, x, self.plan.shape.num_active)
+            case Gather():
+                self._pairs = sort_pairs(route, len(self._buffers["eo"]))
+                self._expert_act = self._act[self._pairs.rows_P]
+            case Quantize():
+                self._expert_act = self._buffers[op.src][: len(self._pairs.rows_P)].copy()
+            case ExpertLinear():
+                exact = self._ordered and op.weight.linear.kind == "bf16"
+                linear = twin.linear_bf16_ordered if exact else twin.linear
+                product = expert_linear(op.weight, self._expert_act, self._pairs, linear)
+                product = twin.gated_unit(product, op.gated) if op.gated else product
+                self._buffers[op.dst][: len(product)] = product
+            case _:
+                x[:] = combine(x, route, self._buffers["eo"][: len(self._pairs.rows_P)], self._pairs)
 
     def _adapter(self, slot: int) -> PackedAdapter | None:
         if slot == -1:

@@ -7,6 +7,7 @@ has written ten characters. Tool calls in the model's answer are not read here.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -22,16 +23,25 @@ MAX_TEMPLATE_CHARS: Final = 1 << 18
 
 
 class ChatTemplate:
-    """One model's chat template. Safe to share between threads."""
+    """One model's chat template. Safe to share between threads.
+
+    Some models have another one `for_tools`. Templates write the `special_tokens` by their names.
+    """
 
     def __init__(
-        self, source: str, *, bos_token: str = "", eos_token: str = "", origin: str = "chat template"
+        self,
+        source: str,
+        *,
+        for_tools: "ChatTemplate | None" = None,
+        origin: str = "chat template",
+        **special_tokens: str,
     ) -> None:
         if len(source) > MAX_TEMPLATE_CHARS:
             raise ModelFormatError(f"{origin}: longer than {MAX_TEMPLATE_CHARS} characters")
         self.source = source
         self.origin = origin
-        self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
+        self._for_tools = for_tools
+        self._tokens = {"bos_token": "", "eos_token": "", **special_tokens}
         self._process = TemplateProcess()
 
     def render(
@@ -49,7 +59,17 @@ class ChatTemplate:
         for messages that this one refuses, ResourceError for a template that takes too much time or
         memory, ModelFormatError for a broken one.
         """
-        return self.rendered(template_context(messages, tools, variables), add_generation_prompt)
+        context = template_context(messages, tools, variables)
+        return self.chosen(tools).rendered(context, add_generation_prompt)
+
+    @property
+    def knows_tools(self) -> bool:
+        """Whether tools have a place in the prompt, as far as the template's words say."""
+        return re.search(r"\btools\b", self.chosen([{}]).source) is not None
+
+    def chosen(self, tools: Sequence[Mapping[str, Any]]) -> "ChatTemplate":
+        """The template for a conversation with these tools."""
+        return self._for_tools if tools and self._for_tools is not None else self
 
     def rendered(self, context: Mapping[str, Any], add_generation_prompt: bool, mark: str = "") -> str:
         """The prompt text of a context that `template_context` made; see `defuse` for the mark."""
@@ -78,6 +98,7 @@ def encode_chat(
 
     Parameters and errors as in `ChatTemplate.render`.
     """
+    template = template.chosen(tools)
     given = template_context(messages, tools, variables)
     specials = tokenizer.special_tokens
     mark = unused_character([template.source, json.dumps(given, ensure_ascii=False), *specials])

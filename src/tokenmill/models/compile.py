@@ -29,7 +29,10 @@ _LAYOUT_VERSION = 6
 
 @dataclass(frozen=True, kw_only=True)
 class ExecutorConfig:
-    """The form and sizes of an executor: rows of a step, rows with logits, KV blocks, adapter slots."""
+    """The form and sizes of an executor: rows of a step, rows with logits, KV blocks, adapter slots.
+
+    `expert_cache_bytes` is the memory that the weights of experts may take; None leaves it to the system.
+    """
 
     weights: WeightFormat
     max_rows: int
@@ -38,6 +41,7 @@ class ExecutorConfig:
     num_threads: int | None = None
     kv_dtype: KvDtype = "bf16"
     max_adapters: int = 0
+    expert_cache_bytes: int | None = None
 
 
 ExecutorFactory: TypeAlias = Callable[[ModelDirectory, ExecutorConfig], Executor]
@@ -57,6 +61,7 @@ def create_executor(directory: ModelDirectory, config: ExecutorConfig) -> Execut
         num_threads=config.num_threads,
         kv_dtype=config.kv_dtype,
         max_adapters=config.max_adapters,
+        expert_cache_bytes=config.expert_cache_bytes,
     )
 
 

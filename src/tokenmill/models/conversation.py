@@ -24,7 +24,9 @@ _VALUE_CHARS: Final = 8
 _MAX_DEPTH: Final = 64
 _MAX_TOOLS: Final = 1024
 _MAX_VARIABLES: Final = 64
-_GIVEN: Final = frozenset({"messages", "tools", "add_generation_prompt", "bos_token", "eos_token"})
+_GIVEN: Final = frozenset({"messages", "tools", "add_generation_prompt"})
+_GIVEN_SUFFIX: Final = "_token"
+"""Of the names of the model's control tokens."""
 
 
 def _words(text: str) -> frozenset[str]:
@@ -176,7 +178,8 @@ def _variables(variables: Mapping[str, Any], walk: _Walk) -> dict[str, Any]:
     if len(variables) > _MAX_VARIABLES:
         raise UsageError(f"{len(variables)} template variables", hint=f"give at most {_MAX_VARIABLES}")
     for name in variables:
-        if not _key(name, "variables").isidentifier() or len(name) > 64 or name in _GIVEN:
+        is_given = _key(name, "variables") in _GIVEN or name.endswith(_GIVEN_SUFFIX)
+        if is_given or not name.isidentifier() or len(name) > 64:
             raise UsageError(f"template variable {name[:40]!r} cannot be set", hint="use another name")
     return {name: walk.json(each, f"variable {name}", is_kept=_is_word) for name, each in variables.items()}
 

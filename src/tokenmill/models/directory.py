@@ -11,6 +11,7 @@ without a manifest opens too, but cannot be verified.
 """
 
 import hashlib
+import json
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
@@ -112,11 +113,16 @@ class ModelDirectory:
         """The chat template; None if the model has none (a base model)."""
         path = self.path / "tokenizer_config.json"
         config = load_json_object(path) if path.is_file() else {}
-        source, origin = self._template_source(config)
-        if source is None:
-            return None
-        tokens = {name: _token_text(config.get(name)) for name in ("bos_token", "eos_token")}
-        return ChatTemplate(source, origin=origin, **tokens)
+        tokens = _special_tokens(config, path)
+        sources, origin = self._template_sources(config)
+
+        def template(name: str, for_tools: ChatTemplate | None = None) -> ChatTemplate | None:
+            if name not in sources:
+                return None
+            what = f"{origin} {name!r}" if len(sources) > 1 else origin
+            return ChatTemplate(sources[name], for_tools=for_tools, origin=what, **tokens)
+
+        return template("default", for_tools=template("tool_use"))
 
     def verify(self, progress: Callable[[str, int, int], None] = lambda *_: None) -> None:
         """Compare every file with the manifest's SHA-256; `progress` gets (file, bytes done, bytes).
@@ -143,24 +149,26 @@ class ModelDirectory:
         assert self.manifest is not None
         return GgufWeights(GgufFile.open(self.path / self.manifest.grid_file), self.architecture)
 
-    def _template_source(self, config: dict[str, Any]) -> tuple[str | None, str]:
-        """Template text and where it is from: its own file, else `tokenizer_config.json`."""
+    def _template_sources(self, config: dict[str, Any]) -> tuple[dict[str, str], str]:
+        """Templates by name, and where they are from: a file for one, else `tokenizer_config.json`."""
         path = self.path / "chat_template.jinja"
         if path.is_file():
             with disk_errors(path), path.open("rb") as file:
                 data = file.read(4 * MAX_TEMPLATE_CHARS + 1)
             try:
-                return data.decode("utf-8"), str(path)
+                return {"default": data.decode("utf-8")}, str(path)
             except UnicodeDecodeError as error:
                 raise ModelFormatError(f"{path}: not UTF-8") from error
         origin = f"{self.path / 'tokenizer_config.json'}: chat_template"
         value = config.get("chat_template")
-        if isinstance(value, list):
-            defaults = (each for each in value if isinstance(each, dict) and each.get("name") == "default")
-            value = next((each.get("template") for each in defaults), None)
-        if value is not None and not isinstance(value, str):
+        given = value if isinstance(value, list) else [{"name": "default", "template": value}]
+        sources = {}
+        for each in given:
+            if isinstance(each, dict) and each.get("name") in ("default", "tool_use"):
+                sources[each["name"]] = each.get("template")
+        if any(not isinstance(source, str | None) for source in sources.values()):
             raise ModelFormatError(f"{origin} is no text")
-        return value, origin
+        return {name: source for name, source in sources.items() if source is not None}, origin
 
 
 def is_layout_name(name: str) -> bool:
@@ -186,6 +194,16 @@ def _with_generation_ids(config: dict[str, Any], generation: dict[str, Any]) -> 
     """The configuration with `generation_config.json`'s end tokens first: that file is about generating."""
     eos = generation.get("eos_token_id")
     return config if eos is None else {**config, "eos_token_id": eos}
+
+
+def _special_tokens(config: dict[str, Any], path: Path) -> dict[str, str]:
+    """The control tokens that have a name, such as `bos_token`, which a template may write."""
+    tokens = {name: _token_text(value) for name, value in config.items() if name.endswith("_token")}
+    try:
+        json.dumps(tokens, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ModelFormatError(f"{path}: a token has half of a surrogate pair") from error
+    return {name: text for name, text in tokens.items() if text}
 
 
 def _token_text(value: object) -> str:

@@ -220,26 +220,31 @@ def _step_bytes(architecture: Architecture, kv_dtype: KvDtype, sizes: StepSizes)
     """Buffers of the native executor, without its KV cache (csrc/plan.cpp)."""
     rows, outs, hidden = sizes.max_rows, sizes.max_out_rows, architecture.hidden_size
     query = architecture.query_size
-    experts = architecture.experts
-    routed = experts.intermediate_size if experts else 0
     inner = architecture.intermediate_size
-    num_in = max(hidden, query, inner)
+    num_in = max(hidden, query, 0 if all(layer.routed for layer in architecture.layers) else inner)
     qkv = query + 2 * architecture.kv_size
     floats = rows * (hidden + qkv + query + inner + hidden)
     floats += outs * (hidden + architecture.vocab_size)
-    if experts is not None:  # a row of its own for every expert that a token takes
-        floats += rows * experts.num_active * (hidden + routed)
-        rows *= experts.num_active
+    acts = _act_bytes(_up(max(rows, outs), 16) + _SLACK_ROWS, num_in)
+    if (experts := architecture.experts) is not None:  # a row of its own for every expert that a token takes
+        pairs = rows * experts.num_active
+        floats += rows * experts.num_experts + pairs * (hidden + experts.intermediate_size)
+        tiles = min(experts.num_experts, pairs) + pairs // 16
+        acts += _act_bytes(16 * tiles + _SLACK_ROWS, max(hidden, experts.intermediate_size))
     head_pad = _up(architecture.head_dim, 32)
-    queries = 2 * (sizes.max_rows * architecture.num_heads + _SLACK_ROWS) * head_pad
-    act_rows, act_in = _up(max(rows, outs), 16) + _SLACK_ROWS, _up(num_in, 64)
-    acts = act_rows * (2 * act_in + 2 * 4 * act_in // _GROUP + 4)
+    queries = 2 * (rows * architecture.num_heads + _SLACK_ROWS) * head_pad
     span = SPAN_BLOCKS * KV_BLOCK
     thread = 4 * (max(num_in, qkv) + 16 * span + 2 * 16 * head_pad) + 2 * 16 * span
     if kv_dtype == "int8":
         thread += 2 * (SPAN_BLOCKS + 1) * KV_BLOCK * head_pad
     num_threads: int = sizes.num_threads or default_threads()
     return 4 * floats + queries + acts + num_threads * thread
+
+
+def _act_bytes(rows: int, num_in: int) -> int:
+    """Rows as a linear reads them: values, scales and sums."""
+    width = _up(num_in, 64)
+    return rows * (2 * width + 2 * 4 * width // _GROUP + 4)
 
 
 def _rotation_bytes(architecture: Architecture) -> int:

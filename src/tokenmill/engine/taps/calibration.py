@@ -8,7 +8,6 @@ with the figures, and which text is right, is not decided here.
 Shape legend: T rows, K inputs of a linear.
 """
 
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ import numpy.typing as npt
 
 from tokenmill.core import UsageError
 from tokenmill.engine.core import EngineCore
-from tokenmill.engine.embedding import EmbeddingState
+from tokenmill.engine.taps.reading import read_windows
 from tokenmill.engine.taps.tap import Tap, TapRows
 from tokenmill.kernels import F32Array
 
@@ -56,20 +55,7 @@ def calibrate(
     """
     sums = {point: _Sums(second_moment) for point in points}
     taps = tuple(Tap(point=point, handler=each.add) for point, each in sums.items())
-    running: deque[EmbeddingState] = deque()
-    try:
-        for number, window in enumerate(windows):
-            state = EmbeddingState(f"window-{number}", window, "last")
-            state.taps = taps
-            core.submit(state)
-            running.append(state)
-            if len(running) >= max_in_flight:
-                _finish(core, running)
-        while running:
-            _finish(core, running)
-    finally:
-        for state in running:
-            core.abort(state)
+    read_windows(core, windows, taps, max_in_flight=max_in_flight)
     if not all(each.num_rows for each in sums.values()):
         raise UsageError("there is no text to calibrate on", hint="give at least one window of tokens")
     return {point: each.stats() for point, each in sums.items()}
@@ -101,10 +87,3 @@ class _Sums:
             mean_square_K=self._squares_K / self.num_rows,
             second_moment_KK=self._products_KK / self.num_rows if self._second_moment else None,
         )
-
-
-def _finish(core: EngineCore, running: "deque[EmbeddingState]") -> None:
-    """Step until the first of these is done; a failure of it is raised."""
-    while not running[0].finished:
-        core.step()
-    running.popleft().embedding()

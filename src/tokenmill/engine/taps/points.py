@@ -19,14 +19,17 @@ from tokenmill.kernels import (
     AddNorm,
     Attend,
     BufferName,
+    Combine,
     Embed,
     Executor,
+    ExpertLinear,
     F32Array,
     I32Array,
     Linear,
     Norm,
     Op,
     Quantize,
+    Route,
     StepPlan,
 )
 from tokenmill.kernels.twin import rms_norm
@@ -138,7 +141,7 @@ def input_points(plan: StepPlan) -> tuple[str, ...]:
     source = ""
     for op in plan.ops:
         if isinstance(op, Quantize):
-            source = last_in[op.src]
+            source = last_in.get(op.src, "")
         elif isinstance(op, Norm) and op.act is not None:
             source = op.name
         elif isinstance(op, Linear):
@@ -195,13 +198,15 @@ def _near_points(points: TapPoints, name: str) -> str:
 def _output(op: Op) -> BufferName | None:
     """Where the values of an operation's point are, as far as a buffer has them."""
     match op:
-        case Embed() | AddNorm():
+        case Embed() | AddNorm() | Combine():
             return "x"
+        case Route():
+            return "route"
         case Attend():
             return "z"
         case Norm():
             return op.src
-        case Linear():
+        case Linear() | ExpertLinear():
             return op.dst
         case _:
             return None
