@@ -254,9 +254,11 @@ def _tokenizer_configs() -> Iterator[HostileCase]:
     bomb = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     for source in ("{% if %}", bomb, "{{ cycler.__init__.__globals__ }}", 1, None, ["x"], "x" * 300_000):
         use = {"name": "tool_use", "template": source}
-        for each in ([default, use], [use, default]):  # never rendered: `default` is told of tools
+        is_text = source is None or (isinstance(source, str) and len(source) < 1 << 18)
+        expected: Expected = "loads" if is_text else "refused"  # rendered once there are tools
+        for each in ([default, use], [use, default]):
             where = "before" if each[0] is use else "after"
-            yield case(f"tool_use is {str(source)[:20]!r}, {where}", {"chat_template": each}, "loads")
+            yield case(f"tool_use is {str(source)[:20]!r}, {where}", {"chat_template": each}, expected)
     for source in ("{% if %}", "{% if tools %}x", "{{ tools.__class__.__mro__[9] }}"):
         yield case(f"default is {source!r}", {"chat_template": [{"name": "default", "template": source}]})
     yield case("chat_template of 300,000 characters", {"chat_template": "x" * 300_000})

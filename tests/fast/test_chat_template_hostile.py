@@ -20,7 +20,7 @@ def test_there_are_enough() -> None:
     kinds = [case.kind for case in CASES]
     assert kinds.count("escape") >= 50 and kinds.count("bomb") >= 50
     assert len({case.template for case in CASES}) == len(CASES)
-    assert {case.door for case in CASES} == {"gguf", "tokenizer_config", "jinja"}
+    assert {case.door for case in CASES} == {"gguf", "tokenizer_config", "jinja", "tool_use"}
 
 
 @pytest.mark.parametrize("case", SAMPLE, ids=[case.name for case in SAMPLE])
