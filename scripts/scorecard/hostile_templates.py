@@ -3,8 +3,8 @@
 Each reaches us through one of the four doors of a template: GGUF metadata, `tokenizer_config.json` (its only
 template, or the one for tools), `chat_template.jinja`. An escape tries to read or to touch a canary file; it
 may render to harmless text, or fail with one error. A bomb must fail with one error, which names the file,
-within a bound of time. No file may be left behind. `check_unguarded` is the control: the same template in plain Jinja2, without sandbox or
-limits but those that keep this machine alive.
+within a bound of time. No file may be left behind. `check_unguarded` is the control: the same template in
+plain Jinja2, without sandbox or limits but those that keep this machine alive.
 """
 
 import json
