@@ -24,12 +24,14 @@ __all__ = ["Distance", "measure", "native_logits", "twin_logits"]
 class Distance:
     """`worst`: largest difference of a logit. `relative`: root mean square over the logits' own spread.
 
+    `median`: the same of the middle position, which a token that goes to another expert hardly moves.
     `kl`: mean divergence, nats. `agreement`: share of positions with the same most likely token; `decided`:
     where the two best logits lie further apart than six times the root mean square.
     """
 
     worst: float
     relative: float
+    median: float
     kl: float
     agreement: float
     decided: float
@@ -46,6 +48,7 @@ def measure(logits_TV: F32Array, wanted_TV: F32Array) -> Distance:
     return Distance(
         worst=float(np.abs(difference).max()),
         relative=size / float(wanted_TV.std()),
+        median=float(np.median(np.sqrt((difference**2).mean(axis=1)))) / float(wanted_TV.std()),
         kl=float(functional.kl_div(got, wanted, log_target=True, reduction="sum")) / len(same_T),
         agreement=float(same_T.mean()),
         decided=float(same_T[is_decided_T].mean()) if is_decided_T.any() else 1.0,
