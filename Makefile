@@ -62,6 +62,8 @@ readme: $(VENV)/.package ## measure, and write the table of README.md
 
 .PHONY: test-all
 test-all: $(VENV)/.dev ## the long forms: every instruction set, sanitizers, full counts; result in docs/results
+	$(BIN)/python scripts/requirements.py fuzz > $(VENV)/fuzz.txt
+	$(PIP) install -r $(VENV)/fuzz.txt || echo "no fuzzer for this Python: its test will be skipped"
 	$(BIN)/tokenmill pull $(MODEL)
 	$(BIN)/python scripts/test_all.py
 

@@ -208,6 +208,8 @@ BAD: dict[str, dict[str, Any]] = {
     r"llama\.attention\.head_count is a list": {"llama__attention__head_count": [4, 4]},
     r"rope_type is 'longrope'": {"llama__rope__scaling__type": "longrope"},
     r"factor is None": {"llama__rope__scaling__type": "yarn"},
+    r"num_key_value_heads is 0": {"llama__attention__head_count_kv": 0},
+    r"head_dim is 0": {"llama__attention__key_length": 0},
     r"llama\.rope\.dimension_count differs": {"llama__rope__dimension_count": 8},
 }
 

@@ -142,13 +142,14 @@ class _Description:
         """The `config.json` that says the same."""
         config: dict[str, Any] = {field: self._needed(key) for field, key in _NEEDED.items()}
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        num_kv_heads, head_dim = self._value("attention.head_count_kv"), self._value("attention.key_length")
         are_sizes = isinstance(hidden, int) and isinstance(heads, int) and heads > 0
         tensors, tokens = self._gguf.tensors, "tokenizer.ggml"
         ends = (self._scalar(f"{tokens}.{key}") for key in _END_TOKENS)
         return config | {
             "vocab_size": self._gguf.tensor("token_embd.weight").shape[0],
-            "num_key_value_heads": self._value("attention.head_count_kv") or heads,
-            "head_dim": self._value("attention.key_length") or (hidden // heads if are_sizes else None),
+            "num_key_value_heads": heads if num_kv_heads is None else num_kv_heads,
+            "head_dim": hidden // heads if head_dim is None and are_sizes else head_dim,
             "hidden_act": "silu",
             "tie_word_embeddings": "output.weight" not in tensors,
             "attention_bias": "blk.0.attn_q.bias" in tensors,

@@ -136,6 +136,7 @@ def serve() -> None:
     environment = TemplateEnvironment()
     render(environment, _WARM_UP, {"messages": [], "tools": None})
     size_file = os.open("/proc/self/statm", os.O_RDONLY)
+    memory_limits = resource.getrlimit(resource.RLIMIT_AS)
     for kind in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE):
         resource.setrlimit(kind, (0, 0))
     sys.addaudithook(_end_at_event)
@@ -143,12 +144,18 @@ def serve() -> None:
         request, context = json.loads(line)
         environment.mark = request["mark"]
         now = int(os.pread(size_file, 99, 0).split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (now + request["memory_bytes"], resource.RLIM_INFINITY))
+        lower = _lower(now + request["memory_bytes"], memory_limits[0])
+        resource.setrlimit(resource.RLIMIT_AS, (lower, memory_limits[1]))
         signal.setitimer(signal.ITIMER_PROF, request["seconds"])  # its signal ends the process
         answer = render(environment, request["source"], context)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_AS, memory_limits)
         _write(answer)
+
+
+def _lower(budget: int, limit: int) -> int:
+    """The budget, or a limit that this process was given (`ulimit -v`) and that it may not pass."""
+    return budget if limit == resource.RLIM_INFINITY else min(budget, limit)
 
 
 @functools.lru_cache(maxsize=1)

@@ -18,6 +18,7 @@ from typing import Final
 import tokenizers
 
 from tokenmill.core.errors import ModelFormatError
+from tokenmill.models.charsmap import check_charsmaps
 from tokenmill.models.gguf import GgufFile
 from tokenmill.models.tokenizer_gguf import gguf_tokenizer
 from tokenmill.models.tokenizer_pipeline import guarded, read_pipeline
@@ -56,6 +57,7 @@ class Tokenizer:
             raise ModelFormatError(f"{path}: has {size} bytes, expected 1 to {_MAX_FILE_BYTES}")
         if _LONG_CONTENT.search(text):  # the library takes 75 bytes for each of theirs
             raise ModelFormatError(f"{path}: added_tokens has a token of over {_MAX_TOKEN_CHARS} characters")
+        check_charsmaps(text, str(path))
         return cls(guarded(lambda: tokenizers.Tokenizer.from_str(text), str(path)), str(path))
 
     @classmethod

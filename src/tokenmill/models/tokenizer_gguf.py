@@ -17,6 +17,7 @@ import tokenizers
 from tokenizers import models, normalizers
 
 from tokenmill.core.errors import ModelFormatError
+from tokenmill.models.charsmap import check_charsmap
 from tokenmill.models.gguf import GgufFile
 from tokenmill.models.tokenizer_pipeline import guarded, parts_of
 from tokenmill.models.tokenizer_splits import SPLITS
@@ -225,8 +226,10 @@ def _unigram(vocabulary: _Vocabulary) -> tokenizers.Tokenizer:
     )
     characters = vocabulary.metadata.get(f"{_FIELD}.precompiled_charsmap")
     if characters is not None:
+        field = f"{vocabulary.source}: {_FIELD}.precompiled_charsmap"
         if not isinstance(characters, np.ndarray) or characters.dtype.itemsize != 1:
-            raise ModelFormatError(f"{vocabulary.source}: {_FIELD}.precompiled_charsmap is no list of bytes")
+            raise ModelFormatError(f"{field} is no list of bytes")
+        check_charsmap(characters.tobytes(), field)
         precompiled = normalizers.Precompiled(characters.tobytes())
         inner.normalizer = normalizers.Sequence([precompiled, inner.normalizer])
     return inner

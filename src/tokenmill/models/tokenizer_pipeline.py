@@ -74,6 +74,9 @@ def read_pipeline(inner: tokenizers.Tokenizer, source: str) -> Pipeline:
     if any(len(text) < 2 for text in controls):
         raise ModelFormatError(f"{source}: added_tokens: a control token shorter than two characters")
     _check_model(inner, source)
+    vocabulary: dict[str, int] = inner.get_vocab(with_added_tokens=True)
+    # Before all that writes the vocabulary out: for a far id the library makes a list of the holes before it.
+    _check_ids(vocabulary, source)
     is_byte_level = _is_byte_level(inner, source)
     # The text of other added tokens is decoded like that of pieces.
     verbatim = added.keys() if is_byte_level else set(controls.values())
@@ -85,7 +88,7 @@ def read_pipeline(inner: tokenizers.Tokenizer, source: str) -> Pipeline:
         restarts=restarts,
         controls=controls,
         strips={token.content: (token.lstrip, token.rstrip) for token in added.values()},
-        token_bytes=_token_bytes(inner, verbatim, is_byte_level, source),
+        token_bytes=_token_bytes(inner, vocabulary, verbatim, is_byte_level),
         lead="kept" if is_byte_level else _lead(inner, source),
         prompt_prefix=_prompt_prefix(inner, source),
     )
@@ -125,6 +128,9 @@ def _check_model(inner: tokenizers.Tokenizer, source: str) -> None:
         raise ModelFormatError(
             f"{source}: model is {type(model).__name__}", hint="supported are BPE and Unigram vocabularies"
         )
+    if isinstance(model, models.Unigram):  # one without an unknown token fails at a character that it lacks
+        lacking = next(char for char in map(chr, range(0x10FFFF, 0, -1)) if model.token_to_id(char) is None)
+        guarded(lambda: model.tokenize(lacking), source)
     if isinstance(model, models.BPE):
         if model.dropout:
             raise ModelFormatError(f"{source}: model.dropout makes encoding random")
@@ -267,17 +273,23 @@ def _prompt_prefix(inner: tokenizers.Tokenizer, source: str) -> tuple[int, ...]:
     return tuple(prefix)
 
 
-def _token_bytes(
-    inner: tokenizers.Tokenizer, verbatim: Collection[int], is_byte_level: bool, source: str
-) -> tuple[bytes, ...]:
-    """Bytes of every id; those of `verbatim` ids are their text. Ids must be nearly dense, from 0 on."""
-    vocabulary: dict[str, int] = inner.get_vocab(with_added_tokens=True)
+def _check_ids(vocabulary: Mapping[str, int], source: str) -> None:
+    """Ids must be nearly dense, from 0 on."""
     highest = max(vocabulary.values(), default=-1)
     if not 0 <= highest < min(2 * len(vocabulary), _MAX_VOCABULARY):
         raise ModelFormatError(f"{source}: the vocabulary is empty, too large or has holes")
+
+
+def _token_bytes(
+    inner: tokenizers.Tokenizer,
+    vocabulary: Mapping[str, int],
+    verbatim: Collection[int],
+    is_byte_level: bool,
+) -> tuple[bytes, ...]:
+    """Bytes of every id; those of `verbatim` ids are their text."""
     kinds = {step["type"] for step in _steps(_settings(inner.decoder), "decoders")}
     written = _stand_in_bytes() if is_byte_level else partial(_piece_bytes, "ByteFallback" in kinds)
-    table = [b""] * (highest + 1)
+    table = [b""] * (max(vocabulary.values()) + 1)
     for text, token_id in vocabulary.items():
         table[token_id] = text.encode() if token_id in verbatim else written(text)
     return tuple(table)
