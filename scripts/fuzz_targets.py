@@ -25,13 +25,13 @@ from scripts.scorecard.hostile_safetensors import sound_folder
 from scripts.scorecard.hostile_shards import hostile_shards
 from scripts.scorecard.vocabularies import KINDS, description, unknown_id
 from tokenmill.core import TokenmillError
-from tokenmill.models.convert import GgufWeights, gguf_architecture
-from tokenmill.models.directory import ModelDirectory
 from tokenmill.models.families import FAMILIES
-from tokenmill.models.gguf import GgufFile
+from tokenmill.models.formats.convert import GgufWeights, gguf_architecture
+from tokenmill.models.formats.gguf import GgufFile
+from tokenmill.models.formats.safetensors import SafetensorsFile
 from tokenmill.models.hf_config import architecture_to_config, load_json_object, read_architecture
-from tokenmill.models.safetensors import SafetensorsFile
-from tokenmill.models.tokenizer import Tokenizer
+from tokenmill.models.store.directory import ModelDirectory
+from tokenmill.models.text.tokenizer import Tokenizer
 
 __all__ = ["TARGETS", "Finding", "Target", "try_input", "working_folder"]
 

@@ -17,10 +17,10 @@ from scripts.families.zoo import ZOO, make_model, put_on_grid, save_model
 from tests.fast.export_tools import write_tokenizer
 from tokenmill.core import UsageError
 from tokenmill.kernels import F32Array, choose_isa
-from tokenmill.models.convert import GgufWeights, gguf_architecture
-from tokenmill.models.directory import ModelDirectory
-from tokenmill.models.export import export_gguf
-from tokenmill.models.gguf import GgufFile
+from tokenmill.models.formats.convert import GgufWeights, gguf_architecture
+from tokenmill.models.formats.gguf import GgufFile
+from tokenmill.models.store.directory import ModelDirectory
+from tokenmill.models.store.export import export_gguf
 from tokenmill.models.torch_twin import TorchDecoder
 
 _DOCUMENT = Path("docs/families.md")

@@ -11,10 +11,10 @@ import torch
 from torch.nn import functional
 
 from tokenmill.kernels import KV_BLOCK, F32Array, StepBatch, create_executor
-from tokenmill.models.compile import load_packed
-from tokenmill.models.directory import ModelDirectory
-from tokenmill.models.layout import compile_plan
-from tokenmill.models.pack import WeightFormat
+from tokenmill.models.packing.compile import load_packed
+from tokenmill.models.packing.layout import compile_plan
+from tokenmill.models.packing.pack import WeightFormat
+from tokenmill.models.store.directory import ModelDirectory
 from tokenmill.models.torch_twin import TorchDecoder
 
 __all__ = ["Distance", "measure", "native_logits", "twin_logits"]

@@ -20,9 +20,9 @@ from typing import Final, Literal, NamedTuple
 
 from scripts.scorecard.hostile_template_texts import BOMBS, ESCAPES
 from tokenmill.core import Message, ModelFormatError, ResourceError, ToolCall
-from tokenmill.models.chat_template import ChatTemplate
-from tokenmill.models.directory import ModelDirectory
-from tokenmill.models.gguf import GgufFile
+from tokenmill.models.chat.template import ChatTemplate
+from tokenmill.models.formats.gguf import GgufFile
+from tokenmill.models.store.directory import ModelDirectory
 
 __all__ = ["Case", "cases", "check", "check_unguarded"]
 

@@ -26,10 +26,13 @@ import numpy as np
 
 from scripts.scorecard.vocabularies import unknown_id
 from tokenmill.core.errors import TokenmillError
-from tokenmill.models import gguf, hf_config, safetensors, template_worker, tokenizer_pipeline
-from tokenmill.models.directory import ModelDirectory
-from tokenmill.models.library import Library
-from tokenmill.models.pull import import_model
+from tokenmill.models import hf_config
+from tokenmill.models.chat import worker as template_worker
+from tokenmill.models.formats import gguf, safetensors
+from tokenmill.models.store.directory import ModelDirectory
+from tokenmill.models.store.library import Library
+from tokenmill.models.store.pull import import_model
+from tokenmill.models.text import pipeline as tokenizer_pipeline
 
 __all__ = ["CONTROLS", "Answer", "main"]
 

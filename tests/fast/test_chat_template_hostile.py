@@ -8,8 +8,9 @@ import pytest
 from scripts.scorecard.hostile_template_texts import ESCAPES
 from scripts.scorecard.hostile_templates import Case, cases, check, check_unguarded
 from tokenmill.core import Message, ModelFormatError, ResourceError
-from tokenmill.models import template_process, template_worker
-from tokenmill.models.chat_template import ChatTemplate
+from tokenmill.models.chat import process as template_process
+from tokenmill.models.chat import worker as template_worker
+from tokenmill.models.chat.template import ChatTemplate
 
 HELLO = [Message(role="user", content="Hello")]
 CASES = list(cases())
@@ -38,7 +39,7 @@ def test_plain_jinja2_does_not_hold_them(name: str) -> None:
 BROKEN_WORKER = """
 import sys, types
 sys.path.insert(0, {folder!r})
-import template_worker as worker
+import worker
 down = {down!r}
 if "sandbox" in down:
     worker.TemplateEnvironment.is_safe_attribute = lambda *_: True
@@ -109,9 +110,9 @@ def test_memory_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
 LIMITED_WORKER = """
 import resource, sys
 sys.path.insert(0, {folder!r})
-import template_worker
+import worker
 resource.setrlimit(resource.RLIMIT_AS, ({limit}, {limit}))
-template_worker.serve()
+worker.serve()
 """
 
 

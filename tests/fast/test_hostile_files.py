@@ -77,7 +77,7 @@ def test_mutations_by_structure(name: str, tmp_path: Path) -> None:
 def test_a_finding_is_written_and_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tokenmill.models.safetensors._are_sizes", lambda _: True)
+    monkeypatch.setattr("tokenmill.models.formats.safetensors._are_sizes", lambda _: True)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     arguments = ["--plain", "--child", "safetensors", "--runs", "2000", "--folder", str(tmp_path)]
     assert fuzz_models.main(arguments) == 1

@@ -11,9 +11,9 @@ from tokenizers import normalizers
 from scripts.scorecard.hostile_gguf_kinds import damaged_charsmaps, small_charsmap
 from scripts.scorecard.vocabularies import description
 from tokenmill.core import ModelFormatError
-from tokenmill.models import tokenizer_pipeline
-from tokenmill.models.charsmap import check_charsmap
-from tokenmill.models.tokenizer import Tokenizer
+from tokenmill.models.text import pipeline as tokenizer_pipeline
+from tokenmill.models.text.charsmap import check_charsmap
+from tokenmill.models.text.tokenizer import Tokenizer
 
 DAMAGED = damaged_charsmaps()
 

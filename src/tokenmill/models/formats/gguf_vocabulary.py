@@ -15,9 +15,9 @@ from typing import Any, Final
 import numpy as np
 
 from tokenmill.core.errors import UsageError
-from tokenmill.models.gguf_writer import MetadataItem
-from tokenmill.models.tokenizer import Tokenizer
-from tokenmill.models.tokenizer_splits import SPLITS
+from tokenmill.models.formats.gguf_writer import MetadataItem
+from tokenmill.models.text.splits import SPLITS
+from tokenmill.models.text.tokenizer import Tokenizer
 
 __all__ = ["vocabulary_fields", "vocabulary_notes"]
 

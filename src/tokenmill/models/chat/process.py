@@ -1,4 +1,4 @@
-"""The caller's end of the process in which a chat template runs (`template_worker`).
+"""The caller's end of the process in which a chat template runs (`worker`).
 
 It sets the budget of each answer: a fixed part, in which every sound template is done many times over, and
 a part for each character of what is rendered. Processor time and memory are kept by the kernel, in the
@@ -29,7 +29,7 @@ _MAX_SECONDS: Final = 4.0
 _MEMORY_BYTES: Final = 48 << 20
 _MEMORY_PER_CHAR: Final = 20
 _WAIT_SECONDS: Final = 30.0
-_WORKER: Final = Path(__file__).with_name("template_worker.py")
+_WORKER: Final = Path(__file__).with_name("worker.py")
 _KEPT_VARIABLES: Final = ("LD_LIBRARY_PATH", "TZ")
 
 

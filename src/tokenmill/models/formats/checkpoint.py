@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 from tokenmill.core.errors import ModelFormatError
-from tokenmill.models.bfloat16 import F32Array, U16Array
-from tokenmill.models.safetensors import TENSOR_NAME, WEIGHT_DTYPES, SafetensorsFile, load_unique_json
+from tokenmill.models.formats.bfloat16 import F32Array, U16Array
+from tokenmill.models.formats.safetensors import TENSOR_NAME, WEIGHT_DTYPES, SafetensorsFile, load_unique_json
 
 __all__ = ["INDEX_NAME", "WEIGHTS_NAME", "Checkpoint", "is_shard_name", "read_index", "shard_faults"]
 

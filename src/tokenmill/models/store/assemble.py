@@ -19,17 +19,17 @@ import numpy as np
 from tokenmill import __version__
 from tokenmill.core import Message, ModelFormatError, UsageError
 from tokenmill.models.architecture import Architecture
-from tokenmill.models.checkpoint import INDEX_NAME, WEIGHTS_NAME, is_shard_name
-from tokenmill.models.convert import GgufWeights, gguf_architecture
-from tokenmill.models.directory import ModelDirectory, layout_files
-from tokenmill.models.fetch import Progress
 from tokenmill.models.files import atomic_file, copy_file, disk_errors, hash_file
-from tokenmill.models.gguf import GgufFile
-from tokenmill.models.gguf_quants import GRID_TYPES
+from tokenmill.models.formats.checkpoint import INDEX_NAME, WEIGHTS_NAME, is_shard_name
+from tokenmill.models.formats.convert import GgufWeights, gguf_architecture
+from tokenmill.models.formats.gguf import GgufFile
+from tokenmill.models.formats.gguf_quants import GRID_TYPES
+from tokenmill.models.formats.safetensors import StoredArray, write_safetensors
 from tokenmill.models.hf_config import architecture_to_config
-from tokenmill.models.manifest import DeclaredCosts, FileEntry, Manifest
-from tokenmill.models.safetensors import StoredArray, write_safetensors
-from tokenmill.models.tokenizer import Tokenizer
+from tokenmill.models.store.directory import ModelDirectory, layout_files
+from tokenmill.models.store.fetch import Progress
+from tokenmill.models.store.manifest import DeclaredCosts, FileEntry, Manifest
+from tokenmill.models.text.tokenizer import Tokenizer
 from tokenmill.models.weights import bf16_parts
 
 __all__ = ["Origin", "from_gguf", "from_hf_folder", "hf_files", "take_file", "write_manifest"]

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import unquote, urljoin, urlsplit
 
-from tokenmill.models.catalog import CatalogEntry
-from tokenmill.models.transfer import RemoteFile
-from tokenmill.models.web import Broken, NotUsable, Web, follow, read_some
+from tokenmill.models.store.catalog import CatalogEntry
+from tokenmill.models.store.transfer import RemoteFile
+from tokenmill.models.store.web import Broken, NotUsable, Web, follow, read_some
 
 __all__ = ["find_file"]
 

@@ -21,7 +21,7 @@ from typing import Final
 
 from tokenmill.core.errors import DownloadError
 from tokenmill.models.files import atomic_file, check_free_space, disk_errors, hash_file, sync_folder
-from tokenmill.models.web import Broken, NotUsable, Web, check_passing, read_some
+from tokenmill.models.store.web import Broken, NotUsable, Web, check_passing, read_some
 
 __all__ = ["RemoteFile", "download", "wait_before_retry"]
 

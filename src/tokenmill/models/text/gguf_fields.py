@@ -17,10 +17,10 @@ import tokenizers
 from tokenizers import models, normalizers
 
 from tokenmill.core.errors import ModelFormatError
-from tokenmill.models.charsmap import check_charsmap
-from tokenmill.models.gguf import GgufFile
-from tokenmill.models.tokenizer_pipeline import guarded, parts_of
-from tokenmill.models.tokenizer_splits import SPLITS
+from tokenmill.models.formats.gguf import GgufFile
+from tokenmill.models.text.charsmap import check_charsmap
+from tokenmill.models.text.pipeline import guarded, parts_of
+from tokenmill.models.text.splits import SPLITS
 
 __all__ = ["gguf_tokenizer"]
 

@@ -8,7 +8,7 @@ the same parts as a model's tokenizer, so whatever takes a `Tokenizer` takes it.
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from tokenmill.models.tokenizer import Tokenizer
+from tokenmill.models.text.tokenizer import Tokenizer
 
 __all__ = ["BYTE_VOCAB_SIZE", "END_TEXT", "END_TOKEN", "ByteTokenizer"]
 

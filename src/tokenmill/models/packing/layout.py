@@ -25,7 +25,7 @@ from tokenmill.kernels import (
 )
 from tokenmill.kernels.plan import ActFormat
 from tokenmill.models.architecture import Architecture
-from tokenmill.models.packed import PackedModel
+from tokenmill.models.packing.packed import PackedModel
 from tokenmill.models.rope import rope_tables
 
 __all__ = ["compile_plan"]

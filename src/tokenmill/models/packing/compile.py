@@ -14,12 +14,12 @@ from typing import TypeAlias
 from tokenmill.core import StorageError, UsageError
 from tokenmill.kernels import KV_BLOCK, Executor, KvDtype
 from tokenmill.kernels import create_executor as create_plan_executor
-from tokenmill.models.directory import ModelDirectory, layout_files
 from tokenmill.models.files import disk_errors
 from tokenmill.models.hf_config import architecture_to_config
-from tokenmill.models.layout import compile_plan
-from tokenmill.models.pack import WEIGHT_FORMATS, WeightFormat, input_peaks, pack_model, pack_pieces
-from tokenmill.models.packed import PackedModel, read_packed, scratch_packed, write_packed
+from tokenmill.models.packing.layout import compile_plan
+from tokenmill.models.packing.pack import WEIGHT_FORMATS, WeightFormat, input_peaks, pack_model, pack_pieces
+from tokenmill.models.packing.packed import PackedModel, read_packed, scratch_packed, write_packed
+from tokenmill.models.store.directory import ModelDirectory, layout_files
 
 __all__ = ["ExecutorConfig", "ExecutorFactory", "create_executor", "forget_packed", "load_packed"]
 

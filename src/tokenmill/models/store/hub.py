@@ -26,12 +26,18 @@ from typing import Any, Final
 from urllib.parse import quote, urlsplit
 
 from tokenmill.core.errors import DownloadError, ModelFormatError, NotFoundError, TokenmillError, UsageError
-from tokenmill.models.checkpoint import INDEX_NAME, WEIGHTS_NAME, is_shard_name, read_index, shard_faults
-from tokenmill.models.directory import LAYOUT, ModelDirectory
 from tokenmill.models.files import atomic_file, check_free_space, disk_errors, hash_file
-from tokenmill.models.manifest import is_plain_name
-from tokenmill.models.transfer import RemoteFile, download, wait_before_retry
-from tokenmill.models.web import Broken, NotUsable, Web, check_passing, follow, read_some
+from tokenmill.models.formats.checkpoint import (
+    INDEX_NAME,
+    WEIGHTS_NAME,
+    is_shard_name,
+    read_index,
+    shard_faults,
+)
+from tokenmill.models.store.directory import LAYOUT, ModelDirectory
+from tokenmill.models.store.manifest import is_plain_name
+from tokenmill.models.store.transfer import RemoteFile, download, wait_before_retry
+from tokenmill.models.store.web import Broken, NotUsable, Web, check_passing, follow, read_some
 
 __all__ = ["Hub", "HubFile", "HubModel", "HubSource"]
 

@@ -1,7 +1,7 @@
 """A conversation to a prompt, with the model's own template, kept within bounds.
 
 Jinja2 renders, in a process that a template cannot get out of and that ends when it takes too much memory or
-time (`template_process`). What a user wrote is data: `encode_chat` makes sure that no control token of the
+time (`process`). What a user wrote is data: `encode_chat` makes sure that no control token of the
 prompt contains a character that came from a message, a tool or its result. A user who writes `<|im_end|>`
 has written ten characters. Tool calls in the model's answer are not read here.
 """
@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from tokenmill.core import Message, ModelFormatError, ResourceError, UsageError
-from tokenmill.models.conversation import template_context
-from tokenmill.models.defuse import Defuser, unused_character
-from tokenmill.models.template_process import TemplateProcess
-from tokenmill.models.tokenizer import Tokenizer
+from tokenmill.models.chat.conversation import template_context
+from tokenmill.models.chat.defuse import Defuser, unused_character
+from tokenmill.models.chat.process import TemplateProcess
+from tokenmill.models.text.tokenizer import Tokenizer
 
 __all__ = ["MAX_TEMPLATE_CHARS", "ChatTemplate", "encode_chat"]
 

@@ -19,14 +19,14 @@ from typing import Any, Final
 
 from tokenmill.core.errors import ModelFormatError, NotFoundError, StorageError
 from tokenmill.models.architecture import Architecture
-from tokenmill.models.chat_template import MAX_TEMPLATE_CHARS, ChatTemplate
-from tokenmill.models.checkpoint import INDEX_NAME, WEIGHTS_NAME, Checkpoint, is_shard_name
-from tokenmill.models.convert import GgufWeights
+from tokenmill.models.chat.template import MAX_TEMPLATE_CHARS, ChatTemplate
 from tokenmill.models.files import disk_errors, hash_file
-from tokenmill.models.gguf import GgufFile
+from tokenmill.models.formats.checkpoint import INDEX_NAME, WEIGHTS_NAME, Checkpoint, is_shard_name
+from tokenmill.models.formats.convert import GgufWeights
+from tokenmill.models.formats.gguf import GgufFile
 from tokenmill.models.hf_config import load_json_object, read_architecture
-from tokenmill.models.manifest import MANIFEST_NAME, Manifest
-from tokenmill.models.tokenizer import Tokenizer
+from tokenmill.models.store.manifest import MANIFEST_NAME, Manifest
+from tokenmill.models.text.tokenizer import Tokenizer
 from tokenmill.models.weights import CheckpointWeights, WeightSource
 
 __all__ = ["LAYOUT", "ModelDirectory", "is_layout_name", "layout_files"]

@@ -18,7 +18,7 @@ from tokenmill.kernels.isa import default_threads
 from tokenmill.kernels.packing import TILE
 from tokenmill.kernels.plan import SPAN_BLOCKS, LinearKind
 from tokenmill.models.architecture import Architecture
-from tokenmill.models.pack import FUSED, WEIGHT_FORMATS, WeightFormat, fused_linears
+from tokenmill.models.packing.pack import FUSED, WEIGHT_FORMATS, WeightFormat, fused_linears
 from tokenmill.models.weights import WeightSource
 
 __all__ = ["Fit", "Footprint", "StepSizes", "find_fits", "footprint", "packed_bytes"]

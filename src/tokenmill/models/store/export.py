@@ -22,15 +22,15 @@ import numpy as np
 import numpy.typing as npt
 
 from tokenmill.core.errors import ModelFormatError, NotFoundError, StorageError, UsageError
-from tokenmill.models.convert import ROPE_FREQS, gguf_fields, rope_divisors
-from tokenmill.models.directory import ModelDirectory, layout_files
-from tokenmill.models.fetch import Progress
 from tokenmill.models.files import check_free_space, copy_file, disk_errors, sync_folder
-from tokenmill.models.gguf_names import StoredTensor, interleave_head_rows, stored_tensors
-from tokenmill.models.gguf_quants import STORED_TYPES, quantize, store_grid
-from tokenmill.models.gguf_vocabulary import vocabulary_fields, vocabulary_notes
-from tokenmill.models.gguf_writer import MetadataItem, TensorSpec, write_gguf
+from tokenmill.models.formats.convert import ROPE_FREQS, gguf_fields, rope_divisors
+from tokenmill.models.formats.gguf_names import StoredTensor, interleave_head_rows, stored_tensors
+from tokenmill.models.formats.gguf_quants import STORED_TYPES, quantize, store_grid
+from tokenmill.models.formats.gguf_vocabulary import vocabulary_fields, vocabulary_notes
+from tokenmill.models.formats.gguf_writer import MetadataItem, TensorSpec, write_gguf
 from tokenmill.models.hf_config import load_json_object
+from tokenmill.models.store.directory import ModelDirectory, layout_files
+from tokenmill.models.store.fetch import Progress
 from tokenmill.models.weights import WeightSource
 
 __all__ = ["GGUF_TYPES", "Exported", "GgufType", "export_gguf", "export_hf"]

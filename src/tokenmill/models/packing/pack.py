@@ -17,10 +17,10 @@ from tokenmill.core import UsageError
 from tokenmill.kernels import EmbedTable, F32Array, PackedLinear
 from tokenmill.kernels.packing import pack_bf16, pack_i4g, pack_i8c, pack_i8g, quantize_groups
 from tokenmill.models.architecture import Architecture
-from tokenmill.models.gguf_quants import Grid
-from tokenmill.models.layout import compile_plan
-from tokenmill.models.packed import ExpertParts, PackedModel, Piece
-from tokenmill.models.smoothing import SMOOTHING_TOKENS, activation_peaks, smoothing_factors
+from tokenmill.models.formats.gguf_quants import Grid
+from tokenmill.models.packing.layout import compile_plan
+from tokenmill.models.packing.packed import ExpertParts, PackedModel, Piece
+from tokenmill.models.packing.smoothing import SMOOTHING_TOKENS, activation_peaks, smoothing_factors
 from tokenmill.models.weights import WeightSource, bf16_parts, float32_parts
 
 __all__ = [

@@ -17,7 +17,7 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from tokenmill.models.bfloat16 import F32Array, round_to_bf16, widen_bf16
+from tokenmill.models.formats.bfloat16 import F32Array, round_to_bf16, widen_bf16
 
 __all__ = [
     "GRID_TYPES",

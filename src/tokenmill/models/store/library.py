@@ -21,10 +21,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tokenmill.core.errors import NotFoundError, StorageError, UsageError
-from tokenmill.models.catalog import CATALOG
-from tokenmill.models.directory import ModelDirectory
 from tokenmill.models.files import disk_errors, sync_folder
-from tokenmill.models.manifest import is_plain_name
+from tokenmill.models.store.catalog import CATALOG
+from tokenmill.models.store.directory import ModelDirectory
+from tokenmill.models.store.manifest import is_plain_name
 
 __all__ = ["Library", "check_name", "default_home"]
 

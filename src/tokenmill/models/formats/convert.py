@@ -18,12 +18,12 @@ import numpy as np
 
 from tokenmill.core.errors import ModelFormatError, UsageError
 from tokenmill.models.architecture import Architecture
-from tokenmill.models.bfloat16 import F32Array, U16Array
 from tokenmill.models.families import FAMILIES, Family
-from tokenmill.models.gguf import GgufFile
-from tokenmill.models.gguf_names import RowOrder, StoredTensor, split_head_rows, stored_tensors
-from tokenmill.models.gguf_quants import Grid
-from tokenmill.models.gguf_writer import MetadataItem
+from tokenmill.models.formats.bfloat16 import F32Array, U16Array
+from tokenmill.models.formats.gguf import GgufFile
+from tokenmill.models.formats.gguf_names import RowOrder, StoredTensor, split_head_rows, stored_tensors
+from tokenmill.models.formats.gguf_quants import Grid
+from tokenmill.models.formats.gguf_writer import MetadataItem
 from tokenmill.models.hf_config import read_architecture
 from tokenmill.models.rope import RopeScaling, rope_frequencies
 
