@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from scripts.families.runners import measure, native_logits
+from scripts.families.runners import measure, native_logits, same_experts
 from scripts.families.zoo import ZOO, make_model, put_on_grid, save_model
 from tokenmill.models.architecture import Architecture
 from tokenmill.models.hf_config import architecture_to_config, read_architecture
@@ -74,8 +74,7 @@ BOUNDS: dict[WeightFormat, tuple[float, float]] = {
     "w4a8": (0.12, 0.008),
 }
 """Error of the logits at the middle position over their spread; KL divergence of the next token, nats."""
-ROUTED_KL = 3
-"""Where experts nearly tie a rounding sends a token to another one: rare, and then far off."""
+SAME_EXPERTS: dict[WeightFormat, float] = {"bf16": 0.9, "w8a8": 0.6, "w4a8": 0.7}
 
 
 @pytest.mark.parametrize("weights", BOUNDS)
@@ -90,12 +89,16 @@ def test_the_engine_s_runner_is_near_transformers(
     model = put_on_grid(model) if is_4_bits else model
     folder = save_model(model, tmp_path / "model", torch.float32 if is_4_bits else torch.bfloat16)
     tokens = tokens_BT()[0]
-    got_TV = native_logits(ModelDirectory.open(folder), weights, tokens.tolist())
-    distance = measure(got_TV, logits(model)[0].numpy())
+    directory = ModelDirectory.open(folder)
+    # A token that a rounding sends to another expert is computed otherwise; those after it see it by attention.
+    same_T = same_experts(directory, weights, tokens.tolist())
+    assert same_T.mean() > SAME_EXPERTS[weights]
+    got_TV = native_logits(directory, weights, tokens.tolist())
+    distance = measure(got_TV[same_T], logits(model)[0].numpy()[same_T])
     error, divergence = BOUNDS[weights]
-    is_routed = ModelDirectory.open(folder).architecture.experts is not None
-    assert distance.median < error, distance
-    assert distance.kl < divergence * (ROUTED_KL if is_routed else 1), distance
+    if not same_T.all():
+        error, divergence = 2 * error, 5 * divergence
+    assert distance.median < error and distance.kl < divergence, (distance, same_T.mean())
     assert distance.decided > 0.95, distance
 
 
