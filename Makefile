@@ -33,7 +33,7 @@ test: $(VENV)/.dev ## the suite without its long forms (under 12 minutes on 2 co
 	$(BIN)/python -m pytest -m "model or train" --durations=15
 
 .PHONY: test-fast
-test-fast: $(VENV)/.dev ## tests that need no weights (under a minute)
+test-fast: $(VENV)/.dev ## tests that need no weights
 	$(BIN)/python -m pytest -m fast -n 2 --dist loadfile --durations=10
 
 .PHONY: check

@@ -90,7 +90,7 @@ def test_the_engine_s_runner_is_near_transformers(
     folder = save_model(model, tmp_path / "model", torch.float32 if is_4_bits else torch.bfloat16)
     tokens = tokens_BT()[0]
     directory = ModelDirectory.open(folder)
-    # A token that a rounding sends to another expert is computed otherwise; those after it see it by attention.
+    # A token that a rounding sends to another expert is computed otherwise; those after it attend to it.
     same_T = same_experts(directory, weights, tokens.tolist())
     assert same_T.mean() > SAME_EXPERTS[weights]
     got_TV = native_logits(directory, weights, tokens.tolist())
