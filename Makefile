@@ -33,7 +33,7 @@ test: $(VENV)/.dev ## the suite without its long forms (under 12 minutes on 2 co
 	$(BIN)/python -m pytest -m "model or train" --durations=15
 
 .PHONY: test-fast
-test-fast: $(VENV)/.dev ## tests that need no weights (under a minute)
+test-fast: $(VENV)/.dev ## tests that need no weights
 	$(BIN)/python -m pytest -m fast -n 2 --dist loadfile --durations=10
 
 .PHONY: check
@@ -62,6 +62,8 @@ readme: $(VENV)/.package ## measure, and write the table of README.md
 
 .PHONY: test-all
 test-all: $(VENV)/.dev ## the long forms: every instruction set, sanitizers, full counts; result in docs/results
+	$(BIN)/python scripts/requirements.py fuzz > $(VENV)/fuzz.txt
+	$(PIP) install -r $(VENV)/fuzz.txt || echo "no fuzzer for this Python: its test will be skipped"
 	$(BIN)/tokenmill pull $(MODEL)
 	$(BIN)/python scripts/test_all.py
 

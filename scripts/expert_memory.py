@@ -56,8 +56,8 @@ from tokenmill.kernels.isa import load_native
 from tokenmill.kernels.packing import pack_i8c
 from tokenmill.kernels.twin import bf16_bits
 from tokenmill.models.architecture import Architecture, Experts, Layer
-from tokenmill.models.layout import compile_plan
-from tokenmill.models.packed import PackedModel, read_packed, write_packed
+from tokenmill.models.packing.layout import compile_plan
+from tokenmill.models.packing.packed import PackedModel, read_packed, write_packed
 
 __all__ = ["Step", "main", "mixtral_shaped", "random_model"]
 

@@ -4,6 +4,7 @@ A reader may take its input or raise an error of ours; any other exception, a se
 64 MiB more memory for one input is a finding. Sound seeds come from the corpora of the scorecard.
 """
 
+import base64
 import copy
 import json
 import random
@@ -19,16 +20,18 @@ from typing import Any
 
 from scripts.scorecard.gguf_borders import borders
 from scripts.scorecard.gguf_cases import small_gguf
+from scripts.scorecard.hostile_gguf_kinds import small_charsmap
 from scripts.scorecard.hostile_safetensors import sound_folder
 from scripts.scorecard.hostile_shards import hostile_shards
+from scripts.scorecard.vocabularies import KINDS, description, unknown_id
 from tokenmill.core import TokenmillError
-from tokenmill.models.convert import GgufWeights, gguf_architecture
-from tokenmill.models.directory import ModelDirectory
 from tokenmill.models.families import FAMILIES
-from tokenmill.models.gguf import GgufFile
+from tokenmill.models.formats.convert import GgufWeights, gguf_architecture
+from tokenmill.models.formats.gguf import GgufFile
+from tokenmill.models.formats.safetensors import SafetensorsFile
 from tokenmill.models.hf_config import architecture_to_config, load_json_object, read_architecture
-from tokenmill.models.safetensors import SafetensorsFile
-from tokenmill.models.tokenizer import Tokenizer
+from tokenmill.models.store.directory import ModelDirectory
+from tokenmill.models.text.tokenizer import Tokenizer
 
 __all__ = ["TARGETS", "Finding", "Target", "try_input", "working_folder"]
 
@@ -111,7 +114,7 @@ def _read_tokenizer(path: Path) -> None:
 
 def _use(tokens: Tokenizer) -> None:
     ids = tokens.encode("Hello, w\u00f6rld 12\n")
-    assert not any(map(tokens.is_special, ids))
+    assert not any(tokens.is_special(each) and each != unknown_id(tokens.to_json()) for each in ids)
     tokens.decode(ids)
 
 
@@ -150,6 +153,14 @@ def _sharded() -> dict[str, bytes]:
 
 def _index_seeds() -> list[bytes]:
     return [_sharded()[_INDEX]]
+
+
+def _tokenizer_seeds() -> list[bytes]:
+    """One of each kind, and one with a table of characters."""
+    table = base64.b64encode(small_charsmap()).decode()
+    unigram = {**description("unigram"), "normalizer": {"type": "Precompiled", "precompiled_charsmap": table}}
+    kinds = [json.dumps(description(kind)).encode() for kind in KINDS]
+    return [sound_folder()["tokenizer.json"], json.dumps(unigram).encode(), *kinds]
 
 
 def _neighbours(name: str) -> dict[str, bytes]:
@@ -242,7 +253,7 @@ TARGETS = {
     "config": Target(file="config.json", seeds=_config_seeds, mutate=_mutate_json, read=_read_config),
     "index": Target(file=_INDEX, seeds=_index_seeds, mutate=_mutate_json, read=_read_index),
     "tokenizer": Target(
-        file="tokenizer.json", seeds=_file_seeds("tokenizer.json"), mutate=_mutate_json, read=_read_tokenizer
+        file="tokenizer.json", seeds=_tokenizer_seeds, mutate=_mutate_json, read=_read_tokenizer
     ),
 }
 """By what they read."""

@@ -22,8 +22,8 @@ from tokenmill.core import Grammar, Message, SamplingParams
 from tokenmill.engine import LLM, LLMConfig
 from tokenmill.engine.llm import Progress
 from tokenmill.engine.outputs import take_logits
-from tokenmill.models.directory import ModelDirectory
-from tokenmill.models.library import Library
+from tokenmill.models.store.directory import ModelDirectory
+from tokenmill.models.store.library import Library
 
 SCHEMA: Final = {
     "type": "object",

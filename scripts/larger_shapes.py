@@ -31,12 +31,12 @@ from tokenmill.cli.show import byte_size
 from tokenmill.core import SamplingParams
 from tokenmill.engine import LLM, LLMConfig
 from tokenmill.models.architecture import Architecture
-from tokenmill.models.bfloat16 import U16Array, round_to_bf16
-from tokenmill.models.compile import load_packed
-from tokenmill.models.directory import ModelDirectory
-from tokenmill.models.fit import Fit, StepSizes, find_fits, footprint
+from tokenmill.models.formats.bfloat16 import U16Array, round_to_bf16
+from tokenmill.models.formats.safetensors import write_safetensors
 from tokenmill.models.hf_config import read_architecture
-from tokenmill.models.safetensors import write_safetensors
+from tokenmill.models.packing.compile import load_packed
+from tokenmill.models.packing.fit import Fit, StepSizes, find_fits, footprint
+from tokenmill.models.store.directory import ModelDirectory
 
 _LLAMA: Final[dict[str, Any]] = {
     "model_type": "llama",

@@ -46,7 +46,7 @@ from tokenmill.kernels import (
 )
 from tokenmill.kernels.packing import pack_bf16, pack_i8c
 from tokenmill.kernels.twin import bf16_bits, bf16_values, rms_norm
-from tokenmill.models.pack import gate_up_turns
+from tokenmill.models.packing.pack import gate_up_turns
 
 __all__ = ["Shape", "main"]
 

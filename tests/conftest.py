@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tokenmill.core.errors import NotFoundError
-from tokenmill.models.library import Library
+from tokenmill.models.store.library import Library
 
 TESTS = Path(__file__).parent
 GROUPS = tuple(sorted(path.parent.name for path in TESTS.glob("*/__init__.py")))

@@ -14,8 +14,14 @@ from tqdm import tqdm
 
 from scripts.families.runners import Distance, measure, native_logits, twin_logits
 from scripts.families.zoo import ZOO, make_model, put_on_grid, save_model
+from tests.fast.export_tools import write_tokenizer
+from tokenmill.core import UsageError
 from tokenmill.kernels import F32Array, choose_isa
-from tokenmill.models.directory import ModelDirectory
+from tokenmill.models.formats.convert import GgufWeights, gguf_architecture
+from tokenmill.models.formats.gguf import GgufFile
+from tokenmill.models.store.directory import ModelDirectory
+from tokenmill.models.store.export import export_gguf
+from tokenmill.models.torch_twin import TorchDecoder
 
 _DOCUMENT = Path("docs/families.md")
 _BEGIN, _END = "<!-- matrix: begin -->", "<!-- matrix: end -->"
@@ -45,28 +51,45 @@ def _table() -> Iterator[str]:
         f"kernels {choose_isa()}; {len(_TOKENS)} random tokens, one run."
     )
     yield ""
-    yield "| model | torch twin | bf16 | w8a8 | w4a8 |"
-    yield "|---|---:|---:|---:|---:|"
+    yield "| model | torch twin | through GGUF | bf16 | w8a8 | w4a8 |"
+    yield "|---|---:|---:|---:|---:|---:|"
     for name in tqdm(ZOO, disable=None, file=sys.stderr):
-        cells = _measured(name)
-        others = " | ".join(f"{each.relative:.3f}, {each.kl:.4f}, {each.agreement:.0%}" for each in cells[1:])
-        yield f"| {name} | {cells[0].worst:.0e} | {others} |"
+        yield f"| {name} | {' | '.join(_cells(name))} |"
 
 
-def _measured(name: str) -> list[Distance]:
-    """The torch twin, then bf16, w8a8 and w4a8."""
+def _cells(name: str) -> Iterator[str]:
+    """The torch twin, from the folder and through GGUF, then bf16, w8a8 and w4a8."""
     model = make_model(name)
+    wanted_TV = _reference(model)
     with tempfile.TemporaryDirectory() as folder:
         directory = ModelDirectory.open(save_model(model, Path(folder)))
-        wanted_TV = _reference(model)
-        distances = [measure(twin_logits(directory, _TOKENS), wanted_TV)]
+        yield f"{measure(twin_logits(directory, _TOKENS), wanted_TV).worst:.0e}"
+        yield _through_gguf(directory, wanted_TV)
         for weights in ("bf16", "w8a8"):
-            distances.append(measure(native_logits(directory, weights, _TOKENS), wanted_TV))
+            yield _cell(measure(native_logits(directory, weights, _TOKENS), wanted_TV))
     put_on_grid(model)
     with tempfile.TemporaryDirectory() as folder:
         directory = ModelDirectory.open(save_model(model, Path(folder), torch.float32))
-        distances.append(measure(native_logits(directory, "w4a8", _TOKENS), _reference(model)))
-    return distances
+        yield _cell(measure(native_logits(directory, "w4a8", _TOKENS), _reference(model)))
+
+
+def _cell(distance: Distance) -> str:
+    return f"{distance.median:.3f}, {distance.kl:.4f}, {distance.agreement:.0%}"
+
+
+def _through_gguf(directory: ModelDirectory, wanted_TV: F32Array) -> str:
+    """The torch twin of the model exported to GGUF and read again."""
+    write_tokenizer(directory.path, directory.architecture.vocab_size)
+    try:
+        exported = export_gguf(directory, directory.path / "export.gguf", "bf16")
+    except UsageError:
+        return "not sayable"
+    with GgufFile.open(exported.path) as gguf:
+        architecture = gguf_architecture(gguf)
+        twin = TorchDecoder.load(architecture, GgufWeights(gguf, architecture))
+        with torch.inference_mode():
+            logits_TV: F32Array = twin(torch.tensor([_TOKENS]))[0].numpy()
+    return f"{measure(logits_TV, wanted_TV).worst:.0e}"
 
 
 def _reference(model: transformers.PreTrainedModel) -> F32Array:

@@ -41,6 +41,7 @@ _LLAMA3 = {
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 _SLIDING = ["full_attention", "sliding_attention", "sliding_attention"]
 _ROUTED = {"num_experts": 6, "num_experts_per_tok": 2}
+_QWEN3_MOE = {**_ROUTED, "moe_intermediate_size": 64, "norm_topk_prob": True, "head_dim": 32}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,21 +75,15 @@ ZOO: dict[str, Specimen] = {
     ),
     "Qwen2, YaRN": Specimen(model_type="qwen2", options={"rope_parameters": _YARN}),
     "Qwen3": Specimen(model_type="qwen3", options={"head_dim": 32, "tie_word_embeddings": True}),
-    "SmolLM3": Specimen(model_type="smollm3", options={"no_rope_layer_interval": 2}),
+    "SmolLM3": Specimen(model_type="smollm3", options={"num_hidden_layers": 4}),
     "OLMo2": Specimen(model_type="olmo2"),
     "Phi-3": Specimen(model_type="phi3", options={"sliding_window": 24}),
     "Mixtral": Specimen(model_type="mixtral", options={"num_local_experts": 6, "num_experts_per_tok": 2}),
-    "Qwen3-MoE": Specimen(
-        model_type="qwen3_moe",
-        options={
-            **_ROUTED,
-            "moe_intermediate_size": 64,
-            "norm_topk_prob": True,
-            "mlp_only_layers": [1],
-            "head_dim": 32,
-        },
+    "Qwen3-MoE": Specimen(model_type="qwen3_moe", options=_QWEN3_MOE),
+    "Qwen3-MoE, one layer dense": Specimen(
+        model_type="qwen3_moe", options={**_QWEN3_MOE, "mlp_only_layers": [1]}
     ),
-    "OLMoE": Specimen(model_type="olmoe", options=_ROUTED),
+    "OLMoE": Specimen(model_type="olmoe", options={**_ROUTED, "num_key_value_heads": 4}),
     "OLMoE, renormalised": Specimen(model_type="olmoe", options={**_ROUTED, "norm_topk_prob": True}),
 }
 """By a name for people."""

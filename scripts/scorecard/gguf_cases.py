@@ -9,6 +9,7 @@ from tests.fast.model_files import (
     Tensor,
     gguf_bytes,
     tiny_llama,
+    value_bytes,
 )
 
 __all__ = ["NAMES", "TARGET", "case", "escaped", "loads", "named", "parts", "patched", "small_gguf"]
@@ -35,6 +36,12 @@ def parts() -> tuple[dict[str, Any], tuple[Tensor, ...]]:
     return metadata, tuple(tensors)
 
 
+@cache
+def _stored_metadata() -> Mapping[str, Any]:
+    """The metadata of the sound file, each value in its bytes: they are in hundreds of files."""
+    return {key: value_bytes(value) for key, value in parts()[0].items()}
+
+
 def small_gguf(
     changes: Mapping[str, Any] | None = None,
     tensors: Sequence[Tensor] | None = None,
@@ -43,9 +50,9 @@ def small_gguf(
     alignment: int = 32,
 ) -> bytes:
     """The sound file, with other metadata (bytes: a value as it is, type included) or other tensors."""
-    metadata, own = parts()
-    metadata = {key: value for key, value in {**metadata, **(changes or {})}.items() if key not in without}
-    return gguf_bytes(metadata, own if tensors is None else tensors, alignment)
+    metadata = {**_stored_metadata(), **(changes or {})}
+    metadata = {key: value for key, value in metadata.items() if key not in without}
+    return gguf_bytes(metadata, parts()[1] if tensors is None else tensors, alignment)
 
 
 def case(

@@ -249,6 +249,18 @@ def _tokenizer_configs() -> Iterator[HostileCase]:
         yield case(f"chat_template is {each!r}", {"chat_template": each}, "either")
     for each in ([{"name": "default", "template": 1}], [{"name": "default", "template": ["x"]}]):
         yield case(f"chat_template is {each!r}", {"chat_template": each})
+    sound = own["chat_template"] if isinstance(own.get("chat_template"), str) else "x"
+    default = {"name": "default", "template": sound}
+    bomb = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    for source in ("{% if %}", bomb, "{{ cycler.__init__.__globals__ }}", 1, None, ["x"], "x" * 300_000):
+        use = {"name": "tool_use", "template": source}
+        is_text = source is None or (isinstance(source, str) and len(source) < 1 << 18)
+        expected: Expected = "loads" if is_text else "refused"  # rendered once there are tools
+        for each in ([default, use], [use, default]):
+            where = "before" if each[0] is use else "after"
+            yield case(f"tool_use is {str(source)[:20]!r}, {where}", {"chat_template": each}, expected)
+    for source in ("{% if %}", "{% if tools %}x", "{{ tools.__class__.__mro__[9] }}"):
+        yield case(f"default is {source!r}", {"chat_template": [{"name": "default", "template": source}]})
     yield case("chat_template of 300,000 characters", {"chat_template": "x" * 300_000})
     for token in any_of(1, [], {"content": 1}, {"content": None}, {"a": "b"}, "x" * 100_000, True):
         yield case(f"bos_token is {str(token)[:20]!r}", {"bos_token": token}, "either")

@@ -14,6 +14,7 @@ from scripts.scorecard.gguf_borders import Border, borders
 from scripts.scorecard.gguf_cases import NAMES, case, escaped, loads, named, parts, patched, small_gguf
 from scripts.scorecard.hostile_files import Expected, Fifo, HostileCase
 from scripts.scorecard.hostile_gguf_content import gguf_content
+from scripts.scorecard.hostile_gguf_kinds import gguf_kinds
 from tests.fast.model_files import (
     ARRAY,
     BOOL,
@@ -49,6 +50,7 @@ def hostile_gguf() -> list[HostileCase]:
         *_tensor_tables(),
         *_tensor_shapes(),
         *gguf_content(),
+        *gguf_kinds(),
         *_sizes(),
         *_no_files(),
     ]
@@ -261,18 +263,20 @@ def _metadata_mismatches() -> Iterator[HostileCase]:
     ):
         data = small_gguf({key: value})
         yield case("number", f"{key} is {value}, the tensors say another", data, f"{named(key)}|tensor")
-    unsupported: tuple[tuple[str, Any], ...] = (
-        ("rope.scaling.type", "linear"),
-        ("rope.scaling.type", 7),
-        ("rope.scaling.factor", float("nan")),
-        ("expert_count", 2**32 - 1),
-        ("expert_count", "8"),
-        ("attention.sliding_window", "many"),
-        ("attention.sliding_window", [1, 2]),
+    unsupported: tuple[tuple[str, Any, str], ...] = (
+        ("rope.scaling.type", "linear", "rope_scaling: factor"),
+        ("rope.scaling.type", 7, "rope_scaling: rope_type"),
+        ("rope.scaling.factor", float("nan"), "rope_scaling: factor"),
+        ("expert_count", 2**32 - 1, "num_local_experts"),
+        ("expert_count", "8", "num_local_experts"),
+        ("attention.sliding_window", "many", "sliding_window"),
+        ("attention.sliding_window", [1, 2], r"attention\.sliding_window"),
     )
-    for key, setting in unsupported:
-        data = small_gguf({f"llama.{key}": setting})
-        yield case("number", f"llama.{key} is {setting}", data, escaped(key))
+    for key, setting, field in unsupported:
+        data = small_gguf({f"llama.{key}": setting, "llama.expert_used_count": 2})
+        yield case("number", f"llama.{key} is {setting}", data, field)
+    data = small_gguf({"llama.expert_count": 8})
+    yield case("number", "llama.expert_used_count is missing", data, "expert_used_count")
     for token in ("bos", "eos"):
         for number in (262, 263, 267, 2**31, 2**32 - 1):
             key = f"tokenizer.ggml.{token}_token_id"
@@ -431,7 +435,7 @@ def _sizes() -> Iterator[HostileCase]:
     )
     flags = struct.pack("<IIQ", ARRAY, BOOL, 1 << 20) + bytes(1 << 20)
     yield loads("a million flags", small_gguf({"x.flags": flags}))
-    texts = struct.pack("<IIQ", ARRAY, STRING, 200_000) + b"".join(text(f"{i:06}") for i in range(200_000))
+    texts = struct.pack("<IIQ", ARRAY, STRING, 200_000) + text("unused") * 200_000
     yield loads("200,000 unused texts", small_gguf({"x.texts": texts}))
 
 

@@ -17,8 +17,8 @@ import numpy as np
 
 from scripts.scorecard.hostile_files import Content, Expected, Hole, HostileCase
 from tests.fast.model_files import tiny_gguf
-from tokenmill.models.library import Library
-from tokenmill.models.pull import import_model
+from tokenmill.models.store.library import Library
+from tokenmill.models.store.pull import import_model
 
 __all__ = [
     "folder_case",

@@ -24,6 +24,14 @@ def _subclass_search(base: str, attribute: str) -> str:
 
 
 ESCAPES: Final[dict[str, str]] = {
+    "only with tools": "{% if tools %}{{ lipsum.__globals__['os']." + _TOUCH + " }}{% endif %}",
+    "class of a tool": "{% for tool in tools %}"
+    + _subclass_search("tool.__class__.__mro__[-1].__subclasses__()", "__init__")
+    + "{% endfor %}",
+    "arguments of a call": "{{ messages[1].tool_calls[0].function.arguments.__str__."
+    + _GLOBALS
+    + "['open']('@CANARY@').read() }}",
+    "json of a tool": "{{ (tools|tojson).__class__.__mro__[1].__init__.__globals__.os." + _TOUCH + " }}",
     "lipsum globals": "{{ lipsum." + _GLOBALS + "['" + "open" + "']('@CANARY@').read() }}",
     "lipsum os": "{{ lipsum.__globals__['os']." + _TOUCH + " }}",
     "lipsum os by dot": "{{ lipsum.__globals__.os." + _TOUCH + " }}",
@@ -195,5 +203,11 @@ BOMBS: Final[dict[str, str]] = {
     + _LOOP * 2
     + "{{ c.next() }}{% endfor %}"
     + "{% endfor %}",
+    "only with tools": "{% if tools %}" + _LOOP * 2 + "{% endfor %}" * 2 + "{% endif %}",
+    "tools of tools": "{% for a in tools %}" + _LOOP * 3 + "{{ a|tojson }}" + "{% endfor %}" * 4,
+    "indented tools": "{{ tools|tojson(indent=10 ** 9) }}",
+    "arguments without end": _NS
+    + _LOOP
+    + "{% set n.d = [n.d, n.d, messages[1].tool_calls[0].function.arguments] %}{% endfor %}{{ n.d|tojson }}",
     "debug of everything": _NS + _LOOP + "{% set n.d = {'a': n.d, 'b': n.d} %}{% endfor %}{{ n.d|pprint }}",
 }

@@ -1,10 +1,10 @@
 """Hostile chat templates, made by hand: 50 that try to get out, 50 that try to take everything.
 
-Each reaches us through one of the three doors of a template: GGUF metadata, `tokenizer_config.json`,
-`chat_template.jinja`. An escape tries to read or to touch a canary file; it may render to harmless text, or
-fail with one error. A bomb must fail with one error, which names the file, within a bound of time. No file
-may be left behind. `check_unguarded` is the control: the same template in plain Jinja2, without sandbox or
-limits but those that keep this machine alive.
+Each reaches us through one of the four doors of a template: GGUF metadata, `tokenizer_config.json` (its only
+template, or the one for tools), `chat_template.jinja`. An escape tries to read or to touch a canary file; it
+may render to harmless text, or fail with one error. A bomb must fail with one error, which names the file,
+within a bound of time. No file may be left behind. `check_unguarded` is the control: the same template in
+plain Jinja2, without sandbox or limits but those that keep this machine alive.
 """
 
 import json
@@ -20,16 +20,16 @@ from typing import Final, Literal, NamedTuple
 
 from scripts.scorecard.hostile_template_texts import BOMBS, ESCAPES
 from tokenmill.core import Message, ModelFormatError, ResourceError, ToolCall
-from tokenmill.models.chat_template import ChatTemplate
-from tokenmill.models.directory import ModelDirectory
-from tokenmill.models.gguf import GgufFile
+from tokenmill.models.chat.template import ChatTemplate
+from tokenmill.models.formats.gguf import GgufFile
+from tokenmill.models.store.directory import ModelDirectory
 
 __all__ = ["Case", "cases", "check", "check_unguarded"]
 
 Kind = Literal["escape", "bomb"]
-Door = Literal["gguf", "tokenizer_config", "jinja"]
+Door = Literal["gguf", "tokenizer_config", "jinja", "tool_use"]
 
-_DOORS: Final[tuple[Door, ...]] = ("gguf", "tokenizer_config", "jinja")
+_DOORS: Final[tuple[Door, ...]] = ("gguf", "tokenizer_config", "jinja", "tool_use")
 _SECRET: Final = "canary-7f3a"
 _MAX_SECONDS: Final = 10.0
 """Of wall time on a busy machine, with the start of the process; of processor time it has a fraction."""
@@ -62,7 +62,7 @@ def cases() -> Iterator[Case]:
     """All of them, the same every time."""
     for kind, templates in (("escape", ESCAPES), ("bomb", BOMBS)):
         for index, (name, template) in enumerate(templates.items()):
-            yield Case(name, template, "escape" if kind == "escape" else "bomb", _DOORS[index % 3])
+            yield Case(name, template, "escape" if kind == "escape" else "bomb", _DOORS[index % len(_DOORS)])
 
 
 def check(case: Case) -> str | None:
@@ -76,7 +76,7 @@ def check(case: Case) -> str | None:
         try:
             text = template.render(_MESSAGES, tools=_TOOLS)
         except (ModelFormatError, ResourceError) as error:
-            text, problem = "", _error_problem(str(error), template.origin)
+            text, problem = "", _error_problem(str(error), template.chosen(_TOOLS).origin)
         except Exception as error:
             return f"raises {type(error).__name__}: {error}"[:300]
         else:
@@ -157,7 +157,9 @@ def _through_door(door: Door, source: str, folder: Path) -> ChatTemplate:
     if door == "jinja":
         (folder / "chat_template.jinja").write_text(source, encoding="utf-8")
     else:
-        (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": source}))
+        two = [{"name": "default", "template": "x"}, {"name": "tool_use", "template": source}]
+        config = {"chat_template": two if door == "tool_use" else source}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "config.json").write_text(json.dumps(_CONFIG))
     template = ModelDirectory.open(folder).chat_template()
     assert template is not None

@@ -1,11 +1,13 @@
 """Hostile `tokenizer.json` files: parts, vocabularies, merges and steps that are none, or that explode."""
 
+import base64
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from scripts.scorecard.hostile_files import Expected, HostileCase
 from scripts.scorecard.hostile_folders import any_of, file_case
+from scripts.scorecard.hostile_gguf_kinds import damaged_charsmaps, small_charsmap
 from scripts.scorecard.hostile_safetensors import put, sound_folder, take
 
 __all__ = ["hostile_tokenizers"]
@@ -15,7 +17,7 @@ _Json = dict[str, Any]
 
 def hostile_tokenizers() -> list[HostileCase]:
     """More than 100 cases."""
-    return [*_tokenizers(), *_vocabularies(), *_pipelines(), *_steps()]
+    return [*_tokenizers(), *_vocabularies(), *_pipelines(), *_steps(), *_sentencepiece()]
 
 
 def _tokenizer(
@@ -129,7 +131,8 @@ def _vocabularies() -> Iterator[HostileCase]:
         ("fuse_unk", []),
     )
     for key, value in settings:
-        yield case(f"{key} is {value!r}", "either", **{key: value})
+        expected: Expected = "refused" if key == "dropout" else "either"  # it makes encoding random
+        yield case(f"{key} is {value!r}", expected, **{key: value})
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         yield case(f"{key} of 100,000", "either", **{key: "#" * 100_000})
 
@@ -182,10 +185,7 @@ def _steps() -> Iterator[HostileCase]:
         {"type": "Replace", "pattern": {"String": "e"}, "content": "x" * 100},
         {"type": "Prepend", "prepend": "\u2581"},
     ]
-    normalizers += [
-        {"type": "Precompiled", "precompiled_charsmap": "AAAA"},
-        {"type": "Precompiled", "precompiled_charsmap": "!!"},
-    ]
+    normalizers += []
     for step in normalizers:
         yield _tokenizer(
             f"normalizer {json.dumps(step)[:50]}",
@@ -218,3 +218,62 @@ def _steps() -> Iterator[HostileCase]:
         put({"post_processor": {**post, "special_tokens": {}}}),
         expected="either",
     )
+
+
+def _sentencepiece() -> Iterator[HostileCase]:
+    """Unigram and BPE vocabularies of SentencePiece: scores, byte tokens, tables of characters."""
+    yield _pieces("a Unigram vocabulary", expected="loads")
+    for text in ("NaN", "Infinity", "-Infinity", "1e999", "-1e999", "1e308", '"1"', "null", "[]", "-0.0"):
+        for at in (1, 259):
+            yield _pieces(f"a piece of score {text} at {at}", scores={at: text}, expected="either")
+    for number in ("-1", "263", "1000", "4294967296", "18446744073709551616", "1.5", '"<unk>"', "null"):
+        yield _pieces(f"the unknown token {number}", unknown=number, expected="either")
+    yield _pieces("a piece twice", names={260: "a", 261: "a"}, expected="either")
+    yield _pieces("an empty piece", names={260: ""}, expected="either")
+    yield _pieces(
+        "bytes in reverse", names={3 + at: f"<0x{255 - at:02X}>" for at in range(256)}, expected="loads"
+    )
+    for name in ("<0x100>", "<0xZZ>", "<0x4>"):
+        yield _pieces(f"a byte named {name}", names={68: name}, expected="either")
+    sound = base64.b64encode(small_charsmap()).decode()
+    yield _pieces("a sound table", table=f'"{sound}"', expected="loads")
+    key = r'"precompiled\u005fcharsmap"'
+    for name, table in damaged_charsmaps().items():
+        text = f'"{base64.b64encode(table).decode()}"'
+        yield _pieces(f"a table {name}", table=text, field="precompiled_charsmap")
+        yield _pieces(f"a table {name}, in hiding", table=text, key=key, field="precompiled_charsmap")
+    for text in ('"!!"', '"AAA"', '"\u0041AAA"', "1", "null", "[1, 2]", '"' + "A" * 9999 + '"'):
+        yield _pieces(f"a table {text[:20]}", table=text)
+
+
+def _pieces(
+    name: str,
+    *,
+    scores: Mapping[int, str] | None = None,
+    names: Mapping[int, str] | None = None,
+    unknown: str = "0",
+    table: str = "",
+    key: str = '"precompiled_charsmap"',
+    field: str = "tokenizer.json",
+    expected: Expected = "refused",
+) -> HostileCase:
+    """A Unigram vocabulary of 263 pieces, written by hand, since JSON of Python has no such numbers."""
+    texts = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "a", "b", "ab"]
+    pieces = [
+        f"[{json.dumps((names or {}).get(at, text))}, {(scores or {}).get(at, '0.0' if at < 3 else '-1.5')}]"
+        for at, text in enumerate(texts)
+    ]
+    added = [{"id": at, "content": texts[at], "special": True, "normalized": False} for at in range(3)]
+    for each in added:
+        each |= {"single_word": False, "lstrip": False, "rstrip": False}
+    space = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True}
+    steps = [{"type": "ByteFallback"}, {"type": "Fuse"}, space]
+    normalizer = f'{{"type": "Precompiled", {key}: {table}}}' if table else "null"
+    text = (
+        f'{{"version": "1.0", "truncation": null, "padding": null, "added_tokens": {json.dumps(added)},'
+        f'"normalizer": {normalizer}, "pre_tokenizer": {json.dumps(space)}, "post_processor": null,'
+        f'"decoder": {json.dumps({"type": "Sequence", "decoders": steps})},'
+        f'"model": {{"type": "Unigram", "unk_id": {unknown}, "byte_fallback": true, '
+        f'"vocab": [{", ".join(pieces)}]}}}}'
+    )
+    return file_case("tokenizer", f"pieces: {name}", "tokenizer.json", text.encode(), field, expected)

@@ -24,11 +24,15 @@ from typing import Any, Final
 
 import numpy as np
 
+from scripts.scorecard.vocabularies import unknown_id
 from tokenmill.core.errors import TokenmillError
-from tokenmill.models import gguf, hf_config, safetensors, template_worker, tokenizer
-from tokenmill.models.directory import ModelDirectory
-from tokenmill.models.library import Library
-from tokenmill.models.pull import import_model
+from tokenmill.models import hf_config
+from tokenmill.models.chat import worker as template_worker
+from tokenmill.models.formats import gguf, safetensors
+from tokenmill.models.store.directory import ModelDirectory
+from tokenmill.models.store.library import Library
+from tokenmill.models.store.pull import import_model
+from tokenmill.models.text import pipeline as tokenizer_pipeline
 
 __all__ = ["CONTROLS", "Answer", "main"]
 
@@ -154,10 +158,14 @@ def _unsound(model: ModelDirectory) -> str:
     """What is wrong with a model that was taken; empty if it can be run."""
     model.verify()
     tokens, weights = model.tokenizer(), model.weights()
+    unknown = unknown_id(tokens.to_json())
     for text in _TEXTS:
         ids = tokens.encode(text)
         tokens.decode(ids)
-        if any(each >= model.architecture.vocab_size or tokens.is_special(each) for each in ids):
+        if any(
+            each >= model.architecture.vocab_size or (tokens.is_special(each) and each != unknown)
+            for each in ids
+        ):
             return f"the tokenizer makes {ids[:9]} of {text!r}"
     for name in weights.names():
         if weights.shape(name) != model.architecture.tensor_shapes()[name]:
@@ -229,7 +237,7 @@ CONTROLS: Final[dict[str, Callable[[], None]]] = {
     "safetensors checks": _replace(safetensors, "_fail", _no_fail),
     "config bounds": _without_bounds,
     "config features": _replace(hf_config, "_refuse_unsupported", _no_fail),
-    "tokenizer pipeline": _replace(tokenizer, "_check_pipeline", _no_fail),
+    "tokenizer pipeline": _replace(tokenizer_pipeline, "_check_model", _no_fail),
 }
 """The guards that the control leaves out, one at a time."""
 

@@ -53,7 +53,7 @@ from tokenmill.engine.swap import SwapFile
 from tokenmill.kernels import KV_BLOCK, F32Array
 from tokenmill.kernels.sampling_twin import Choice, choose_tokens
 from tokenmill.kvcache import PrefixChain
-from tokenmill.models.byte_tokenizer import END_TOKEN, ByteTokenizer
+from tokenmill.models.text.byte_tokenizer import END_TOKEN, ByteTokenizer
 
 __all__ = ["CONTROLS", "run"]
 

@@ -1,16 +1,18 @@
 """Line S18: hostile model files. Each is refused with one clear error, or loaded and sound; nothing else.
 
-More than 900 GGUF files and 800 folders, made by hand (`hostile_gguf.py`, `hostile_safetensors.py`,
-`hostile_folders.py`), are imported in a watched child: under a second of processor time and 64 MiB each, no
-code run, nothing left. The controls leave out one guard of the readers at a time, and each must be noticed.
-Mutations of these files are `scripts/fuzz_models.py`.
+More than 1,100 GGUF files and 900 folders, made by hand (`hostile_gguf.py`, `hostile_safetensors.py`,
+`hostile_folders.py`, `hostile_tokenizers.py`), are imported in a watched child: under a second of processor
+time and 64 MiB each, no code run, nothing left. More than 100 chat templates (`hostile_templates.py`) are
+rendered, with tools. The controls leave out one guard of the readers at a time, or render in plain Jinja2,
+and each must be noticed. Mutations of such files are `scripts/fuzz_models.py`.
 """
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 
-from scripts.scorecard import Line
+from scripts.scorecard import Line, hostile_templates
 from scripts.scorecard.hostile_files import HostileCase
 from scripts.scorecard.hostile_folders import hostile_folders
 from scripts.scorecard.hostile_gguf import hostile_gguf
@@ -35,12 +37,17 @@ def run(*, cases: int, seed: int, guard: bool) -> Line:
     """At most `cases` files, spread over all families; without the guards, each control on its own files."""
     del seed  # the files are the same every time
     started = time.monotonic()
-    files = sample(all_files(), cases)
+    every = all_files()
+    files = sample(every, cases)
+    templates = list(hostile_templates.cases())[:: _step(every, cases)]
     if guard:
         with ImportProbe() as probe:
             count, violations, figures = tally(probe.run(files))
+        problems = [f"template {each.name}: {problem}" for each, problem in _rendered(templates) if problem]
+        count, violations = count + len(templates), violations + len(problems)
+        figures |= {"templates": len(templates), "first_template_violation": (problems or ["none"])[0]}
     else:
-        count, violations, figures = _unguarded(files)
+        count, violations, figures = _unguarded(files, templates)
     return Line(
         name="S18",
         what=_WHAT,
@@ -51,7 +58,8 @@ def run(*, cases: int, seed: int, guard: bool) -> Line:
     )
 
 
-def all_files() -> list[HostileCase]:
+@cache
+def all_files() -> Sequence[HostileCase]:
     """The whole corpus."""
     return [
         *hostile_gguf(),
@@ -65,9 +73,18 @@ def all_files() -> list[HostileCase]:
 def sample(files: Sequence[HostileCase], count: int) -> list[HostileCase]:
     """The first of each family, and every n-th of all, so that there are about `count`."""
     firsts = {case.family: case for case in reversed(files)}
-    step = max(1, -(-len(files) // max(1, count)))
-    chosen = {id(case): case for case in (*firsts.values(), *files[::step])}
+    chosen = {id(case): case for case in (*firsts.values(), *files[:: _step(files, count)])}
     return list(chosen.values())
+
+
+def _step(files: Sequence[HostileCase], count: int) -> int:
+    """Every how many of the files makes `count` of them."""
+    return max(1, -(-len(files) // max(1, count)))
+
+
+def _rendered(templates: Iterable[hostile_templates.Case]) -> Iterator[tuple[hostile_templates.Case, str]]:
+    for each in templates:
+        yield each, hostile_templates.check(each) or ""
 
 
 def tally(tried: Iterable[Tried]) -> tuple[int, int, dict[str, float | int | str]]:
@@ -87,7 +104,9 @@ def tally(tried: Iterable[Tried]) -> tuple[int, int, dict[str, float | int | str
     return count, len(found), figures | {"first_violation": found[0] if found else "none"}
 
 
-def _unguarded(files: Sequence[HostileCase]) -> tuple[int, int, dict[str, float | int | str]]:
+def _unguarded(
+    files: Sequence[HostileCase], templates: Sequence[hostile_templates.Case]
+) -> tuple[int, int, dict[str, float | int | str]]:
     """Each control until its first violation, which the figures name; 0 violations unless all are noticed."""
     count = violations = 0
     figures: dict[str, float | int | str] = {}
@@ -101,4 +120,11 @@ def _unguarded(files: Sequence[HostileCase]) -> tuple[int, int, dict[str, float 
                     violations += 1
                     figures[f"violation, {control}"] = f"{case.title}: {faults[0]}"[:200]
                     break
-    return count, violations if violations == len(CONTROLS) else 0, figures
+    for kind in ("escape", "bomb"):
+        chosen = (each for each in templates if each.kind == kind)
+        tried = ((each, hostile_templates.check_unguarded(each)) for each in chosen)
+        count += 1  # the first is enough: a plain Jinja2 stops nothing
+        first = next((f"{each.name}: {problem}" for each, problem in tried if problem), "none")
+        figures[f"violation, plain Jinja2, {kind}"] = first[:200]
+        violations += first != "none"
+    return count, violations if violations == len(CONTROLS) + 2 else 0, figures

@@ -29,9 +29,9 @@ from scripts.scorecard import Line
 from scripts.scorecard.user_fields import USER_FIELDS, Chat
 from scripts.scorecard.vocabularies import CHATML, KINDS, LLAMA_CHAT, description
 from tokenmill.core import ModelFormatError
-from tokenmill.models.chat_template import ChatTemplate, encode_chat
-from tokenmill.models.gguf import GgufFile
-from tokenmill.models.tokenizer import Tokenizer
+from tokenmill.models.chat.template import ChatTemplate, encode_chat
+from tokenmill.models.formats.gguf import GgufFile
+from tokenmill.models.text.tokenizer import Tokenizer
 
 __all__ = ["real_vocabularies", "run"]
 

@@ -12,7 +12,7 @@ from typing import Any
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
-__all__ = ["CHATML", "KINDS", "LLAMA_CHAT", "description"]
+__all__ = ["CHATML", "KINDS", "LLAMA_CHAT", "description", "unknown_id"]
 
 _EVERY_TEXT = """\
 {%- macro every(value) %}
@@ -67,6 +67,13 @@ _TEXT_DECODER = {
 def description(kind: str) -> Mapping[str, Any]:
     """The `tokenizer.json` of one of `KINDS`."""
     return KINDS[kind]()
+
+
+def unknown_id(tokenizer_json: str) -> int | None:
+    """The one control token that a text may lead to: where the vocabulary lacks a character."""
+    model = json.loads(tokenizer_json)["model"]
+    found = model["unk_id"] if model["type"] == "Unigram" else model["vocab"].get(model["unk_token"])
+    return None if found is None else int(found)
 
 
 def _byte_level() -> dict[str, Any]:

@@ -11,9 +11,9 @@ import numpy as np
 from tokenmill.kernels import F32Array
 from tokenmill.models.adapter import Adapter
 from tokenmill.models.architecture import Architecture
-from tokenmill.models.bfloat16 import U16Array, round_to_bf16
-from tokenmill.models.gguf_quants import Grid
-from tokenmill.models.safetensors import write_safetensors
+from tokenmill.models.formats.bfloat16 import U16Array, round_to_bf16
+from tokenmill.models.formats.gguf_quants import Grid
+from tokenmill.models.formats.safetensors import write_safetensors
 from tokenmill.models.weights import WeightSource
 
 __all__ = ["MATRICES", "MergedWeights", "adapter_tensors", "only", "plain_config", "write_adapter"]

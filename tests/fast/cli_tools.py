@@ -12,8 +12,8 @@ import pytest
 
 from tests.fast.model_files import tiny_gguf
 from tokenmill.cli.main import main
-from tokenmill.models.library import Library
-from tokenmill.models.pull import import_model
+from tokenmill.models.store.library import Library
+from tokenmill.models.store.pull import import_model
 
 
 @dataclass(frozen=True, kw_only=True)

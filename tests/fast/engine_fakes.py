@@ -24,9 +24,9 @@ from tokenmill.kernels import (
     StepPlan,
 )
 from tokenmill.models.architecture import Architecture, Layer
-from tokenmill.models.chat_template import ChatTemplate
-from tokenmill.models.compile import ExecutorConfig
-from tokenmill.models.directory import ModelDirectory
+from tokenmill.models.chat.template import ChatTemplate
+from tokenmill.models.packing.compile import ExecutorConfig
+from tokenmill.models.store.directory import ModelDirectory
 
 __all__ = [
     "EOS",

@@ -7,10 +7,10 @@ import numpy as np
 
 from tests.fast.model_files import CHATML, byte_characters
 from tokenmill.models.architecture import Architecture
-from tokenmill.models.bfloat16 import round_to_bf16
-from tokenmill.models.directory import ModelDirectory
+from tokenmill.models.formats.bfloat16 import round_to_bf16
+from tokenmill.models.formats.safetensors import StoredArray, write_safetensors
 from tokenmill.models.hf_config import architecture_to_config
-from tokenmill.models.safetensors import StoredArray, write_safetensors
+from tokenmill.models.store.directory import ModelDirectory
 
 __all__ = ["random_folder", "write_tokenizer"]
 

@@ -92,7 +92,7 @@ def import_faults(module: str, source: str, layers: Mapping[str, int]) -> list[F
 
 
 def room_of(module: str) -> str:
-    """`models` for `tokenmill.models.gguf`; empty for the root package and its `__main__`."""
+    """`models` for `tokenmill.models.formats.gguf`; empty for the root package and its `__main__`."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 and parts[1] != "__main__" else ""
 

@@ -4,8 +4,8 @@ import numpy as np
 
 from tokenmill.kernels import F32Array
 from tokenmill.models.architecture import Architecture, Layer
-from tokenmill.models.bfloat16 import U16Array, round_to_bf16, widen_bf16
-from tokenmill.models.gguf_quants import Grid
+from tokenmill.models.formats.bfloat16 import U16Array, round_to_bf16, widen_bf16
+from tokenmill.models.formats.gguf_quants import Grid
 
 
 def tiny_architecture(*, tied: bool = True) -> Architecture:

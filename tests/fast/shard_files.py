@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-from tokenmill.models.safetensors import SafetensorsFile, write_safetensors
+from tokenmill.models.formats.safetensors import SafetensorsFile, write_safetensors
 
 SMALL = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 

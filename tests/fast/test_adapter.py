@@ -25,9 +25,9 @@ from tests.fast.random_weights import RandomWeights, tiny_architecture
 from tokenmill.core.errors import ModelFormatError, NotFoundError
 from tokenmill.kernels import F32Array, StepPlan, create_executor
 from tokenmill.models.adapter import Adapter, pack_adapter, read_adapter
-from tokenmill.models.layout import compile_plan
-from tokenmill.models.pack import WeightFormat, pack_model
-from tokenmill.models.packed import read_packed, write_packed
+from tokenmill.models.packing.layout import compile_plan
+from tokenmill.models.packing.pack import WeightFormat, pack_model
+from tokenmill.models.packing.packed import read_packed, write_packed
 
 ARCHITECTURE = tiny_architecture()
 TOKENS = [int(token) for token in np.random.default_rng(1).integers(0, 100, 40)]

@@ -21,8 +21,8 @@ from tokenmill.engine.bench import (
 from tokenmill.kernels import Linear, PackedLinear, Select, StepPlan
 from tokenmill.kernels.plan import LinearKind
 from tokenmill.kernels.probe import MachineLimits
-from tokenmill.models.compile import ExecutorConfig
-from tokenmill.models.directory import ModelDirectory
+from tokenmill.models.packing.compile import ExecutorConfig
+from tokenmill.models.store.directory import ModelDirectory
 
 LIMITS = MachineLimits(
     isa="portable", num_threads=2, int8_tops=1e-6, bf16_tops=5e-7, read_gb_s={1: 2e-6, 100: 1e-6}

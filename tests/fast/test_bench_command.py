@@ -17,8 +17,8 @@ from tokenmill.cli.main import build_parser, main
 from tokenmill.engine import bench as engine_bench
 from tokenmill.engine.bench import BenchConfig, BenchRow
 from tokenmill.kernels import probe
-from tokenmill.models.library import Library
-from tokenmill.models.pull import import_model
+from tokenmill.models.store.library import Library
+from tokenmill.models.store.pull import import_model
 
 SHORT = ["--weights", "w8a8,w4a8", "--batch", "1,2", "--prompt", "8", "--output", "4", "--runs", "1"]
 ROW = BenchRow(

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from tests.fast.model_files import CHATML, tiny_gguf
 from tokenmill.core import Message, ModelFormatError, ResourceError, UsageError
-from tokenmill.models import template_process
-from tokenmill.models.chat_template import MAX_TEMPLATE_CHARS, ChatTemplate, encode_chat
-from tokenmill.models.gguf import GgufFile
-from tokenmill.models.tokenizer import Tokenizer
+from tokenmill.models.chat import process as template_process
+from tokenmill.models.chat.template import MAX_TEMPLATE_CHARS, ChatTemplate, encode_chat
+from tokenmill.models.formats.gguf import GgufFile
+from tokenmill.models.text.tokenizer import Tokenizer
 
 START, END = 1, 2
 HELLO = [Message(role="user", content="Hello")]

@@ -8,8 +8,9 @@ import pytest
 from scripts.scorecard.hostile_template_texts import ESCAPES
 from scripts.scorecard.hostile_templates import Case, cases, check, check_unguarded
 from tokenmill.core import Message, ModelFormatError, ResourceError
-from tokenmill.models import template_process, template_worker
-from tokenmill.models.chat_template import ChatTemplate
+from tokenmill.models.chat import process as template_process
+from tokenmill.models.chat import worker as template_worker
+from tokenmill.models.chat.template import ChatTemplate
 
 HELLO = [Message(role="user", content="Hello")]
 CASES = list(cases())
@@ -20,7 +21,7 @@ def test_there_are_enough() -> None:
     kinds = [case.kind for case in CASES]
     assert kinds.count("escape") >= 50 and kinds.count("bomb") >= 50
     assert len({case.template for case in CASES}) == len(CASES)
-    assert {case.door for case in CASES} == {"gguf", "tokenizer_config", "jinja"}
+    assert {case.door for case in CASES} == {"gguf", "tokenizer_config", "jinja", "tool_use"}
 
 
 @pytest.mark.parametrize("case", SAMPLE, ids=[case.name for case in SAMPLE])
@@ -38,7 +39,7 @@ def test_plain_jinja2_does_not_hold_them(name: str) -> None:
 BROKEN_WORKER = """
 import sys, types
 sys.path.insert(0, {folder!r})
-import template_worker as worker
+import worker
 down = {down!r}
 if "sandbox" in down:
     worker.TemplateEnvironment.is_safe_attribute = lambda *_: True
@@ -103,6 +104,34 @@ def test_memory_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
         ChatTemplate(DOUBLING).render(HELLO)
     monkeypatch.setattr(template_process, "_MEMORY_BYTES", 1 << 30)
     assert ChatTemplate(DOUBLING).render(HELLO) == str(1 << 26)
+
+
+# `ulimit -v` before tokenmill is started: a hard limit, which no process may raise again.
+LIMITED_WORKER = """
+import resource, sys
+sys.path.insert(0, {folder!r})
+import worker
+resource.setrlimit(resource.RLIMIT_AS, ({limit}, {limit}))
+worker.serve()
+"""
+
+
+@pytest.mark.parametrize("limit", [80 << 20, 1 << 30, 1 << 40])
+def test_a_limit_of_the_user_is_kept(limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = str(Path(template_worker.__file__).parent)
+    script = tmp_path / "worker.py"
+    script.write_text(LIMITED_WORKER.format(folder=folder, limit=limit))
+    monkeypatch.setattr(template_process, "_WORKER", script)
+    template = ChatTemplate("{{ messages[0].content }}")
+    assert [template.render(HELLO) for _ in range(2)] == ["Hello", "Hello"]
+    with pytest.raises(ResourceError, match="MemoryError"):
+        ChatTemplate(DOUBLING).render(HELLO)
+    monkeypatch.setattr(template_process, "_MEMORY_BYTES", 1 << 29)  # the lower of the two holds
+    if limit == 80 << 20:
+        with pytest.raises(ResourceError, match="MemoryError"):
+            ChatTemplate(DOUBLING).render(HELLO)
+    else:
+        assert ChatTemplate(DOUBLING).render(HELLO) == str(1 << 26)
 
 
 def test_processor_time_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:

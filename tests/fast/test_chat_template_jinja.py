@@ -7,9 +7,9 @@ import pytest
 
 from tests.fast.chat_tools import CHATS, jinja2_text, plain_context
 from tokenmill.core import UsageError
-from tokenmill.models import template_process
-from tokenmill.models.chat_template import ChatTemplate
-from tokenmill.models.template_process import TemplateProcess
+from tokenmill.models.chat import process as template_process
+from tokenmill.models.chat.process import TemplateProcess
+from tokenmill.models.chat.template import ChatTemplate
 
 TEMPLATES = {
     "macro": "{% macro turn(m, n=1) %}[{{ m.role }}{{ n }}:{{ m.content }}]{% endmacro %}"
@@ -100,7 +100,7 @@ def shared() -> Iterator[TemplateProcess]:
 
 @pytest.fixture(autouse=True)
 def one_process(shared: TemplateProcess, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokenmill.models.chat_template.TemplateProcess", lambda: shared)
+    monkeypatch.setattr("tokenmill.models.chat.template.TemplateProcess", lambda: shared)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

@@ -9,12 +9,13 @@ from scripts.scorecard.user_fields import USER_FIELDS, Chat
 from tests.fast.chat_tools import CHATS, CLOCK, WEATHER, called, said
 from tests.fast.model_files import tiny_gguf
 from tokenmill.core import Message, ToolCall, UsageError
-from tokenmill.models import chat_template, conversation
-from tokenmill.models.chat_template import ChatTemplate, encode_chat
-from tokenmill.models.conversation import template_context
-from tokenmill.models.defuse import Defuser, unused_character
-from tokenmill.models.gguf import GgufFile
-from tokenmill.models.tokenizer import Tokenizer
+from tokenmill.models.chat import conversation
+from tokenmill.models.chat import template as chat_template
+from tokenmill.models.chat.conversation import template_context
+from tokenmill.models.chat.defuse import Defuser, unused_character
+from tokenmill.models.chat.template import ChatTemplate, encode_chat
+from tokenmill.models.formats.gguf import GgufFile
+from tokenmill.models.text.tokenizer import Tokenizer
 
 START, END = 1, 2
 HELLO = [said("user", "Hello")]

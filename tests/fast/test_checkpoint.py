@@ -13,12 +13,12 @@ from tests.fast.model_files import tiny_gguf
 from tests.fast.shard_files import read_map, shard_name, sharded_copy, write_index
 from tests.fast.test_directory import make
 from tokenmill.core import ModelFormatError, StorageError
-from tokenmill.models.checkpoint import INDEX_NAME, Checkpoint
-from tokenmill.models.compile import load_packed
-from tokenmill.models.directory import ModelDirectory
-from tokenmill.models.library import Library
-from tokenmill.models.pull import import_model
-from tokenmill.models.safetensors import write_safetensors
+from tokenmill.models.formats.checkpoint import INDEX_NAME, Checkpoint
+from tokenmill.models.formats.safetensors import write_safetensors
+from tokenmill.models.packing.compile import load_packed
+from tokenmill.models.store.directory import ModelDirectory
+from tokenmill.models.store.library import Library
+from tokenmill.models.store.pull import import_model
 
 FIRST, SECOND = "model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"
 

@@ -32,7 +32,7 @@ from tokenmill.core import Grammar, SamplingParams, TokenmillError, errors
 from tokenmill.engine import LLMConfig, embedding
 from tokenmill.engine.config import SPECULATIONS as ENGINE_SPECULATIONS
 from tokenmill.kernels import KV_DTYPES as ENGINE_KV_DTYPES
-from tokenmill.models.pack import WEIGHT_FORMATS
+from tokenmill.models.packing.pack import WEIGHT_FORMATS
 
 HEAVY = ("numpy", "tokenizers", "jinja2", "tqdm", "shtab", "tokenmill.models", "tokenmill.engine")
 ERRORS = [getattr(errors, name) for name in errors.__all__]

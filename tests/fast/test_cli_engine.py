@@ -16,7 +16,7 @@ from tokenmill.cli.chat import Conversation
 from tokenmill.cli.output import Output
 from tokenmill.core import Completion, SamplingParams, TokenmillError, Usage
 from tokenmill.engine import LLM, core
-from tokenmill.models.library import Library
+from tokenmill.models.store.library import Library
 
 WARM = ("--temperature", "60", "--max-tokens", "6", "--seed", "3")
 CITY = {"enum": ["Ulm"]}

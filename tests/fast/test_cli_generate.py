@@ -12,7 +12,7 @@ from tokenmill.cli.chat import Conversation
 from tokenmill.cli.output import Output
 from tokenmill.core import SamplingParams, UsageError
 from tokenmill.engine import LLM
-from tokenmill.models.library import Library
+from tokenmill.models.store.library import Library
 
 SHORT = ("--max-tokens", "8")
 

@@ -14,9 +14,9 @@ from tokenmill.cli import models as cli_models
 from tokenmill.cli.arguments import WEIGHTS
 from tokenmill.cli.show import weight_bytes
 from tokenmill.core import DownloadError
-from tokenmill.models import pull as pulling
-from tokenmill.models.library import Library
-from tokenmill.models.pack import WEIGHT_FORMATS, pack_model
+from tokenmill.models.packing.pack import WEIGHT_FORMATS, pack_model
+from tokenmill.models.store import pull as pulling
+from tokenmill.models.store.library import Library
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from tokenmill.engine.config import LLMConfig
 from tokenmill.engine.local import LocalEngine
 from tokenmill.engine.mock import FaultKind, MockClock, MockFault, MockModel, MockScript, reference_tokens
 from tokenmill.engine.sequence import GenerationState, SequenceState
-from tokenmill.models.byte_tokenizer import END_TOKEN
+from tokenmill.models.text.byte_tokenizer import END_TOKEN
 
 MARKER = END_TOKEN + 1
 GREEDY = SamplingParams(max_tokens=40)

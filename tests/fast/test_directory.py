@@ -10,12 +10,12 @@ import pytest
 
 from tests.fast.model_files import Tensor, floats, gguf_bytes, tiny_gguf, tiny_llama
 from tokenmill.core import Message, ModelFormatError, NotFoundError, StorageError
-from tokenmill.models.assemble import Origin, from_gguf, from_hf_folder
-from tokenmill.models.bfloat16 import round_to_bf16
-from tokenmill.models.directory import ModelDirectory
-from tokenmill.models.gguf import GgufFile
-from tokenmill.models.gguf_names import split_head_rows
-from tokenmill.models.manifest import Manifest, is_plain_name
+from tokenmill.models.formats.bfloat16 import round_to_bf16
+from tokenmill.models.formats.gguf import GgufFile
+from tokenmill.models.formats.gguf_names import split_head_rows
+from tokenmill.models.store.assemble import Origin, from_gguf, from_hf_folder
+from tokenmill.models.store.directory import ModelDirectory
+from tokenmill.models.store.manifest import Manifest, is_plain_name
 
 LAYER = "model.layers.1.self_attn"
 

@@ -13,14 +13,14 @@ from tests.fast.cli_tools import Runner, make_home, make_runner
 from tests.fast.model_files import CHATML, Tensor, floats, gguf_bytes, quantised, tiny_llama
 from tokenmill.cli.export import TYPES
 from tokenmill.core import ModelFormatError, NotFoundError, StorageError, UsageError
-from tokenmill.models import export as exporting
-from tokenmill.models.bfloat16 import round_to_bf16
-from tokenmill.models.directory import ModelDirectory
-from tokenmill.models.export import GGUF_TYPES, GgufType, export_gguf, export_hf
-from tokenmill.models.gguf import GgufFile
-from tokenmill.models.library import Library
-from tokenmill.models.pull import import_model
-from tokenmill.models.safetensors import write_safetensors
+from tokenmill.models.formats.bfloat16 import round_to_bf16
+from tokenmill.models.formats.gguf import GgufFile
+from tokenmill.models.formats.safetensors import write_safetensors
+from tokenmill.models.store import export as exporting
+from tokenmill.models.store.directory import ModelDirectory
+from tokenmill.models.store.export import GGUF_TYPES, GgufType, export_gguf, export_hf
+from tokenmill.models.store.library import Library
+from tokenmill.models.store.pull import import_model
 
 TEXTS = ("hell the théâtre 12 34\n\n  x", "<|im_end|> is text", "\U0001f600 <0x0A>")
 

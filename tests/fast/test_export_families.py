@@ -13,15 +13,15 @@ from tests.fast.export_tools import random_folder
 from tests.fast.model_files import Tensor, gguf_bytes, tiny_llama
 from tokenmill.core import ModelFormatError, UsageError
 from tokenmill.models.architecture import Architecture
-from tokenmill.models.convert import gguf_architecture, gguf_fields
-from tokenmill.models.export import export_gguf
 from tokenmill.models.families import FAMILIES
-from tokenmill.models.gguf import GgufFile
-from tokenmill.models.gguf_names import stored_tensors
+from tokenmill.models.formats.convert import gguf_architecture, gguf_fields
+from tokenmill.models.formats.gguf import GgufFile
+from tokenmill.models.formats.gguf_names import stored_tensors
 from tokenmill.models.hf_config import read_architecture
-from tokenmill.models.library import Library
-from tokenmill.models.pull import import_model
 from tokenmill.models.rope import RopeScaling
+from tokenmill.models.store.export import export_gguf
+from tokenmill.models.store.library import Library
+from tokenmill.models.store.pull import import_model
 
 COMMON = {
     "vocab_size": 266,
@@ -208,6 +208,8 @@ BAD: dict[str, dict[str, Any]] = {
     r"llama\.attention\.head_count is a list": {"llama__attention__head_count": [4, 4]},
     r"rope_type is 'longrope'": {"llama__rope__scaling__type": "longrope"},
     r"factor is None": {"llama__rope__scaling__type": "yarn"},
+    r"num_key_value_heads is 0": {"llama__attention__head_count_kv": 0},
+    r"head_dim is 0": {"llama__attention__key_length": 0},
     r"llama\.rope\.dimension_count differs": {"llama__rope__dimension_count": 8},
 }
 

@@ -14,10 +14,10 @@ from tests.fast.random_weights import RandomWeights, tiny_architecture
 from tokenmill.cli.show import byte_size
 from tokenmill.kernels import KV_BLOCK, KV_DTYPES, F32Array, KvDtype, available_isas, create_executor
 from tokenmill.models.architecture import Architecture, Experts, Layer
-from tokenmill.models.fit import StepSizes, find_fits, footprint, packed_bytes
-from tokenmill.models.layout import compile_plan
-from tokenmill.models.pack import WEIGHT_FORMATS, WeightFormat, pack_model, pack_pieces
-from tokenmill.models.packed import PackedModel, read_packed, write_packed
+from tokenmill.models.packing.fit import StepSizes, find_fits, footprint, packed_bytes
+from tokenmill.models.packing.layout import compile_plan
+from tokenmill.models.packing.pack import WEIGHT_FORMATS, WeightFormat, pack_model, pack_pieces
+from tokenmill.models.packing.packed import PackedModel, read_packed, write_packed
 
 PLAIN = tiny_architecture()
 EXPERTS = Experts(num_experts=5, num_active=2, intermediate_size=48, renormalise=True)

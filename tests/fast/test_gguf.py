@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from tests.fast.model_files import ARRAY, STRING, Tensor, gguf_bytes, quantised, text, tiny_gguf, tiny_llama
 from tokenmill.core import ModelFormatError
-from tokenmill.models import gguf as gguf_module
-from tokenmill.models.bfloat16 import round_to_bf16, widen_bf16
-from tokenmill.models.gguf import GgufFile
-from tokenmill.models.gguf_quants import STORED_TYPES
+from tokenmill.models.formats import gguf as gguf_module
+from tokenmill.models.formats.bfloat16 import round_to_bf16, widen_bf16
+from tokenmill.models.formats.gguf import GgufFile
+from tokenmill.models.formats.gguf_quants import STORED_TYPES
 
 OTHER_TYPES = ("Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 HUGE = (2**31, 2**32 - 1, 2**63, 2**64 - 1)
@@ -245,7 +245,7 @@ def test_memory_of_hostile_headers(tmp_path: Path) -> None:
         (tmp_path / f"{index}.gguf").write_bytes(gguf_bytes({"k": claim}, []))
     script = (
         "import resource, sys, pathlib\n"
-        "from tokenmill.models.gguf import GgufFile\n"
+        "from tokenmill.models.formats.gguf import GgufFile\n"
         "from tokenmill.core import ModelFormatError\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "for path in pathlib.Path(sys.argv[1]).glob('*.gguf'):\n"

@@ -9,8 +9,8 @@ import pytest
 
 from tests.fast.model_files import Tensor, floats, gguf_bytes, tiny_llama
 from tokenmill.kernels.packing import unpack_groups
-from tokenmill.models.bfloat16 import F32Array, round_to_bf16
-from tokenmill.models.gguf_quants import (
+from tokenmill.models.formats.bfloat16 import F32Array, round_to_bf16
+from tokenmill.models.formats.gguf_quants import (
     GRID_TYPES,
     STORED_TYPES,
     dequantize,
@@ -18,9 +18,9 @@ from tokenmill.models.gguf_quants import (
     quantize,
     store_grid,
 )
-from tokenmill.models.library import Library
-from tokenmill.models.pack import pack_model
-from tokenmill.models.pull import import_model
+from tokenmill.models.packing.pack import pack_model
+from tokenmill.models.store.library import Library
+from tokenmill.models.store.pull import import_model
 
 READ = tuple(STORED_TYPES)
 QUANTISED = tuple(name for name, each in STORED_TYPES.items() if each.block_weights > 1)

@@ -12,11 +12,11 @@ from scripts.scorecard.vocabularies import KINDS, description
 from tests.fast.model_files import gguf_bytes, tiny_llama
 from tests.fast.tokenizer_texts import many_scripts
 from tokenmill.core import UsageError
-from tokenmill.models.gguf import GgufFile
-from tokenmill.models.gguf_vocabulary import vocabulary_fields, vocabulary_notes
-from tokenmill.models.gguf_writer import write_gguf
-from tokenmill.models.tokenizer import Tokenizer
-from tokenmill.models.tokenizer_splits import SPLITS
+from tokenmill.models.formats.gguf import GgufFile
+from tokenmill.models.formats.gguf_vocabulary import vocabulary_fields, vocabulary_notes
+from tokenmill.models.formats.gguf_writer import write_gguf
+from tokenmill.models.text.splits import SPLITS
+from tokenmill.models.text.tokenizer import Tokenizer
 
 TEXTS = ["", " ", "a", "  a b ", "\n\n", "▁x", "<0x41>", *many_scripts(200)]
 FIRST_ONLY = "sentencepiece, first part"

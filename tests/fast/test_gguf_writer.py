@@ -11,9 +11,9 @@ import numpy.typing as npt
 import pytest
 
 from tokenmill.core import StorageError
-from tokenmill.models.gguf import GgufFile
-from tokenmill.models.gguf_quants import STORED_TYPES
-from tokenmill.models.gguf_writer import MetadataItem, TensorSpec, write_gguf
+from tokenmill.models.formats.gguf import GgufFile
+from tokenmill.models.formats.gguf_quants import STORED_TYPES
+from tokenmill.models.formats.gguf_writer import MetadataItem, TensorSpec, write_gguf
 
 SPECS = [
     TensorSpec(name="experts", dtype="Q8_0", shape=(3, 5, 64)),

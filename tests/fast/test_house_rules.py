@@ -24,7 +24,7 @@ def test_layer_table_reads_the_rows() -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("tokenmill.kernels.a", "import tokenmill.models.gguf"),
+        ("tokenmill.kernels.a", "import tokenmill.models.formats.gguf"),
         ("tokenmill.kernels.a", "from tokenmill.costs import prices"),
         ("tokenmill.kernels.a", "from tokenmill import costs"),
         ("tokenmill.kernels.a", "from . import b"),

@@ -14,9 +14,9 @@ import pytest
 
 from tests.fast.model_files import tiny_gguf
 from tokenmill.core import NotFoundError, StorageError, UsageError
-from tokenmill.models.assemble import Origin, from_gguf
-from tokenmill.models.directory import ModelDirectory
-from tokenmill.models.library import Library, default_home
+from tokenmill.models.store.assemble import Origin, from_gguf
+from tokenmill.models.store.directory import ModelDirectory
+from tokenmill.models.store.library import Library, default_home
 
 BAD_NAMES = ["", "..", "../x", "a/b", "/etc/passwd", "a\x00b", "-x", ".x", "x" * 200, "nul", "a\\..\\b"]
 
@@ -141,7 +141,7 @@ def test_a_killed_change_leaves_the_store_as_it_was(library: Library) -> None:
     add(library, "old")
     script = (
         "import pathlib, sys, time\n"
-        "from tokenmill.models.library import Library\n"
+        "from tokenmill.models.store.library import Library\n"
         "library = Library(pathlib.Path(sys.argv[1]))\n"
         "with library.lock('new'), library.staging('new') as staging:\n"
         "    (staging / 'config.json').write_text('half')\n"

@@ -16,7 +16,7 @@ from tokenmill.engine.mock import (
     reference_tokens,
 )
 from tokenmill.kernels import KV_BLOCK, I32Array, StepBatch
-from tokenmill.models.byte_tokenizer import BYTE_VOCAB_SIZE, END_TOKEN, ByteTokenizer
+from tokenmill.models.text.byte_tokenizer import BYTE_VOCAB_SIZE, END_TOKEN, ByteTokenizer
 
 MARK = 258
 

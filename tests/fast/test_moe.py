@@ -31,8 +31,8 @@ from tokenmill.kernels import (
 from tokenmill.kernels.lowrank import LowRankPart, pack_low_rank
 from tokenmill.kernels.moe_twin import route_rows
 from tokenmill.models.architecture import Experts, Layer
-from tokenmill.models.layout import compile_plan
-from tokenmill.models.pack import WEIGHT_FORMATS, WeightFormat, pack_model
+from tokenmill.models.packing.layout import compile_plan
+from tokenmill.models.packing.pack import WEIGHT_FORMATS, WeightFormat, pack_model
 
 NATIVE_ISAS = [isa for isa in available_isas() if isa != "numpy"]
 ISAS = available_isas()

@@ -23,14 +23,14 @@ from tokenmill.kernels.packing import (
 )
 from tokenmill.kernels.twin import bf16_values
 from tokenmill.models import weights as weights_module
-from tokenmill.models.compile import forget_packed, load_packed
-from tokenmill.models.directory import ModelDirectory
-from tokenmill.models.layout import compile_plan
-from tokenmill.models.library import Library
-from tokenmill.models.pack import WeightFormat, pack_model, pack_pieces
-from tokenmill.models.packed import ExpertParts, _arrays, read_packed, write_packed
-from tokenmill.models.pull import import_model
-from tokenmill.models.smoothing import activation_peaks, smoothing_factors
+from tokenmill.models.packing.compile import forget_packed, load_packed
+from tokenmill.models.packing.layout import compile_plan
+from tokenmill.models.packing.pack import WeightFormat, pack_model, pack_pieces
+from tokenmill.models.packing.packed import ExpertParts, _arrays, read_packed, write_packed
+from tokenmill.models.packing.smoothing import activation_peaks, smoothing_factors
+from tokenmill.models.store.directory import ModelDirectory
+from tokenmill.models.store.library import Library
+from tokenmill.models.store.pull import import_model
 
 ARCHITECTURE = tiny_architecture()
 TURNS = np.arange(320).reshape(2, -1, 16).transpose(1, 0, 2).reshape(-1)

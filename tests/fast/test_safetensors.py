@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from tokenmill.core import ModelFormatError, StorageError
-from tokenmill.models.bfloat16 import round_to_bf16, widen_bf16
-from tokenmill.models.safetensors import SafetensorsFile, write_safetensors
+from tokenmill.models.formats.bfloat16 import round_to_bf16, widen_bf16
+from tokenmill.models.formats.safetensors import SafetensorsFile, write_safetensors
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 

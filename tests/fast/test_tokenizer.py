@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from tests.fast.model_files import tiny_gguf, tiny_vocabulary
 from tokenmill.core import ModelFormatError
-from tokenmill.models.gguf import GgufFile
-from tokenmill.models.tokenizer import Tokenizer
+from tokenmill.models.formats.gguf import GgufFile
+from tokenmill.models.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

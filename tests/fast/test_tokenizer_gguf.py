@@ -17,11 +17,11 @@ from tests.fast.model_files import ARRAY, F32, tiny_gguf, tiny_vocabulary
 from tests.fast.tokenizer_texts import many_scripts
 from tokenmill.core import Message, ModelFormatError
 from tokenmill.engine.llm import LLM
-from tokenmill.models.assemble import Origin, from_gguf
-from tokenmill.models.directory import ModelDirectory
-from tokenmill.models.gguf import GgufFile
-from tokenmill.models.tokenizer import Tokenizer
-from tokenmill.models.tokenizer_splits import SPLITS
+from tokenmill.models.formats.gguf import GgufFile
+from tokenmill.models.store.assemble import Origin, from_gguf
+from tokenmill.models.store.directory import ModelDirectory
+from tokenmill.models.text.splits import SPLITS
+from tokenmill.models.text.tokenizer import Tokenizer
 
 U8 = 0
 TEXTS = ["", " ", "   ", "a", " a", "a  b ", "aaaaaaaaaaaaa", "\n\n\n", *many_scripts(300)]

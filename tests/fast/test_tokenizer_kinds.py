@@ -15,7 +15,7 @@ from scripts.scorecard.vocabularies import KINDS, description
 from tests.fast.tokenizer_texts import many_scripts
 from tokenmill.core import ModelFormatError
 from tokenmill.engine.detokenizer import Detokenizer
-from tokenmill.models.tokenizer import Tokenizer
+from tokenmill.models.text.tokenizer import Tokenizer
 
 EACH_KIND = pytest.mark.parametrize("kind", KINDS)
 PREFIXED = [kind for kind in KINDS if not kind.startswith("byte") and "no space" not in kind]

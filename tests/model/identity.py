@@ -18,9 +18,9 @@ from tokenmill.engine.local import LocalEngine
 from tokenmill.engine.sequence import GenerationState
 from tokenmill.engine.taps.tap import Tap
 from tokenmill.kernels import Executor
-from tokenmill.models.compile import ExecutorConfig, create_executor
-from tokenmill.models.directory import ModelDirectory
-from tokenmill.models.pack import WeightFormat
+from tokenmill.models.packing.compile import ExecutorConfig, create_executor
+from tokenmill.models.packing.pack import WeightFormat
+from tokenmill.models.store.directory import ModelDirectory
 
 __all__ = ["Ask", "Driven", "Guesses", "check_lookup", "drafting_in", "real_prompts"]
 

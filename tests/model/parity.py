@@ -14,9 +14,9 @@ import numpy as np
 
 from tests.fast.random_plan import make_batch
 from tokenmill.kernels import Executor, F32Array, NumpyExecutor, StepBatch
-from tokenmill.models.compile import ExecutorConfig, create_executor
-from tokenmill.models.directory import ModelDirectory
-from tokenmill.models.pack import WeightFormat
+from tokenmill.models.packing.compile import ExecutorConfig, create_executor
+from tokenmill.models.packing.pack import WeightFormat
+from tokenmill.models.store.directory import ModelDirectory
 
 QUESTIONS = Path(__file__).parents[3] / "shared" / "data" / "gsm8k" / "test.jsonl"
 PER_STEP = 50

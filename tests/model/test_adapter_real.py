@@ -22,10 +22,10 @@ from tests.fast.adapter_files import (
 from tests.fast.random_plan import make_batch
 from tokenmill.kernels import F32Array, StepPlan, create_executor, log_sum_exp_rows
 from tokenmill.models.adapter import Adapter, pack_adapter, read_adapter
-from tokenmill.models.compile import load_packed
-from tokenmill.models.directory import ModelDirectory
-from tokenmill.models.layout import compile_plan
-from tokenmill.models.pack import WeightFormat, pack_model
+from tokenmill.models.packing.compile import load_packed
+from tokenmill.models.packing.layout import compile_plan
+from tokenmill.models.packing.pack import WeightFormat, pack_model
+from tokenmill.models.store.directory import ModelDirectory
 
 TEXT = (
     "The mill stood where the two streams met, and for most of the year the water was high enough to turn "

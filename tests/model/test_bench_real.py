@@ -10,10 +10,10 @@ from tokenmill.cli.main import main
 from tokenmill.costs import decode_work
 from tokenmill.engine.bench import BenchConfig, bench, decoder_cost, peak_rss_bytes
 from tokenmill.kernels.probe import MachineLimits, measure_machine
-from tokenmill.models.compile import load_packed
-from tokenmill.models.directory import ModelDirectory
-from tokenmill.models.layout import compile_plan
-from tokenmill.models.pack import WeightFormat
+from tokenmill.models.packing.compile import load_packed
+from tokenmill.models.packing.layout import compile_plan
+from tokenmill.models.packing.pack import WeightFormat
+from tokenmill.models.store.directory import ModelDirectory
 
 
 @pytest.fixture(scope="module")

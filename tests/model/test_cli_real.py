@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from tokenmill.cli.show import weight_bytes
-from tokenmill.models.compile import load_packed
-from tokenmill.models.directory import ModelDirectory
-from tokenmill.models.pack import WEIGHT_FORMATS
+from tokenmill.models.packing.compile import load_packed
+from tokenmill.models.packing.pack import WEIGHT_FORMATS
+from tokenmill.models.store.directory import ModelDirectory
 
 PROGRAM = [sys.executable, "-m", "tokenmill"]
 QUESTION = "What is the capital of France? Answer in one sentence."

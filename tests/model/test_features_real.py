@@ -13,7 +13,7 @@ from tests.fast.adapter_files import adapter_tensors, plain_config, write_adapte
 from tests.fast.proposer_fakes import eager_guesses
 from tokenmill.core import Grammar, Message, NotFoundError, ResourceError, SamplingParams, UsageError
 from tokenmill.engine import LLM, LLMConfig
-from tokenmill.models.directory import ModelDirectory
+from tokenmill.models.store.directory import ModelDirectory
 
 PROMPT = "The mill stood where the two streams met, and for most of the year the water was high enough. " * 2
 GREEDY = SamplingParams(max_tokens=16, ignore_eos=True)

@@ -15,7 +15,7 @@ import pytest
 from tests.fast.grammar_tools import allowed
 from tokenmill.core import Grammar, TokenmillError
 from tokenmill.engine.structured.grammar import GrammarCompiler, GrammarState
-from tokenmill.models.tokenizer import Tokenizer
+from tokenmill.models.text.tokenizer import Tokenizer
 
 SCHEMAS = Path(__file__).parents[3] / "shared/data/json_schemas/glaiveai2k.jsonl.gz"
 VOCAB, ENDS = 49152, (2, 0)

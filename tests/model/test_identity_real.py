@@ -19,8 +19,8 @@ from tokenmill.engine.sequence import GenerationState
 from tokenmill.engine.structured.grammar import GrammarState
 from tokenmill.engine.taps.tap import Tap, TapRows, ablate, steer
 from tokenmill.kernels import KV_BLOCK, F32Array
-from tokenmill.models.directory import ModelDirectory
-from tokenmill.models.pack import WeightFormat
+from tokenmill.models.packing.pack import WeightFormat
+from tokenmill.models.store.directory import ModelDirectory
 
 NUM_TOKENS = 48
 GREEDY = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)

@@ -13,7 +13,7 @@ import pytest
 from tokenmill.core import SamplingParams
 from tokenmill.engine import LLM, LLMConfig
 from tokenmill.kernels import KV_BLOCK, KV_DTYPES
-from tokenmill.models.directory import ModelDirectory
+from tokenmill.models.store.directory import ModelDirectory
 
 TEXT = Path(__file__).parents[3] / "shared" / "data" / "wikitext2" / "wiki.test.tokens.txt.gz"
 WINDOW = 2048

@@ -7,7 +7,7 @@ import pytest
 from tokenmill.core import Completion, Message, SamplingParams, UsageError
 from tokenmill.engine import LLM, LLMConfig, Progress
 from tokenmill.kernels import KV_BLOCK
-from tokenmill.models.directory import ModelDirectory
+from tokenmill.models.store.directory import ModelDirectory
 
 TOPICS = ["the sea", "bread", "a violin", "two friends and a map", "rain", "the number seven"]
 PROMPTS = [

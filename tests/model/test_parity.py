@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.model.parity import check_parity
-from tokenmill.models.pack import WeightFormat
+from tokenmill.models.packing.pack import WeightFormat
 
 
 @pytest.mark.parametrize(("weights", "num_tokens"), [("w8a8", 6), ("w4a8", 3), ("bf16", 1)])

@@ -12,8 +12,8 @@ from tokenmill.engine.taps.calibration import calibrate
 from tokenmill.engine.taps.points import FINAL_NORM, input_points
 from tokenmill.engine.taps.tap import Recording, Tap, ablate, replace_values
 from tokenmill.kernels import F32Array
-from tokenmill.models.compile import ExecutorConfig, create_executor
-from tokenmill.models.directory import ModelDirectory
+from tokenmill.models.packing.compile import ExecutorConfig, create_executor
+from tokenmill.models.store.directory import ModelDirectory
 
 PROMPTS = ["The capital of France is", "Two plus two is", "Bread is made of flour,"]
 NUM_TOKENS = 12

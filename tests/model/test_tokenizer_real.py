@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from tokenmill.core import Message
-from tokenmill.models.chat_template import encode_chat
-from tokenmill.models.directory import ModelDirectory
-from tokenmill.models.gguf_names import stored_tensors
-from tokenmill.models.tokenizer import Tokenizer
+from tokenmill.models.chat.template import encode_chat
+from tokenmill.models.formats.gguf_names import stored_tensors
+from tokenmill.models.store.directory import ModelDirectory
+from tokenmill.models.text.tokenizer import Tokenizer
 
 SCRIPTS = {
     "Latin": (0x41, 0x24F),

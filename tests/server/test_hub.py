@@ -20,12 +20,12 @@ from tests.server.hub_server import COMMIT, NEXT_COMMIT, HubSite, serve_hub
 from tokenmill.cli.main import main
 from tokenmill.core import DownloadError, ModelFormatError, NotFoundError, StorageError, UsageError
 from tokenmill.core.errors import TokenmillError
-from tokenmill.models import hub as hub_module
-from tokenmill.models import transfer
-from tokenmill.models.directory import ModelDirectory
-from tokenmill.models.hub import Hub, HubModel, HubSource
-from tokenmill.models.library import Library
-from tokenmill.models.pull import pull_from_hub
+from tokenmill.models.store import hub as hub_module
+from tokenmill.models.store import transfer
+from tokenmill.models.store.directory import ModelDirectory
+from tokenmill.models.store.hub import Hub, HubModel, HubSource
+from tokenmill.models.store.library import Library
+from tokenmill.models.store.pull import pull_from_hub
 
 SOURCE = HubSource(owner="owner", name="name")
 GGUF = HubSource(owner="owner", name="name", file="tiny.Q4_1.gguf")

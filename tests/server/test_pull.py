@@ -29,11 +29,11 @@ from tokenmill.core import (
     TokenmillError,
     UsageError,
 )
-from tokenmill.models import pull as pull_module
-from tokenmill.models.catalog import CATALOG, CatalogEntry
-from tokenmill.models.fetch import extract_member
-from tokenmill.models.library import Library
-from tokenmill.models.pull import import_model, pull
+from tokenmill.models.store import pull as pull_module
+from tokenmill.models.store.catalog import CATALOG, CatalogEntry
+from tokenmill.models.store.fetch import extract_member
+from tokenmill.models.store.library import Library
+from tokenmill.models.store.pull import import_model, pull
 
 DATA = tiny_gguf()
 MEMBER = "tiny_model/tiny.gguf"

@@ -6,7 +6,7 @@ import pytest
 
 from scripts.scorecard import s14
 from tests.model.identity import check_lookup
-from tokenmill.models.directory import ModelDirectory
+from tokenmill.models.store.directory import ModelDirectory
 
 
 @pytest.mark.parametrize("max_batch", [1, 8])

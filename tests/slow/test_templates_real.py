@@ -22,7 +22,7 @@ from scripts.scorecard.hostile_templates import Case, cases, check, check_unguar
 from scripts.scorecard.user_fields import Chat
 from tests.fast.chat_tools import CHATS, plain_context
 from tokenmill.core import ModelFormatError, UsageError
-from tokenmill.models.chat_template import ChatTemplate
+from tokenmill.models.chat.template import ChatTemplate
 
 NAME, VERSION = "llama-cpp-python", "0.3.36"
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"

@@ -19,8 +19,8 @@ from scripts.scorecard import s24
 from scripts.scorecard.vocabularies import KINDS
 from tests.fast.tokenizer_texts import many_scripts
 from tokenmill.core import ModelFormatError
-from tokenmill.models.gguf import GgufFile
-from tokenmill.models.tokenizer import Tokenizer
+from tokenmill.models.formats.gguf import GgufFile
+from tokenmill.models.text.tokenizer import Tokenizer
 
 PACKAGE = "llama-cpp-python==0.3.36"
 FOLDER = "vendor/llama.cpp/models/"

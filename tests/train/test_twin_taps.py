@@ -13,10 +13,10 @@ from tokenmill.core import UsageError
 from tokenmill.engine.taps.points import FINAL_NORM, tap_points
 from tokenmill.engine.taps.tap import Recording, Tap, ablate, replace_values, steer, twin_hooks
 from tokenmill.kernels import F32Array, StepPlan, available_isas, create_executor
-from tokenmill.models.compile import load_packed
-from tokenmill.models.directory import ModelDirectory
-from tokenmill.models.layout import compile_plan
-from tokenmill.models.pack import pack_model
+from tokenmill.models.packing.compile import load_packed
+from tokenmill.models.packing.layout import compile_plan
+from tokenmill.models.packing.pack import pack_model
+from tokenmill.models.store.directory import ModelDirectory
 from tokenmill.models.torch_twin import TorchDecoder
 
 BOUND = 0.02

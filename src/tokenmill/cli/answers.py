@@ -8,7 +8,7 @@ from tokenmill.cli.output import Output
 from tokenmill.core import Completion, TokenLogprobs, TokenmillError
 
 if TYPE_CHECKING:
-    from tokenmill.models.tokenizer import Tokenizer
+    from tokenmill.models.text.tokenizer import Tokenizer
 
 __all__ = ["check_answers", "completion_fields", "logprob_table", "summary"]
 

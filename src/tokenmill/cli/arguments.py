@@ -16,7 +16,7 @@ from tokenmill.core import NotFoundError, UsageError
 
 if TYPE_CHECKING:
     from tokenmill.engine import LLM, LLMConfig
-    from tokenmill.models.directory import ModelDirectory
+    from tokenmill.models.store.directory import ModelDirectory
 
 __all__ = [
     "KV_DTYPES",
@@ -166,7 +166,7 @@ def llm_config(args: argparse.Namespace) -> "LLMConfig":
 
 def open_model(name: str) -> "ModelDirectory":
     """The model of this name or path. Raises NotFoundError with the way to get it."""
-    from tokenmill.models.library import Library
+    from tokenmill.models.store.library import Library
 
     try:
         return Library().find(name)

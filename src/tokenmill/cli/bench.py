@@ -18,7 +18,7 @@ from tokenmill.cli.output import Output
 
 if TYPE_CHECKING:
     from tokenmill.engine.bench import BenchConfig, BenchRow
-    from tokenmill.models.directory import ModelDirectory
+    from tokenmill.models.store.directory import ModelDirectory
 
 __all__ = ["DEFAULT_BATCHES", "DEFAULT_OUTPUT", "DEFAULT_PROMPT", "DEFAULT_RUNS", "add_parser"]
 

@@ -67,7 +67,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def _doctor(args: argparse.Namespace, out: Output) -> int:
     from tokenmill.kernels import available_isas
-    from tokenmill.models.library import Library
+    from tokenmill.models.store.library import Library
 
     isas = available_isas()
     store = _store(Library().home)

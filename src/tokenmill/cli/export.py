@@ -9,9 +9,9 @@ from tokenmill.cli.output import Output, format_bytes
 from tokenmill.core import UsageError
 
 if TYPE_CHECKING:
-    from tokenmill.models.directory import ModelDirectory
-    from tokenmill.models.export import Exported, GgufType
-    from tokenmill.models.fetch import Progress
+    from tokenmill.models.store.directory import ModelDirectory
+    from tokenmill.models.store.export import Exported, GgufType
+    from tokenmill.models.store.fetch import Progress
 
 __all__ = ["TYPES", "add_parser"]
 
@@ -67,7 +67,7 @@ def _export(args: argparse.Namespace, out: Output) -> int:
 
 
 def _write(model: "ModelDirectory", args: argparse.Namespace, progress: "Progress") -> "Exported":
-    from tokenmill.models.export import export_gguf, export_hf
+    from tokenmill.models.store.export import export_gguf, export_hf
 
     name = model.path.resolve().name
     if args.to == "hf":

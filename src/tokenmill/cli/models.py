@@ -12,8 +12,8 @@ from tokenmill.cli.output import Output, format_bytes, format_count
 from tokenmill.core import TokenmillError, UsageError
 
 if TYPE_CHECKING:
-    from tokenmill.models.directory import ModelDirectory
-    from tokenmill.models.library import Library
+    from tokenmill.models.store.directory import ModelDirectory
+    from tokenmill.models.store.library import Library
 
 __all__ = ["add_parser"]
 
@@ -48,7 +48,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def _pull(args: argparse.Namespace, out: Output) -> int:
-    from tokenmill.models.library import Library
+    from tokenmill.models.store.library import Library
 
     stages: list[str] = []
     with out.progress() as bar:
@@ -83,9 +83,9 @@ def _pulled(
     args: argparse.Namespace, out: Output, library: "Library", progress: Callable[[str, int, int], None]
 ) -> "ModelDirectory":
     """The model from wherever the source says."""
-    from tokenmill.models.catalog import CATALOG
-    from tokenmill.models.hub import HubModel, HubSource
-    from tokenmill.models.pull import import_model, pull, pull_from_hub
+    from tokenmill.models.store.catalog import CATALOG
+    from tokenmill.models.store.hub import HubModel, HubSource
+    from tokenmill.models.store.pull import import_model, pull, pull_from_hub
 
     def announce(found: HubModel) -> None:
         size = format_bytes(found.num_bytes)
@@ -105,9 +105,9 @@ def _pulled(
 
 def _check_source(path: Path) -> None:
     """Refuse what is no model before anything is copied, so that the error names the user's own file."""
-    from tokenmill.models.convert import gguf_architecture
-    from tokenmill.models.directory import ModelDirectory
-    from tokenmill.models.gguf import GgufFile
+    from tokenmill.models.formats.convert import gguf_architecture
+    from tokenmill.models.formats.gguf import GgufFile
+    from tokenmill.models.store.directory import ModelDirectory
 
     if path.is_dir():
         ModelDirectory.open(path).weights()
@@ -123,8 +123,8 @@ def _looks_like_path(source: str) -> bool:
 
 
 def _models(args: argparse.Namespace, out: Output) -> int:
-    from tokenmill.models.catalog import CATALOG
-    from tokenmill.models.library import Library
+    from tokenmill.models.store.catalog import CATALOG
+    from tokenmill.models.store.library import Library
 
     library = Library()
     here = [_entry(library, name) for name in library.names()]
@@ -178,8 +178,8 @@ def _row(entry: dict[str, Any]) -> list[str]:
 
 
 def _remove(args: argparse.Namespace, out: Output) -> int:
-    from tokenmill.models.compile import forget_packed
-    from tokenmill.models.library import Library
+    from tokenmill.models.packing.compile import forget_packed
+    from tokenmill.models.store.library import Library
 
     library = Library()
     path = library.path_of(args.name)

@@ -11,8 +11,8 @@ from tokenmill.cli.output import Output, format_bytes, format_count, format_tabl
 
 if TYPE_CHECKING:
     from tokenmill.models.architecture import Architecture
-    from tokenmill.models.directory import ModelDirectory
-    from tokenmill.models.fit import Fit
+    from tokenmill.models.packing.fit import Fit
+    from tokenmill.models.store.directory import ModelDirectory
 
 __all__ = ["add_parser", "byte_size", "weight_bytes"]
 
@@ -66,7 +66,7 @@ def _weight_bytes(architecture: "Architecture", w4a8: int | None) -> dict[str, i
 
 def _grid_bytes(model: "ModelDirectory") -> int | None:
     """Bytes of the matrices in the quantised file that the directory keeps, if it keeps one."""
-    from tokenmill.models.gguf import GgufFile
+    from tokenmill.models.formats.gguf import GgufFile
 
     if model.manifest is None or not model.manifest.grid_file:
         return None
@@ -78,8 +78,8 @@ def _grid_bytes(model: "ModelDirectory") -> int | None:
 
 
 def _show(args: argparse.Namespace, out: Output) -> int:
-    from tokenmill.models.fit import find_fits
     from tokenmill.models.hf_config import load_json_object, read_architecture
+    from tokenmill.models.packing.fit import find_fits
 
     path = Path(args.model).expanduser()
     if path.suffix == ".json" and path.is_file():

@@ -10,7 +10,7 @@ from tokenmill.cli.inputs import STDIN, read_text_file
 from tokenmill.core import Message, UsageError
 
 if TYPE_CHECKING:
-    from tokenmill.models.directory import ModelDirectory
+    from tokenmill.models.store.directory import ModelDirectory
 
 __all__ = ["add_tools_flag", "tools"]
 
@@ -29,7 +29,7 @@ def tools(args: argparse.Namespace, model: "ModelDirectory") -> list[dict[str, A
     """The tools of the file, if one is given. Raises UsageError for tools that a prompt cannot hold."""
     if args.tools is None:
         return []
-    from tokenmill.models.conversation import template_context
+    from tokenmill.models.chat.conversation import template_context
 
     if str(args.tools) == STDIN:
         raise UsageError("tools do not come from standard input", hint="give the path of a file")

@@ -35,9 +35,9 @@ from tokenmill.engine.llm import LLM, Progress
 from tokenmill.kernels import KV_BLOCK, KvDtype, StepPlan
 from tokenmill.kernels.probe import MachineLimits
 from tokenmill.models.architecture import Architecture
-from tokenmill.models.compile import ExecutorFactory, create_executor
-from tokenmill.models.directory import ModelDirectory
-from tokenmill.models.pack import WEIGHT_FORMATS, WeightFormat
+from tokenmill.models.packing.compile import ExecutorFactory, create_executor
+from tokenmill.models.packing.pack import WEIGHT_FORMATS, WeightFormat
+from tokenmill.models.store.directory import ModelDirectory
 
 __all__ = ["BenchConfig", "BenchRow", "PhaseName", "bench", "decoder_cost", "machine_rates", "peak_rss_bytes"]
 

@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias, get_args
 from tokenmill.core import UsageError
 from tokenmill.kernels import KV_BLOCK, KV_DTYPES, KvDtype
 from tokenmill.models.architecture import Architecture
-from tokenmill.models.pack import WEIGHT_FORMATS, WeightFormat
+from tokenmill.models.packing.pack import WEIGHT_FORMATS, WeightFormat
 
 __all__ = ["SPECULATIONS", "LLMConfig", "Speculation"]
 

@@ -30,8 +30,8 @@ from tokenmill.engine.taps.calibration import InputStats
 from tokenmill.engine.taps.routing import RoutingStats
 from tokenmill.engine.taps.tap import Tap
 from tokenmill.kernels import F32Array, StepPlan
-from tokenmill.models.compile import ExecutorFactory, create_executor
-from tokenmill.models.directory import ModelDirectory
+from tokenmill.models.packing.compile import ExecutorFactory, create_executor
+from tokenmill.models.store.directory import ModelDirectory
 
 __all__ = ["LLM", "Progress", "ProgressCallback"]
 

@@ -29,9 +29,9 @@ from tokenmill.engine.taps.calibration import InputStats, calibrate
 from tokenmill.engine.taps.routing import RoutingStats, routing
 from tokenmill.engine.taps.tap import Tap
 from tokenmill.kernels import KV_BLOCK, Executor, StepPlan
-from tokenmill.models.chat_template import ChatTemplate, encode_chat
-from tokenmill.models.compile import ExecutorConfig, ExecutorFactory, create_executor
-from tokenmill.models.directory import ModelDirectory
+from tokenmill.models.chat.template import ChatTemplate, encode_chat
+from tokenmill.models.packing.compile import ExecutorConfig, ExecutorFactory, create_executor
+from tokenmill.models.store.directory import ModelDirectory
 
 __all__ = ["LocalEngine", "guide"]
 

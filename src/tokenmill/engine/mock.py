@@ -45,10 +45,10 @@ from tokenmill.kernels import (
     StepPlan,
 )
 from tokenmill.models.architecture import Architecture, Layer
-from tokenmill.models.byte_tokenizer import END_TEXT, END_TOKEN, ByteTokenizer
-from tokenmill.models.chat_template import ChatTemplate
-from tokenmill.models.compile import ExecutorConfig
-from tokenmill.models.directory import ModelDirectory
+from tokenmill.models.chat.template import ChatTemplate
+from tokenmill.models.packing.compile import ExecutorConfig
+from tokenmill.models.store.directory import ModelDirectory
+from tokenmill.models.text.byte_tokenizer import END_TEXT, END_TOKEN, ByteTokenizer
 from tokenmill.models.weights import WeightSource
 
 __all__ = [

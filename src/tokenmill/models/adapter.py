@@ -24,9 +24,9 @@ from tokenmill.core.errors import ModelFormatError, NotFoundError
 from tokenmill.kernels import F32Array, Linear, PackedAdapter, PackedLowRank, StepPlan
 from tokenmill.kernels.lowrank import LowRankPart, pack_low_rank
 from tokenmill.models.architecture import Architecture
+from tokenmill.models.formats.safetensors import SafetensorsFile
 from tokenmill.models.hf_config import load_json_object
-from tokenmill.models.pack import FUSED, gate_up_turns
-from tokenmill.models.safetensors import SafetensorsFile
+from tokenmill.models.packing.pack import FUSED, gate_up_turns
 
 __all__ = ["Adapter", "LowRankPair", "pack_adapter", "read_adapter"]
 

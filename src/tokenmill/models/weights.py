@@ -11,9 +11,9 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from tokenmill.core.errors import ModelFormatError
 from tokenmill.models.architecture import Architecture
-from tokenmill.models.bfloat16 import F32Array, U16Array
-from tokenmill.models.checkpoint import Checkpoint
-from tokenmill.models.gguf_quants import Grid
+from tokenmill.models.formats.bfloat16 import F32Array, U16Array
+from tokenmill.models.formats.checkpoint import Checkpoint
+from tokenmill.models.formats.gguf_quants import Grid
 
 __all__ = ["CheckpointWeights", "RowSource", "WeightSource", "bf16_parts", "float32_parts"]
 

@@ -52,7 +52,7 @@ from tokenmill.engine.serving.messages import (
     encode,
 )
 from tokenmill.engine.structured.grammar import CheckedGrammar
-from tokenmill.models.directory import ModelDirectory
+from tokenmill.models.store.directory import ModelDirectory
 
 __all__ = ["EngineServer", "Link", "main", "open_engine"]
 

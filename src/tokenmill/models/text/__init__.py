@@ -1,0 +1,3 @@
+"""Text to token ids and back."""
+
+__all__: list[str] = []
