@@ -64,7 +64,7 @@ __all__ = ["Step", "main", "mixtral_shaped", "random_model"]
 _HIDDEN, _INNER, _VOCAB = 2048, 7168, 8192
 _LAYER_BYTES = 8 * 3 * _HIDDEN * _INNER
 _DATA_BYTES = 2 << 30  # of the child, where no control group can be made
-_BLOCK_BYTES, _SAMPLE_BYTES = 16 << 20, 256 << 20
+_BLOCK_BYTES, _SAMPLE_BYTES = 4 << 20, 256 << 20
 _RESERVE_BYTES = 256 << 20  # of the child's share: the interpreter, buffers, and pages on their way
 
 
