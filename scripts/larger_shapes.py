@@ -26,8 +26,8 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from scripts.memory_group import forget_pages, limiter, memory_group
+from tokenmill.cli.arguments import byte_size
 from tokenmill.cli.output import format_table
-from tokenmill.cli.show import byte_size
 from tokenmill.core import SamplingParams
 from tokenmill.engine import LLM, LLMConfig
 from tokenmill.models.architecture import Architecture

@@ -11,7 +11,7 @@ import pytest
 from tests.fast.cli_tools import make_home, make_runner
 from tests.fast.random_plan import make_batch
 from tests.fast.random_weights import RandomWeights, tiny_architecture
-from tokenmill.cli.show import byte_size
+from tokenmill.cli.arguments import byte_size
 from tokenmill.kernels import KV_BLOCK, KV_DTYPES, F32Array, KvDtype, available_isas, create_executor
 from tokenmill.models.architecture import Architecture, Experts, Layer
 from tokenmill.models.packing.fit import StepSizes, find_fits, footprint, packed_bytes

@@ -6,12 +6,13 @@ returns the exit code (0) and imports what is heavy inside. Errors are raised, n
 """
 
 import argparse
+import re
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias
 
-from tokenmill.cli.output import Output
+from tokenmill.cli.output import Output, format_bytes
 from tokenmill.core import NotFoundError, UsageError
 
 if TYPE_CHECKING:
@@ -31,12 +32,17 @@ __all__ = [
     "add_generator_flags",
     "add_model_argument",
     "add_shared_flags",
+    "byte_size",
+    "expert_cache_fields",
     "llm_config",
     "open_model",
     "opened_llm",
     "positive",
     "text_argument",
 ]
+
+_SIZE: Final = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s*([kmgt]i?)?b?", flags=re.ASCII | re.IGNORECASE)
+_POWERS: Final = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 Handler: TypeAlias = Callable[[argparse.Namespace, Output], int]
 """Runs a command: parsed arguments and the output to write to; returns the exit code."""
@@ -125,6 +131,12 @@ def add_engine_flags(parser: Parser) -> "argparse._ArgumentGroup":
         "--kv", choices=KV_DTYPES, help=f"format of the KV cache; int8 is half (default: {KV_DTYPES[0]})"
     )
     group.add_argument("--threads", type=positive, metavar="N", help="threads (default: one a processor)")
+    group.add_argument(
+        "--expert-cache",
+        type=byte_size,
+        metavar="SIZE",
+        help="memory for the experts of a mixture, for example 2GB; the others are read when they are asked",
+    )
     return group
 
 
@@ -160,6 +172,7 @@ def llm_config(args: argparse.Namespace) -> "LLMConfig":
         "num_threads": args.threads,
         "speculation": getattr(args, "speculation", None),
         "max_adapters": 1 if adapter_name(args) else None,
+        "expert_cache_bytes": args.expert_cache,
     }
     return LLMConfig(**{name: value for name, value in given.items() if value is not None})
 
@@ -202,6 +215,20 @@ def opened_llm(model: "ModelDirectory", args: argparse.Namespace, out: Output) -
         yield llm
 
 
+def expert_cache_fields(llm: "LLM", out: Output) -> dict[str, Any]:
+    """What the cache of experts did, for the document and as a note; nothing without one."""
+    stats = llm.expert_cache
+    if stats is None:
+        return {}
+    asked = stats.num_hits + stats.num_misses
+    hit_rate = stats.num_hits / asked if asked else 1.0
+    out.note(
+        f"experts: {hit_rate:.0%} of {asked} were in memory, {format_bytes(stats.bytes_read)} read in "
+        f"{stats.read_seconds:.1f} s, {format_bytes(stats.bytes_held)} held"
+    )
+    return {"expert_cache": {"hit_rate": hit_rate, **stats._asdict()}}
+
+
 def positive(text: str) -> int:
     """An argument that is a whole number of at least 1."""
     try:
@@ -211,6 +238,16 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
     return value
+
+
+def byte_size(text: str) -> int:
+    """An argument that is a size: `3GB`, `2.5GiB`, `800 MB`, `1000`; units count in thousands or 1024s."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 3GB or 3GiB")
+    unit = (match[2] or "").lower()
+    scale: int = (1024 if unit.endswith("i") else 1000) ** _POWERS[unit[:1]]
+    return round(float(match[1]) * scale)
 
 
 def text_argument(text: str) -> str:

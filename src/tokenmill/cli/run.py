@@ -11,6 +11,7 @@ from tokenmill.cli.arguments import (
     add_command,
     add_generator_flags,
     add_model_argument,
+    expert_cache_fields,
     open_model,
     opened_llm,
     text_argument,
@@ -81,7 +82,7 @@ def _run(args: argparse.Namespace, out: Output) -> int:
         asked = [Message(role="user", content=prompt)]
         ids = llm.encode(prompt) if is_raw else llm.encode_chat(asked, given_tools)
         completions = _answers(llm, ids, params, adapter_name(args), out)
-        weights = llm.config.weights
+        weights, experts = llm.config.weights, expert_cache_fields(llm, out)
     tokenizer = None if params.logprobs is None else model.tokenizer()
     for completion in completions:
         if params.n > 1:
@@ -92,7 +93,7 @@ def _run(args: argparse.Namespace, out: Output) -> int:
         out.note(summary(*completions))
     each = [completion_fields(completion, tokenizer) for completion in completions]
     what: dict[str, Any] = each[0] if params.n == 1 else {"completions": each}
-    out.document({"model": model.name, "weights": weights, "template": not is_raw, **what})
+    out.document({"model": model.name, "weights": weights, "template": not is_raw, **experts, **what})
     check_answers(completions)
     return 0
 

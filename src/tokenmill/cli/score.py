@@ -1,7 +1,7 @@
 """`tokenmill score`: how likely a text is to a model; perplexity in windows, as it is usually measured."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -11,6 +11,7 @@ from tokenmill.cli.arguments import (
     add_command,
     add_engine_flags,
     add_model_argument,
+    expert_cache_fields,
     open_model,
     opened_llm,
     positive,
@@ -22,6 +23,7 @@ from tokenmill.core import Score, UsageError
 
 if TYPE_CHECKING:
     from tokenmill.engine import Progress, ProgressCallback
+    from tokenmill.engine.taps.routing import RoutingStats
 
 __all__ = ["DEFAULT_WINDOW", "add_parser"]
 
@@ -55,12 +57,15 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--windows", type=positive, metavar="N", help="score the first N windows (default: all)"
     )
+    parser.add_argument(
+        "--routing", action="store_true", help="also how the tokens are shared among a mixture's experts"
+    )
     add_engine_flags(parser)
 
 
 def _score(args: argparse.Namespace, out: Output) -> int:
-    if args.context is not None and (args.window or args.windows):
-        raise UsageError("--context goes with no windows", hint="leave out --window and --windows")
+    if args.context is not None and (args.window or args.windows or args.routing):
+        raise UsageError("--context goes with no windows", hint="leave out --window, --windows and --routing")
     text = _text(args)
     model = open_model(args.model)
     with opened_llm(model, args, out) as llm:
@@ -74,9 +79,29 @@ def _score(args: argparse.Namespace, out: Output) -> int:
             num_tokens = len(tokens)
             with out.progress("tok") as bar:
                 scores = llm.score_tokens(tokens, window=window, on_progress=_drawer(bar, num_tokens))
-        weights = llm.config.weights
-    _report(out, {"model": model.name, "weights": weights, "num_tokens": num_tokens}, scores)
+        about = {"model": model.name, "weights": llm.config.weights, "num_tokens": num_tokens}
+        about |= expert_cache_fields(llm, out)
+        if args.routing:
+            windows = [tokens[at : at + window] for at in range(0, len(tokens), window)]
+            about["routing"] = _routing(out, llm.routing(windows))
+    _report(out, about, scores)
     return 0
+
+
+def _routing(out: Output, layers: "Mapping[int, RoutingStats]") -> dict[str, Any]:
+    """Who is sent where, as a table of layers and for the document."""
+    cells = [
+        [
+            str(layer),
+            f"{stats.entropy:.3f}",
+            f"{stats.load_X.max():.1%}",
+            str(stats.num_idle),
+            f"{stats.max_violation:.2f}",
+        ]
+        for layer, stats in layers.items()
+    ]
+    out.table(["layer", "entropy of load", "busiest expert", "idle experts", "MaxVio"], cells)
+    return {str(layer): stats.to_json() for layer, stats in layers.items()}
 
 
 def _text(args: argparse.Namespace) -> str:

@@ -1,12 +1,18 @@
 """`tokenmill show`: what a model is, what a token of it costs, and where it came from."""
 
 import argparse
-import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
-from tokenmill.cli.arguments import WEIGHTS, Subparsers, add_command, add_model_argument, open_model
+from tokenmill.cli.arguments import (
+    WEIGHTS,
+    Subparsers,
+    add_command,
+    add_model_argument,
+    byte_size,
+    open_model,
+)
 from tokenmill.cli.output import Output, format_bytes, format_count, format_table
 
 if TYPE_CHECKING:
@@ -14,7 +20,7 @@ if TYPE_CHECKING:
     from tokenmill.models.packing.fit import Fit
     from tokenmill.models.store.directory import ModelDirectory
 
-__all__ = ["add_parser", "byte_size", "weight_bytes"]
+__all__ = ["add_parser", "weight_bytes"]
 
 _DESCRIPTION = """\
 Architecture, costs, licence, lineage and hashes of a model. Bytes of a weight format are those of the
@@ -23,9 +29,6 @@ matrices that one generated token reads. FLOPs count two for a multiply-accumula
 MODEL may be a config.json alone, without weights. --fit says which weight and KV formats run in so much
 memory, and how long one sequence may then be; every byte counts, mapped files too.
 """
-
-_SIZE: Final = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s*([kmgt]i?)?b?", flags=re.ASCII | re.IGNORECASE)
-_POWERS: Final = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -37,16 +40,6 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--fit", type=byte_size, metavar="SIZE", help="what fits in so much memory, for example 3GB or 3GiB"
     )
-
-
-def byte_size(text: str) -> int:
-    """An argument that is a size: `3GB`, `2.5GiB`, `800 MB`, `1000`; units count in thousands or 1024s."""
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 3GB or 3GiB")
-    unit = (match[2] or "").lower()
-    scale: int = (1024 if unit.endswith("i") else 1000) ** _POWERS[unit[:1]]
-    return round(float(match[1]) * scale)
 
 
 def weight_bytes(model: "ModelDirectory") -> dict[str, int]:

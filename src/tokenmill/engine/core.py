@@ -141,7 +141,7 @@ class EngineCore:
         """Compute one step. Exceptions of the model fail one request; what is not an `Exception` is raised,
         and then no row counts as computed and every state stays valid.
         """
-        began, cached = self.clock(), expert_cache(self._executor)
+        began, cached = self.clock(), self.expert_cache
         finished = self._expire(began)
         schedule = self._plan()
         # If this fails, blocks are without their content, and nobody can go on.
@@ -171,8 +171,13 @@ class EngineCore:
         )
         return StepResult(stats=stats, finished=tuple(finished))
 
+    @property
+    def expert_cache(self) -> ExpertCacheStats | None:
+        """What the executor's cache of experts did so far; None without one."""
+        return expert_cache(self._executor)
+
     def _expert_reads(self, before: ExpertCacheStats | None) -> ExpertCacheStats | None:
-        now = expert_cache(self._executor)
+        now = self.expert_cache
         return None if now is None or before is None else now.since(before)
 
     def check_integrity(self) -> None:

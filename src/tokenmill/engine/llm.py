@@ -29,7 +29,7 @@ from tokenmill.engine.sequence import GenerationState, ScoringState, SequenceSta
 from tokenmill.engine.taps.calibration import InputStats
 from tokenmill.engine.taps.routing import RoutingStats
 from tokenmill.engine.taps.tap import Tap
-from tokenmill.kernels import F32Array, StepPlan
+from tokenmill.kernels import ExpertCacheStats, F32Array, StepPlan
 from tokenmill.models.packing.compile import ExecutorFactory, create_executor
 from tokenmill.models.store.directory import ModelDirectory
 
@@ -237,6 +237,11 @@ class LLM:
     ) -> Mapping[str, InputStats]:
         """Statistics of linears' inputs over token windows; see `tokenmill.engine.taps.calibration`."""
         return self._engine.calibrate(windows, points, second_moment=second_moment)
+
+    @property
+    def expert_cache(self) -> ExpertCacheStats | None:
+        """What the cache of experts did so far; None without a budget, or without experts."""
+        return self._engine.expert_cache
 
     def routing(self, windows: Iterable[Sequence[int]]) -> Mapping[int, RoutingStats]:
         """How the tokens of windows are shared among the experts of each layer, by its number.

@@ -28,7 +28,7 @@ from tokenmill.engine.swap import SwapFile
 from tokenmill.engine.taps.calibration import InputStats, calibrate
 from tokenmill.engine.taps.routing import RoutingStats, routing
 from tokenmill.engine.taps.tap import Tap
-from tokenmill.kernels import KV_BLOCK, Executor, StepPlan
+from tokenmill.kernels import KV_BLOCK, Executor, ExpertCacheStats, StepPlan
 from tokenmill.models.chat.template import ChatTemplate, encode_chat
 from tokenmill.models.packing.compile import ExecutorConfig, ExecutorFactory, create_executor
 from tokenmill.models.store.directory import ModelDirectory
@@ -203,6 +203,11 @@ class LocalEngine:
     ) -> Mapping[str, InputStats]:
         """Statistics of what the linears at these points read; see `calibration`."""
         return calibrate(self._core, windows, points, second_moment=second_moment)
+
+    @property
+    def expert_cache(self) -> ExpertCacheStats | None:
+        """What the cache of experts did so far; None without one."""
+        return self._core.expert_cache
 
     def routing(self, windows: Iterable[Sequence[int]]) -> Mapping[int, RoutingStats]:
         """How the tokens of windows are shared among the experts of each layer; see `routing`."""
