@@ -30,7 +30,7 @@ demo: $(VENV)/.package ## install, pull the default model, benchmark it shortly,
 test: $(VENV)/.dev ## the suite without its long forms (under 12 minutes on 2 cores)
 	$(BIN)/tokenmill pull $(MODEL)
 	$(BIN)/python -m pytest -m "fast or server or stateful" -n 2 --dist loadfile --durations=10
-	$(BIN)/python -m pytest -m "model or train" --durations=15
+	$(BIN)/python -m pytest -m "model or train" -n 2 --dist loadfile --durations=15
 
 .PHONY: test-fast
 test-fast: $(VENV)/.dev ## tests that need no weights
