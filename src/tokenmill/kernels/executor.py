@@ -26,6 +26,7 @@ from tokenmill.kernels.plan import (
     Norm,
     Op,
     PackedAdapter,
+    PackedLinear,
     Quantize,
     RopeKv,
     Route,
@@ -200,29 +201,6 @@ class NativeExecutor:
             else:
                 self._add(op)
 
-    def _add_routed(self, op: Route | ExpertLinear | Combine) -> None:
-        native = self._native
-        match op:
-            case Route():
-                weight, norm = np.ascontiguousarray(op.weight), np.ascontiguousarray(op.norm)
-                native.add_route(weight, norm, op.eps, op.renormalise)
-            case ExpertLinear():
-                w = op.weight.linear
-                native.add_expert_linear(
-                    op.dst,
-                    w.kind,
-                    w.num_out,
-                    w.num_in,
-                    w.group,
-                    w.symmetric,
-                    w.data,
-                    w.scales,
-                    w.mins,
-                    op.gated or "",
-                )
-            case _:
-                native.add_combine()
-
     def _add(self, op: Op) -> None:
         native = self._native
         match op:
@@ -234,17 +212,9 @@ class NativeExecutor:
             case AddNorm():
                 native.add_add_norm(np.ascontiguousarray(op.weight), op.eps)
             case Linear():
-                w = op.weight
                 native.add_linear(
                     op.dst,
-                    w.kind,
-                    w.num_out,
-                    w.num_in,
-                    w.group,
-                    w.symmetric,
-                    w.data,
-                    w.scales,
-                    w.mins,
+                    *_matrix(op.weight),
                     _padded_bias(op),
                     op.accumulate,
                     op.gated or "",
@@ -258,8 +228,13 @@ class NativeExecutor:
                 )
             case Attend():
                 native.add_attend(op.layer, _NO_WINDOW if op.window is None else op.window)
-            case Route() | ExpertLinear() | Combine():
-                self._add_routed(op)
+            case Route():
+                weight, norm = np.ascontiguousarray(op.weight), np.ascontiguousarray(op.norm)
+                native.add_route(weight, norm, op.eps, op.renormalise)
+            case ExpertLinear():
+                native.add_expert_linear(op.dst, *_matrix(op.weight.linear), op.gated or "")
+            case Combine():
+                native.add_combine()
             case Select():
                 native.add_select()
             case _:
@@ -269,6 +244,11 @@ class NativeExecutor:
 def _float_array(weight: F32Array | None) -> F32Array:
     """A weight as the extension takes it; empty for none."""
     return np.zeros(0, np.float32) if weight is None else np.ascontiguousarray(weight, np.float32)
+
+
+def _matrix(w: PackedLinear) -> tuple[Any, ...]:
+    """A packed matrix as the extension takes it."""
+    return w.kind, w.num_out, w.num_in, w.group, w.symmetric, w.data, w.scales, w.mins
 
 
 def _padded_bias(op: Linear) -> F32Array:
