@@ -238,10 +238,10 @@ def test_hf_folder(model: ModelDirectory, tmp_path: Path) -> None:
 
 
 def with_template(model: ModelDirectory, **config: Any) -> ModelDirectory:
-    """The model with this `tokenizer_config.json` and no other template."""
+    """The model with this `tokenizer_config.json` and no other template, opened again."""
     (model.path / "chat_template.jinja").unlink(missing_ok=True)
     (model.path / "tokenizer_config.json").write_text(json.dumps(config))
-    return model
+    return ModelDirectory.open(model.path)
 
 
 def test_named_templates(model: ModelDirectory) -> None:

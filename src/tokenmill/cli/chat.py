@@ -127,12 +127,14 @@ class Conversation:
 def _chat(args: argparse.Namespace, out: Output) -> int:
     params = sampling_params(args)
     model = open_model(args.model)
-    if model.chat_template() is None:
+    template = model.chat_template()
+    if template is None:
         raise UsageError(
             f"{model.name} has no chat template: it is a base model",
             hint=f'continue a text instead: tokenmill run {args.model} "text"',
         )
     given_tools = tools(args, model)
+    template.chosen(given_tools).start()  # it starts while the weights are loaded
     with opened_llm(model, args, out) as llm:
         conversation = Conversation(llm, params, out, adapter_name(args), given_tools)
         if not stdin_is_terminal():

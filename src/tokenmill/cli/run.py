@@ -76,11 +76,13 @@ def _run(args: argparse.Namespace, out: Output) -> int:
     params = sampling_params(args, grammar=grammar(args))
     prompt = _prompt(args.prompt)
     model = open_model(args.model)
-    is_raw = args.raw or model.chat_template() is None
+    template = None if args.raw else model.chat_template()
     given_tools = tools(args, model)
+    if template is not None:
+        template.chosen(given_tools).start()  # it starts while the weights are loaded
     with opened_llm(model, args, out) as llm:
         asked = [Message(role="user", content=prompt)]
-        ids = llm.encode(prompt) if is_raw else llm.encode_chat(asked, given_tools)
+        ids = llm.encode(prompt) if template is None else llm.encode_chat(asked, given_tools)
         completions = _answers(llm, ids, params, adapter_name(args), out)
         weights, experts = llm.config.weights, expert_cache_fields(llm, out)
     tokenizer = None if params.logprobs is None else model.tokenizer()
@@ -93,7 +95,9 @@ def _run(args: argparse.Namespace, out: Output) -> int:
         out.note(summary(*completions))
     each = [completion_fields(completion, tokenizer) for completion in completions]
     what: dict[str, Any] = each[0] if params.n == 1 else {"completions": each}
-    out.document({"model": model.name, "weights": weights, "template": not is_raw, **experts, **what})
+    out.document(
+        {"model": model.name, "weights": weights, "template": template is not None, **experts, **what}
+    )
     check_answers(completions)
     return 0
 

@@ -41,6 +41,11 @@ class TemplateProcess:
         self._child: subprocess.Popen[bytes] | None = None
         self._end: weakref.finalize[..., TemplateProcess] | None = None
 
+    def start(self) -> None:
+        """Start the child, and do not wait for it."""
+        with self._lock:
+            self._started()
+
     def render(self, source: str, context: Mapping[str, Any], mark: str = "") -> dict[str, str]:
         """The text as `text`, or why there is none as `refused`, `exhausted`, `broken` or `escaped`."""
         text = json.dumps(context, ensure_ascii=False)

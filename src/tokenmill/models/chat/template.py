@@ -62,6 +62,10 @@ class ChatTemplate:
         context = template_context(messages, tools, variables)
         return self.chosen(tools).rendered(context, add_generation_prompt)
 
+    def start(self) -> None:
+        """Start the process that renders, which the first rendering would else wait for."""
+        self._process.start()
+
     @property
     def knows_tools(self) -> bool:
         """Whether tools have a place in the prompt, as far as the template's words say."""

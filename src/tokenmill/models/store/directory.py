@@ -110,7 +110,11 @@ class ModelDirectory:
         return tokenizer
 
     def chat_template(self) -> ChatTemplate | None:
-        """The chat template; None if the model has none (a base model)."""
+        """The chat template, each time the same; None if the model has none (a base model)."""
+        return self._chat_template
+
+    @cached_property
+    def _chat_template(self) -> ChatTemplate | None:
         path = self.path / "tokenizer_config.json"
         config = load_json_object(path) if path.is_file() else {}
         tokens = _special_tokens(config, path)
