@@ -1,4 +1,4 @@
-// Causal attention of up to 16 rows over a list of KV blocks, with an online softmax over spans of 16
+// Causal attention of up to kAttendRows rows over a list of KV blocks, with an online softmax over spans of 16
 // blocks (Milakov and Gimelshein 2018; FlashAttention). Keys that a row may not see get the score minus
 // infinity and the probability zero, which leaves every sum unchanged: the result of a row depends only
 // on the blocks listed, not on the other rows of the tile. A window (Child et al. 2019) hides old positions in
@@ -10,7 +10,7 @@
 // Both are the operand B of TDPBF16PS. In int8 the order is the same, one byte a value, and behind the
 // values lie 32 float scales, one a key. The bytes are widened to bf16, which holds them exactly; a key's
 // scale multiplies its scores, a value's scale its probability. The sum of the softmax takes the
-// probability as it was before. The scale of a key that a row may not see is never used. Policy is a type with two static functions, so that the AMX form
+// probability as it is before that and before it is rounded. The scale of a key that a row may not see is never used. Policy is a type with two static functions, so that the AMX form
 // and the plain form share the softmax:
 //   scores(task, k_block, rows, dst)          dst[r * kSpan + key], 32 keys
 //   values(task, v, probs, blocks..., dst)    dst[r * head_pad + dim] over the blocks of a span
@@ -117,49 +117,51 @@ struct PlainAttend {
   }
 };
 
-// Zero for a score that is finite or masked, else not a number.
-MILL_INLINE vf not_a_number(vf score) {
-  return score == splat(-std::numeric_limits<float>::infinity()) ? vf{} : score * splat(0.0f);
-}
-
 struct SoftmaxState {
-  float top[16], sum[16];
+  float top[kAttendRows], sum[kAttendRows];
 };
 
-// Turns the scores of one row into probabilities; a score that is not finite makes the sum not a number. Returns the factor for what was summed before.
+// Zero if all scores are minus infinity, else not a number.
+static float none_seen(const float* s, int keys) {
+  vf poison{};
+  for (int i = 0; i < keys; i += 16) {
+    const vf x = load<vf>(s + i);
+    poison = poison + (x == splat(-std::numeric_limits<float>::infinity()) ? vf{} : x * splat(0.0f));
+  }
+  return sum16(poison);
+}
+
+// Turns the scores of one row into probabilities; a score that is not finite makes the sum not a number. Returns
+// the factor for what was summed before. A key whose probability is below 2^-125 counts as one that is not seen.
 template <bool Int8>
-static float softmax_row(float* s, uint16_t* p, const SpanBlocks& span, float scale, float& top, float& sum) {
+static float softmax_row(const float* s, uint16_t* p, const SpanBlocks& span, float scale, float& top, float& sum) {
   const int keys = span.count * kKvBlock;
-  const float inf = std::numeric_limits<float>::infinity();
-  vf peak = splat(-inf), poison{};
-  for (int i = 0; i < keys; i += 16) peak = fmax16(peak, load<vf>(s + i));
-  const float span_top = max16(peak);
-  if (span_top == -inf) {
+  vf peak = load<vf>(s), peak1 = load<vf>(s + 16);
+  for (int i = 32; i < keys; i += 32) {
+    peak = fmax16(peak, load<vf>(s + i));
+    peak1 = fmax16(peak1, load<vf>(s + i + 16));
+  }
+  const float span_top = max16(fmax16(peak, peak1));
+  if (span_top == -std::numeric_limits<float>::infinity()) {
     memset(p, 0, keys * sizeof(uint16_t));
-    for (int i = 0; i < keys; i += 16) poison = poison + not_a_number(load<vf>(s + i));
-    sum = sum + sum16(poison);
+    sum = sum + none_seen(s, keys);
     return 1.0f;
   }
   const float new_top = span_top > top ? span_top : top;
-  const vf low = splat(-125.0f), vtop = splat(new_top), vscale = splat(scale);
+  const vf vtop = splat(new_top), vscale = splat(scale);
   vf lanes{};
   for (int i = 0; i < keys; i += 16) {
-    const vf x = load<vf>(s + i);
-    const vf e = exp2_16(fmax16((x - vtop) * vscale, low));
-    const auto masked = x == splat(-inf);
-    poison = poison + not_a_number(x);
+    const vf e = exp2_or_zero((load<vf>(s + i) - vtop) * vscale);
+    lanes = lanes + e;
     if constexpr (Int8) {
       const vf scaled = e * load<vf>(span.v_scale[i / kKvBlock] + i % kKvBlock);
-      store(p + i, to_bf16(masked ? vf{} : scaled));
-      lanes = lanes + (masked ? vf{} : e);
+      store(p + i, to_bf16(e == vf{} ? vf{} : scaled));
     } else {
-      const vh h = to_bf16(masked ? vf{} : e);
-      store(p + i, h);
-      lanes = lanes + from_bf16(h);
+      store(p + i, to_bf16(e));
     }
   }
-  const vf alpha = exp2_16(fmax16(splat((top - new_top) * scale), low));
-  sum = (sum * alpha[0] + sum16(lanes)) + sum16(poison);
+  const vf alpha = exp2_or_zero(splat((top - new_top) * scale));
+  sum = sum * alpha[0] + sum16(lanes);
   top = new_top;
   return alpha[0];
 }
@@ -175,26 +177,42 @@ static void mask_block(const AttendTask& t, const int32_t* block, float* s) {
   }
 }
 
-// Positions that some row of the tile sees.
+// Positions that some row of the tile sees, [first, last], and those that all rows see.
 struct Sight {
-  int first, last;
+  int first, last, all_first, all_last;
   explicit Sight(const AttendTask& t) : first(t.positions[0]), last(t.positions[0]) {
     for (int r = 1; r < t.rows; r++) {
       first = t.positions[r] < first ? t.positions[r] : first;
       last = t.positions[r] > last ? t.positions[r] : last;
     }
+    all_first = last - (t.window - 1), all_last = first;
     first -= t.window - 1;
+  }
+  bool covers(const int32_t* block) const {
+    return block[2] == kKvBlock && block[1] >= all_first && block[1] + kKvBlock - 1 <= all_last;
   }
   bool meets(const int32_t* block) const {
     return block[2] > 0 && block[1] <= last && block[1] + block[2] > first;
   }
 };
 
-// Scores of one block into `s`, and its values into the span.
+MILL_INLINE void prefetch(const uint8_t* at, int bytes) {
+  for (int i = 0; i < bytes; i += 128) __builtin_prefetch(at + i, 0, 2);  // the hardware takes lines in pairs
+}
+
+// Scores of one block into `s`, and its values into the span. The values, and the keys of block `next`, are fetched
+// on the way.
 template <class Policy, bool Int8>
-static void add_block(const AttendTask& t, const AttendScratch& scratch, int block, float* s, SpanBlocks& span) {
+static void add_block(const AttendTask& t, const AttendScratch& scratch, int block, int next, float* s,
+                      SpanBlocks& span) {
   const uint8_t *k = t.k + block * t.block_stride, *v = t.v + block * t.block_stride;
   const int size = kKvBlock * t.head_pad;
+  // Few rows wait for memory, and each page is a place of its own, which the hardware does not foresee.
+  if (t.rows <= 16) {
+    const int bytes = Int8 ? size + kKvBlock * int(sizeof(float)) : size * 2;
+    prefetch(v, bytes);
+    if (next >= 0) prefetch(t.k + next * t.block_stride, bytes);
+  }
   if constexpr (Int8) {
     Policy::scores(t, widen_block(k, t.head_pad, scratch.wide + kSpanBlocks * size), s);
     scale_scores(t, block_scales(k, t.head_pad), s);
@@ -209,7 +227,7 @@ static void add_block(const AttendTask& t, const AttendScratch& scratch, int blo
 
 template <class Policy, bool Int8> static void attend_blocks(const AttendTask& t, const AttendScratch& scratch) {
   SoftmaxState state;
-  for (int r = 0; r < 16; r++) state.top[r] = -std::numeric_limits<float>::infinity(), state.sum[r] = 0;
+  for (int r = 0; r < t.rows; r++) state.top[r] = -std::numeric_limits<float>::infinity(), state.sum[r] = 0;
   const Sight sight(t);
   memset(scratch.acc, 0, size_t(t.rows) * t.head_pad * sizeof(float));
   for (int first = 0; first < t.num_blocks; first += kSpanBlocks) {
@@ -219,11 +237,11 @@ template <class Policy, bool Int8> static void attend_blocks(const AttendTask& t
       const int32_t* block = t.blocks + b * 3;
       if (!sight.meets(block)) continue;
       float* s = scratch.scores + span.count * kKvBlock;
-      add_block<Policy, Int8>(t, scratch, block[0], s, span);
-      mask_block(t, block, s);
+      add_block<Policy, Int8>(t, scratch, block[0], b + 1 < t.num_blocks ? block[3] : -1, s, span);
+      if (!sight.covers(block)) mask_block(t, block, s);
     }
     if (!span.count) continue;
-    float alpha[16];
+    float alpha[kAttendRows];
     for (int r = 0; r < t.rows; r++)
       alpha[r] = softmax_row<Int8>(scratch.scores + r * kSpan, scratch.probs + r * kSpan, span, t.scale,
                                    state.top[r], state.sum[r]);

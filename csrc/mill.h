@@ -1,8 +1,8 @@
 // Shared by all kernels: what a weight matrix, a row of activations and an attention task look like in
 // memory, and the table of functions that every instruction set fills.
 //
-// The arithmetic is defined once, without fused multiply-add and with a fixed order of every sum, so
-// that all instruction sets and the numpy twin (src/tokenmill/kernels/twin.py) agree bit for bit:
+// The arithmetic is defined once, with a fixed order of every sum and fused multiply-add only in the polynomial
+// of 2^t (vec.h), so that all instruction sets and the numpy twin (src/tokenmill/kernels/twin.py) agree bit for bit:
 //   * integer products are exact;
 //   * float sums over a row run in 16 lanes (lane j takes elements j, j+16, ...), then a fixed tree;
 //   * bf16 products are summed as the AMX instruction TDPBF16PS does: in chunks of 32 inputs, even and
@@ -22,6 +22,7 @@ constexpr int kTileN = 16;      // outputs in one weight tile
 constexpr int kKvBlock = 32;    // tokens in one KV block
 constexpr int kSpanBlocks = 16; // blocks between two rescalings of the online softmax
 constexpr int kSpan = kKvBlock * kSpanBlocks;
+constexpr int kAttendRows = 32; // rows that attention takes at once
 constexpr int kGroup = 32;      // inputs that share one entry of Act::group_sums
 constexpr int kSlackRows = 32;  // rows that kernels may read (never use) past the last one
 
@@ -99,6 +100,7 @@ struct LinearTask {
   const int32_t* slots = nullptr;      // [rows] adapter slot or -1
   const float* low = nullptr;          // [rows][ld_low], made by `shrink`
   int ld_low = 0;
+  const uint8_t* next = nullptr;       // weights that this thread reads after these, or null
 };
 
 // Rows [rows][d] that have passed a norm against a router [experts][d], all in float32.
@@ -111,7 +113,7 @@ struct RouterTask {
 // Rows of one sequence against its blocks, for one KV head. A row is a (token, query head) pair.
 struct AttendTask {
   const uint16_t* q;         // [rows][head_pad] bf16, contiguous
-  int rows;                  // 1..16
+  int rows;                  // 1..kAttendRows
   const int32_t* positions;  // [rows]
   int num_blocks;
   const int32_t* blocks;     // [num_blocks][3] block id, first position, rows in use
@@ -127,10 +129,10 @@ struct AttendTask {
 };
 
 struct AttendScratch {
-  float* scores;    // [16][kSpan]
-  uint16_t* probs;  // [16][kSpan]
-  float* acc;       // [16][head_pad]
-  float* span;      // [16][head_pad]
+  float* scores;    // [kAttendRows][kSpan]
+  uint16_t* probs;  // [kAttendRows][kSpan]
+  float* acc;       // [kAttendRows][head_pad]
+  float* span;      // [kAttendRows][head_pad]
   uint16_t* wide;   // int8 only: [kSpanBlocks + 1][kKvBlock * head_pad], V of a span and one block of K
 };
 
@@ -179,6 +181,7 @@ struct Kernels {
   void (*quantize)(const float* src, int d, Act&, int row, ActKind);
   // cos and sin may be null: rounds only.
   void (*rope)(const float* src, int head_dim, const float* cos, const float* sin, uint16_t* dst);
+  bool (*put_kv)(const uint16_t* key, const float* value, int head_dim, int slot, uint16_t* k_page, uint16_t* v_page);
   void (*attend)(const AttendTask&, const AttendScratch&);
   // Experts [begin, end).
   void (*router_logits)(const RouterTask&, int begin, int end);

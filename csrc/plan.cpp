@@ -97,8 +97,9 @@ Plan::Plan(const Shape& shape, const Kernels& kernels, int threads, int max_rows
   if (moe.count)
     experts_ = std::make_unique<Experts>(moe, kernels_, pool_, max_rows, shape.hidden, expert_cache_bytes);
   for (int t = 0; t < threads; t++)
-    threads_.push_back({Array<float>(std::max({max_inputs, shape.hidden, qkv})), Array<float>(16 * kSpan),
-                        Array<float>(16 * head_pad_), Array<float>(16 * head_pad_), Array<uint16_t>(16 * kSpan),
+    threads_.push_back({Array<float>(std::max({max_inputs, shape.hidden, qkv})), Array<float>(kAttendRows * kSpan),
+                        Array<float>(kAttendRows * head_pad_), Array<float>(kAttendRows * head_pad_),
+                        Array<uint16_t>(kAttendRows * kSpan),
                         Array<uint16_t>(kv_int8 ? size_t(kSpanBlocks + 1) * kKvBlock * head_pad_ : 0),
                         Array<float>(max_adapters ? 4 * size_t(round_up(max_inputs, 16)) : 0)});
 }
@@ -221,13 +222,13 @@ void Plan::wipe_new_blocks(const Batch& b) {
       std::memset(block(b.kv_slots[r] / kKvBlock), 0, block_bytes_);
 }
 
-// Tiles of up to 16 rows of one sequence; the longest work first, so that threads end together.
+// Up to kAttendRows rows of one sequence each; the longest work first, so that threads end together.
 void Plan::plan_attention(const Batch& b) {
   tasks_.clear();
   const int group = shape_.heads / shape_.kv_heads;
   for (int s = 0; s < b.sequences; s++) {
     const int rows = (b.row_starts[s + 1] - b.row_starts[s]) * group;
-    for (int r = 0; r < rows; r += 16) tasks_.push_back({s, r, std::min(16, rows - r)});
+    for (int r = 0; r < rows; r += kAttendRows) tasks_.push_back({s, r, std::min(kAttendRows, rows - r)});
   }
   std::stable_sort(tasks_.begin(), tasks_.end(), [&](const Task& x, const Task& y) {
     return b.block_starts[x.sequence + 1] - b.block_starts[x.sequence] >
@@ -316,8 +317,15 @@ void Plan::linear(const Batch& b, const Op& op, int thread) {
     task.slots = slots_.data(), task.low = low_.get(), task.ld_low = ld_low_;
     pool_.barrier();
   }
-  const Range pairs = part(round_up(op.linear.n, 2 * kTileN) / (2 * kTileN), thread, pool_.size());
+  const Range pairs = pairs_of(op.linear, thread);
+  for (int i = op.index + 1; i < num_ops() && !task.next; i++)
+    if (const LinearWeight& w = ops_[i].linear; ops_[i].kind == OpKind::linear && act_of(w.kind) == act_of(op.linear.kind))
+      task.next = w.data + size_t(pairs_of(w, thread).begin) * lines_of(w.k, act_of(w.kind)) * 2048;
   if (task.rows > 0) kernels_.linear(task, pairs.begin, pairs.end);
+}
+
+Range Plan::pairs_of(const LinearWeight& w, int thread) const {
+  return part(round_up(w.n, 2 * kTileN) / (2 * kTileN), thread, pool_.size());
 }
 
 bool Plan::has_low_ranks(const Op& op) const {
@@ -367,20 +375,9 @@ void Plan::rope_kv(const Batch& b, const Op& op, float* scratch, int row) {
     kernels_.rope(keys + g * e, e, cos, sin, key);
     const float* value = qkv + (shape_.heads + shape_.kv_heads + g) * e;
     uint8_t *k_page = pages + kv_offset(op.layer, 0, g), *v_page = pages + kv_offset(op.layer, 1, g);
-    kv_int8_ ? put_int8(key, value, slot, k_page, v_page) : put_bf16(key, value, slot, k_page, v_page);
+    if (kv_int8_) put_int8(key, value, slot, k_page, v_page);
+    else if (!kernels_.put_kv(key, value, e, slot, (uint16_t*)k_page, (uint16_t*)v_page)) poisoned_ = true;
   }
-}
-
-void Plan::put_bf16(const uint16_t* key, const float* value, int slot, uint8_t* k_page, uint8_t* v_page) {
-  uint16_t* k = reinterpret_cast<uint16_t*>(k_page) + k_first(slot);
-  uint16_t* v = reinterpret_cast<uint16_t*>(v_page) + v_first(slot);
-  bool finite = true;
-  for (int i = 0; i < shape_.head_dim; i++) {
-    k[k_step(i)] = key[i];
-    v[v_step(i)] = to_bf16(value[i]);
-    finite = finite && std::isfinite(value[i]);
-  }
-  if (!finite) poisoned_ = true;
 }
 
 // Rounds as the input of a linear is rounded; a vector that is not finite gets zeros and the scale NaN.
@@ -409,8 +406,8 @@ void Plan::attend(const Batch& b, const Op& op, int thread) {
     if (i >= count) break;
     const Task& task = tasks_[i / shape_.kv_heads];
     const int g = i % shape_.kv_heads, row0 = b.row_starts[task.sequence];
-    int32_t positions[16];
-    size_t out_offset[16];
+    int32_t positions[kAttendRows];
+    size_t out_offset[kAttendRows];
     for (int r = 0; r < task.rows; r++) {
       const int row = row0 + (task.first_row + r) / group, head = g * group + (task.first_row + r) % group;
       positions[r] = b.positions[row];

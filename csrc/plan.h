@@ -10,6 +10,7 @@
 #include "experts.h"
 #include "threads.h"
 #include "mill.h"
+#include "shares.h"
 
 namespace mill {
 
@@ -90,12 +91,12 @@ class Plan {
   void step(const Batch&, const Op&, int thread);
   void embed(const Batch&, const Op&, int row) const;
   void linear(const Batch&, const Op&, int thread);
+  Range pairs_of(const LinearWeight&, int thread) const;
   bool has_low_ranks(const Op&) const;
   void shrink(const Op&, const Act&, int thread);
   void add_norm(const Op&, float* scratch, int row) const;
   void rope_kv(const Batch&, const Op&, float* scratch, int row);
   const float* norm_heads(const HeadNorm&, float eps, const float* src, int heads, float* scratch) const;
-  void put_bf16(const uint16_t* key, const float* value, int slot, uint8_t* k_page, uint8_t* v_page);
   void put_int8(const uint16_t* key, const float* value, int slot, uint8_t* k_page, uint8_t* v_page) const;
   void attend(const Batch&, const Op&, int thread);
   static bool is_routed(const Op&);

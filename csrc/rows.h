@@ -13,14 +13,16 @@ MILL_INLINE vf load_row(const float* src, int at, int d) {
 // inputs may be anything, and count as 0.
 MILL_INLINE vi round_group(vf a, vf b, float inv, uint8_t* q) {
   if (!(inv > 0)) a = b = vf{};
-  const vi x = __builtin_convertvector(round16(a * splat(inv)), vi);
-  const vi y = __builtin_convertvector(round16(b * splat(inv)), vi);
-  store(q, __builtin_convertvector(x, vb));
-  store(q + 16, __builtin_convertvector(y, vb));
+  const vi x = nearest16(a * splat(inv)), y = nearest16(b * splat(inv));
+  store(q, narrow16(x));
+  store(q + 16, narrow16(y));
   return x + y;
 }
 
 MILL_INLINE int32_t sum_lanes(vi v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_epi32((__m512i)v);
+#endif
   int32_t lanes[16], sum = 0;
   store(lanes, v);
   for (int l = 0; l < 16; l++) sum += lanes[l];
@@ -30,21 +32,56 @@ MILL_INLINE int32_t sum_lanes(vi v) {
 // Rows below this are zero in 8 bits.
 constexpr float kTiny = 1e-30f;
 
-// A value that is not finite makes the scale, and so every output of the row, not a number.
-static void quantize_int8(const float* src, int d, const Act& act, int row) {
-  vf top{}, poison{};
-  for (int i = 0; i < d; i += 16) {
-    const vf x = load_row(src, i, d);
-    top = fmax16(top, fabs16(x));
-    poison = poison + x * splat(0.0f);
+// The largest magnitudes as bits: those of what is not finite are larger than all others.
+struct RowPeak {
+  vi top{};
+  MILL_INLINE void take(vf x) {
+    const vi bits = (vi)((vu)x & 0x7fffffffu);
+#if defined(__AVX512F__)
+    top = (vi)_mm512_max_epi32((__m512i)top, (__m512i)bits);
+#else
+    top = bits > top ? bits : top;
+#endif
   }
-  const float peak = max16(top) + sum16(poison), inv = peak > kTiny ? 127.0f / peak : 0.0f;
+  // Not a number if any value was not finite.
+  MILL_INLINE float value() const {
+    const float peak = max16((vf)(top > splat_i(0x7f7fffff) ? vi{} : top));
+    int32_t lanes[16], bits = 0;
+    store(lanes, top);
+    for (int l = 0; l < 16; l++) bits = lanes[l] > bits ? lanes[l] : bits;
+    return bits > 0x7f7fffff ? std::numeric_limits<float>::quiet_NaN() : peak;
+  }
+};
+
+// Rounds a row whose largest magnitude is `peak`; one that is not a number makes the scale, and so every output of
+// the row, not a number.
+static void round_row(const float* src, int d, float peak, const Act& act, int row) {
+  const float inv = peak > kTiny ? 127.0f / peak : 0.0f;
   vi total{};
-  for (int i = 0; i < act.lines * 2; i++)
-    total += round_group(load_row(src, i * 32, d), load_row(src, i * 32 + 16, d), inv,
-                         act.line(row, i / 2) + i % 2 * 32);
+  uint8_t* q = act.line(row, 0);
+  int i = 0;
+  if (inv > 0) {
+    const vf factor = splat(inv);
+    for (; i + 64 <= d; i += 64, q += 1024)
+      for (int j = 0; j < 64; j += 16) {
+        const vi x = nearest16(load<vf>(src + i + j) * factor);
+        store(q + j, narrow16(x));
+        total += x;
+      }
+  }
+  for (; i < act.lines * 64; i += 64, q += 1024)
+    for (int j = 0; j < 64; j += 32)
+      total += round_group(load_row(src, i + j, d), load_row(src, i + j + 16, d), inv, q + j);
   act.scale[row] = peak / 127.0f;
   act.row_sum[row] = sum_lanes(total);
+}
+
+static void quantize_int8(const float* src, int d, const Act& act, int row) {
+  RowPeak peak;
+  int i = 0;
+  for (; i + 16 <= d; i += 16) peak.take(load<vf>(src + i));
+  if (i < d) peak.take(load_head(src + i, d - i));
+  round_row(src, d, peak.value(), act, row);
 }
 
 static void quantize_groups(const float* src, int d, const Act& act, int row) {
@@ -86,8 +123,18 @@ static void norm(const float* src, int d, const float* weight, float eps, float*
     sum = sum + x * x;
   }
   const float inv = 1.0f / std::sqrt(sum16(sum) / float(d) + eps);
-  for (i = 0; i + 16 <= d; i += 16) store(tmp + i, (load<vf>(src + i) * splat(inv)) * load<vf>(weight + i));
-  for (; i < d; i++) tmp[i] = (src[i] * inv) * weight[i];
+  RowPeak peak;
+  for (i = 0; i + 16 <= d; i += 16) {
+    const vf y = (load<vf>(src + i) * splat(inv)) * load<vf>(weight + i);
+    peak.take(y);
+    store(tmp + i, y);
+  }
+  if (i < d) {
+    const vf y = (load_head(src + i, d - i) * splat(inv)) * load_head(weight + i, d - i);
+    peak.take(y);
+    memcpy(tmp + i, &y, (d - i) * sizeof(float));
+  }
+  if (kind == ActKind::int8) return round_row(tmp, d, peak.value(), act, row);
   quantize(tmp, d, act, row, kind);
 }
 
@@ -108,6 +155,33 @@ static void rope(const float* src, int head_dim, const float* cos, const float* 
     dst[i] = to_bf16(src[i] * cos[i] - src[half + i] * sin[i]);
     dst[half + i] = to_bf16(src[half + i] * cos[i] + src[i] * sin[i]);
   }
+}
+
+// Keys and values of one token and head into a block of the cache; attend.h has the layout. False if a value is not
+// finite.
+static bool put_kv(const uint16_t* key, const float* value, int head_dim, int slot, uint16_t* k_page,
+                   uint16_t* v_page) {
+  uint16_t* k = k_page + slot / 16 * 512 + slot % 16 * 2;
+  uint16_t* v = v_page + slot / 2 * 32 + slot % 2;
+  int i = 0;
+  for (; i + 2 <= head_dim; i += 2) memcpy(k + i / 32 * 1024 + i % 32 / 2 * 32, key + i, 4);
+  RowPeak peak;
+  for (i = 0; i + 16 <= head_dim; i += 16) {
+    const vf x = load<vf>(value + i);
+    peak.take(x);
+#if defined(__AVX512BW__)
+    const vu wide = __builtin_convertvector(to_bf16(x), vu);
+    // The other token of the pair keeps its half of each word.
+    _mm512_mask_storeu_epi16(v - slot % 2 + i / 16 * 512, slot % 2 ? 0xaaaaaaaau : 0x55555555u,
+                             (__m512i)(slot % 2 ? wide << 16 : wide));
+#else
+    const vh h = to_bf16(x);
+    for (int j = 0; j < 16; j++) v[i / 16 * 512 + j * 2] = h[j];
+#endif
+  }
+  if (i < head_dim) peak.take(load_head(value + i, head_dim - i));
+  for (; i < head_dim; i++) v[i / 16 * 512 + i % 16 * 2] = to_bf16(value[i]);
+  return peak.value() == peak.value();
 }
 
 // Not a number if any value of the row is not finite.

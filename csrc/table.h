@@ -63,6 +63,7 @@ static Kernels make_table(const char* name) {
   k.norm = norm;
   k.quantize = quantize;
   k.rope = rope;
+  k.put_kv = put_kv;
   k.attend = attend<PlainAttend>;
   k.router_logits = router_logits;
   k.choose_experts = choose_experts;

@@ -40,13 +40,39 @@ MILL_INLINE vf madd_exact(vf a, vf b, vf acc) {
 #endif
 }
 
+// a * b + c, rounded once: the same bits on every machine.
+MILL_INLINE vf fma16(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  vf y;
+  for (int h = 0; h < 2; h++) {
+    float* at = (float*)&y + h * 8;
+    _mm256_storeu_ps(at, _mm256_fmadd_ps(_mm256_loadu_ps((float*)&a + h * 8), _mm256_loadu_ps((float*)&b + h * 8),
+                                         _mm256_loadu_ps((float*)&c + h * 8)));
+  }
+  return y;
+#else
+  vf y;
+  for (int i = 0; i < 16; i++) y[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return y;
+#endif
+}
+
 // Fixed tree: 8 + 8, 4 + 4, 2 + 2, 1 + 1.
 MILL_INLINE float sum16(vf v) {
+#if defined(__AVX512DQ__)
+  const __m256 b = _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
+  const __m128 c = _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
+  const __m128 d = _mm_add_ps(c, _mm_movehl_ps(c, c));
+  return _mm_cvtss_f32(_mm_add_ss(d, _mm_shuffle_ps(d, d, 1)));
+#else
   float a[16], b[8], c[4];
   store(a, v);
   for (int i = 0; i < 8; i++) b[i] = a[i] + a[i + 8];
   for (int i = 0; i < 4; i++) c[i] = b[i] + b[i + 4];
   return (c[0] + c[2]) + (c[1] + c[3]);
+#endif
 }
 
 MILL_INLINE float max16(vf v) {
@@ -67,21 +93,45 @@ MILL_INLINE vf round16(vf x) {
   return (x + magic) - magic;
 }
 
-// 2^t for t in [-125, 125]; the twin has the same polynomial.
+// 2^t for t in [-125, 125]; the twin has the same polynomial. The low bits of t + magic are the integer part.
 MILL_INLINE vf exp2_16(vf t) {
-  const vf n = round16(t), f = t - n;
-  vf p = splat(1.54614447e-4f);
-  p = p * f + splat(1.34004282e-3f);
-  p = p * f + splat(9.61805668e-3f);
-  p = p * f + splat(5.55032723e-2f);
-  p = p * f + splat(2.40226509e-1f);
-  p = p * f + splat(6.93147207e-1f);
-  p = p * f + splat(1.0f);
-  return (vf)((vi)p + (__builtin_convertvector(n, vi) << 23));
+  const vf magic = splat(12582912.0f), shifted = t + magic, f = t - (shifted - magic);
+  vf p = splat(1.32647273e-3f);
+  p = fma16(p, f, splat(9.67151299e-3f));
+  p = fma16(p, f, splat(5.55073358e-2f));
+  p = fma16(p, f, splat(2.40222424e-1f));
+  p = fma16(p, f, splat(6.93147004e-1f));
+  p = fma16(p, f, splat(1.0f));
+  return (vf)((vi)p + ((vi)shifted << 23));
+}
+
+// 2^t for t up to 125; zero below -125. Not a number stays so.
+MILL_INLINE vf exp2_or_zero(vf t) { return t < splat(-125.0f) ? vf{} : exp2_16(t); }
+
+// Nearest integers, ties to even, for |x| < 2^22.
+MILL_INLINE vi nearest16(vf x) {
+#if defined(__AVX512F__)
+  return (vi)_mm512_cvtps_epi32((__m512)x);
+#else
+  return __builtin_convertvector(round16(x), vi);
+#endif
+}
+
+// By way of 16 bits: GCC makes one step from 32 to 8 value by value.
+MILL_INLINE vb narrow16(vi x) {
+#if defined(__AVX512F__)
+  return __builtin_convertvector(x, vb);
+#else
+  typedef int16_t vs __attribute__((vector_size(32)));
+  return __builtin_convertvector(__builtin_convertvector(x, vs), vb);
+#endif
 }
 
 // Bits of bf16, rounded to nearest even.
 MILL_INLINE vh to_bf16(vf x) {
+#if defined(__AVX512BF16__)
+  return (vh)_mm512_cvtneps_pbh((__m512)x);
+#endif
   const vu u = (vu)x;
   return __builtin_convertvector((u + 0x7fffu + ((u >> 16) & 1u)) >> 16, vh);
 }

@@ -1,10 +1,10 @@
 """The numpy twin of every native kernel: the documentation of the arithmetic, to the last bit.
 
-No fused multiply-add, every sum in the order that the native kernels use (see `csrc/mill.h`): 16 lanes
-and a fixed tree for float sums over a row; for bf16 products the order of the AMX instruction TDPBF16PS
-(Intel SDM, volume 2): chunks of 32 inputs, even and odd inputs in two chains, then added. The instruction
-flushes denormal numbers to zero: there bits may differ. `linear` leaves the order of the bf16 products to
-the linear algebra library; `linear_bf16_ordered` keeps it.
+Fused multiply-add only in the polynomial of 2^t, every sum in the order that the native kernels use (see
+`csrc/mill.h`): 16 lanes and a fixed tree for float sums over a row; for bf16 products the order of the AMX
+instruction TDPBF16PS (Intel SDM, volume 2): chunks of 32 inputs, even and odd inputs in two chains, then
+added. The instruction flushes denormal numbers to zero: there bits may differ. `linear` leaves the order of
+the bf16 products to the linear algebra library; `linear_bf16_ordered` keeps it.
 """
 
 from typing import Any
@@ -22,6 +22,8 @@ __all__ = [
     "bf16_values",
     "dot_bf16_ordered",
     "exp2",
+    "exp2_or_zero",
+    "fma",
     "gated_unit",
     "linear",
     "linear_bf16_ordered",
@@ -44,8 +46,7 @@ _TWICE_GELU_LOG2E = np.float32(2.30220819813849)
 
 _LOWEST = np.float32(-125)
 _EXP2 = tuple(
-    np.float32(c)
-    for c in (1.54614447e-4, 1.34004282e-3, 9.61805668e-3, 5.55032723e-2, 2.40226509e-1, 6.93147207e-1, 1.0)
+    np.float32(c) for c in (1.32647273e-3, 9.67151299e-3, 5.55073358e-2, 2.40222424e-1, 6.93147004e-1, 1.0)
 )
 
 
@@ -77,14 +78,37 @@ def sum_lanes(x: F32Array) -> F32Array:
     return total
 
 
+def fma(a: F32Array, b: F32Array, c: np.float32) -> F32Array:
+    """a * b + c, rounded once.
+
+    The product is exact in float64. Its sum with c is rounded to odd there (Boldo and Melquiond 2008), so
+    that rounding it to float32 afterwards gives what one rounding gives.
+    """
+    product = a.astype(np.float64) * b
+    total = product + np.float64(c)
+    rest = total - product
+    error = (product - (total - rest)) + (np.float64(c) - rest)
+    bits = total.view(np.int64)
+    even = np.isfinite(error) & (error != 0) & (bits & 1 == 0)
+    away = (error > 0) == (total > 0)
+    odd = np.where(even, np.where(away, bits + 1, bits - 1), bits)
+    return odd.view(np.float64).astype(np.float32)
+
+
 def exp2(t: F32Array) -> F32Array:
-    """2**t for t in [-125, 125]: a degree-6 polynomial on [-0.5, 0.5], relative error about 1e-7."""
+    """2**t for t in [-125, 125]: a degree-5 polynomial on [-0.5, 0.5], relative error below 2e-7."""
     n = np.rint(t)
     f = t - n
     p = np.full_like(t, _EXP2[0])
     for c in _EXP2[1:]:
-        p = p * f + c
+        p = fma(p, f, c)
     return (p.view(np.int32) + (n.astype(np.int32) << np.int32(23))).view(np.float32)
+
+
+def exp2_or_zero(t: F32Array) -> F32Array:
+    """2**t for t up to 125, zero below -125."""
+    low = t < _LOWEST
+    return np.where(low, np.float32(0), exp2(np.where(low, np.float32(0), t)))
 
 
 def rms_norm(x_TD: F32Array, weight_D: F32Array, eps: float) -> F32Array:
@@ -243,15 +267,13 @@ def attend_rows(
         scores[broken] = 0
         top_now = np.maximum(top, scores.max(axis=-1))
         base = np.where(np.isneginf(top_now), np.float32(0), top_now)
-        exps = exp2(np.maximum((scores - base[..., None]) * scale, _LOWEST))
-        exps = np.where(np.isneginf(scores), np.float32(0), exps)
-        if kv_scales_2S is None:
-            summed = probs = bf16_values(bf16_bits(exps))
-        else:
-            scaled = np.where(np.isneginf(scores), np.float32(0), exps * kv_scales_2S[1, part])
-            summed, probs = exps, bf16_values(bf16_bits(scaled))
-        alpha = exp2(np.maximum((top - base) * scale, _LOWEST))
-        total = total * alpha + sum_lanes(summed)
+        exps = exp2_or_zero((scores - base[..., None]) * scale)
+        scaled = exps
+        if kv_scales_2S is not None:
+            scaled = np.where(exps == 0, np.float32(0), exps * kv_scales_2S[1, part])
+        probs = bf16_values(bf16_bits(scaled))
+        alpha = exp2_or_zero((top - base) * scale)
+        total = total * alpha + sum_lanes(exps)
         total[broken] = np.nan
         is_seen_S = np.asarray(seen_TS[:, part].any(axis=0))
         v_seen_SE = np.where(is_seen_S[:, None], v_SE[part], np.float32(0))
