@@ -1,15 +1,18 @@
 // Which instruction sets this processor, and this kernel, can run.
 #include <cstring>
 #include "mill.h"
-#ifdef MILL_X86
+#if defined(__x86_64__)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
 #endif
 
 namespace mill {
 
-#ifdef MILL_X86
+#if defined(__x86_64__)
 namespace {
 
 // The operating system must give a process the tile registers before the first tile instruction.
@@ -42,17 +45,31 @@ bool has_avx2() {
 }
 
 }  // namespace
+#elif defined(__aarch64__)
+namespace {
+
+bool has_dot_product() {
+#if defined(__linux__)
+  return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#else
+  return true;  // every Apple processor of this kind
+#endif
+}
+
+}  // namespace
 #endif
 
 int detect_isas(const char** names) {
   int n = 0;
-#ifdef MILL_X86
+#if defined(__x86_64__)
   __builtin_cpu_init();
   // Asked once: in a virtual machine each question costs many microseconds.
   static const bool avx2 = has_avx2(), wide = has_avx512() && avx2, amx = wide && has_amx();
   if (amx) names[n++] = "amx";
   if (wide) names[n++] = "avx512";
   if (avx2) names[n++] = "avx2";
+#elif defined(__aarch64__)
+  if (has_dot_product()) names[n++] = "neon";
 #endif
   names[n++] = "portable";
   return n;
@@ -64,10 +81,12 @@ const Kernels* find_kernels(const char* name) {
   bool available = false;
   for (int i = 0; i < n; i++) available = available || !strcmp(names[i], name);
   if (!available) return nullptr;
-#ifdef MILL_X86
+#if defined(__x86_64__)
   if (!strcmp(name, "amx")) return kernels_amx();
   if (!strcmp(name, "avx512")) return kernels_avx512();
   if (!strcmp(name, "avx2")) return kernels_avx2();
+#elif defined(__aarch64__)
+  if (!strcmp(name, "neon")) return kernels_neon();
 #endif
   return kernels_portable();
 }

@@ -38,6 +38,23 @@ MILL_INLINE vi finish(const Acc& acc) {
   return out;
 }
 
+// A magnitude is at most 128 and an input at most 127: two of their products sum to less than 2^15, so the saturating
+// product is exact.
+using Chain = __m256i;
+struct Weights { __m256i value, magnitude; };
+constexpr int kWidth = 8, kZero = 128, kRows = 8, kColumns = 1;
+
+MILL_INLINE Weights load_weights(const uint8_t* p) {
+  const __m256i value = _mm256_xor_si256(_mm256_loadu_si256((const __m256i*)p), _mm256_set1_epi8(-128));
+  return {value, _mm256_abs_epi8(value)};
+}
+MILL_INLINE void dot(Chain& chain, const Weights& w, int32_t x) {
+  const __m256i pairs = _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(_mm256_set1_epi32(x), w.value));
+  chain = _mm256_add_epi32(chain, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+MILL_INLINE Chain add_chains(Chain a, Chain b) { return _mm256_add_epi32(a, b); }
+MILL_INLINE void store_chain(int32_t* p, Chain chain) { _mm256_storeu_si256((__m256i*)p, chain); }
+
 }  // namespace mill::MILL_ISA
 
 #include "table.h"
