@@ -35,6 +35,11 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512vnni");
 }
 
+bool has_avx_vnni() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+
 bool has_f16c() {
   unsigned a, b, c, d;
   return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
@@ -64,9 +69,11 @@ int detect_isas(const char** names) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   // Asked once: in a virtual machine each question costs many microseconds.
-  static const bool avx2 = has_avx2(), wide = has_avx512() && avx2, amx = wide && has_amx();
+  static const bool avx2 = has_avx2(), wide = has_avx512() && avx2, amx = wide && has_amx(),
+                    avxvnni = avx2 && has_avx_vnni();
   if (amx) names[n++] = "amx";
   if (wide) names[n++] = "avx512";
+  if (avxvnni) names[n++] = "avxvnni";
   if (avx2) names[n++] = "avx2";
 #elif defined(__aarch64__)
   if (has_dot_product()) names[n++] = "neon";
@@ -84,6 +91,7 @@ const Kernels* find_kernels(const char* name) {
 #if defined(__x86_64__)
   if (!strcmp(name, "amx")) return kernels_amx();
   if (!strcmp(name, "avx512")) return kernels_avx512();
+  if (!strcmp(name, "avxvnni")) return kernels_avxvnni();
   if (!strcmp(name, "avx2")) return kernels_avx2();
 #elif defined(__aarch64__)
   if (!strcmp(name, "neon")) return kernels_neon();

@@ -31,6 +31,11 @@ MILL_INLINE Acc dot4(Acc acc, const Bytes& b, int32_t x) {
   for (int i = 0; i < 4; i++) acc.part[i] = vaddq_s32(vdotq_s32(acc.part[i], less_128(b.part[i]), q), rest);
   return acc;
 }
+MILL_INLINE Acc dot4_small(Acc acc, const Bytes& b, int32_t x) {
+  for (int i = 0; i < 4; i++)
+    acc.part[i] = vdotq_s32(acc.part[i], vreinterpretq_s8_u8(b.part[i]), quad_everywhere(x));
+  return acc;
+}
 MILL_INLINE vi finish(const Acc& acc) {
   vi out;
   memcpy(&out, acc.part, sizeof out);

@@ -13,6 +13,7 @@ MILL_INLINE Bytes high_nibbles(Bytes b) {
   return _mm512_and_si512(_mm512_srli_epi16(b, 4), _mm512_set1_epi8(15));
 }
 MILL_INLINE Acc dot4(Acc acc, Bytes b, int32_t x) { return _mm512_dpbusd_epi32(acc, b, _mm512_set1_epi32(x)); }
+MILL_INLINE Acc dot4_small(Acc acc, const Bytes& b, int32_t x) { return dot4(acc, b, x); }
 MILL_INLINE vi finish(Acc acc) { return (vi)acc; }
 
 using Chain = __m512i;

@@ -23,6 +23,7 @@ MILL_INLINE Acc dot4(Acc acc, const Bytes& b, int32_t x) {
     acc.lane[n] += b.at[n * 4] * q[0] + b.at[n * 4 + 1] * q[1] + b.at[n * 4 + 2] * q[2] + b.at[n * 4 + 3] * q[3];
   return acc;
 }
+MILL_INLINE Acc dot4_small(Acc acc, const Bytes& b, int32_t x) { return dot4(acc, b, x); }
 MILL_INLINE vi finish(const Acc& acc) { return load<vi>(acc.lane); }
 
 using Chain = Acc;

@@ -2,7 +2,8 @@
 // defines before including this file (dot_*.h). For weights with a scale a group of inputs:
 //   Acc / Bytes          16 int32 sums in the layout dot4 likes / 64 weight bytes (16 outputs x 4 inputs)
 //   load_bytes, low_nibbles, high_nibbles
-//   dot4(acc, bytes, x)  acc[n] += sum over j < 4 of unsigned bytes[n][j] * signed x[j]
+//   dot4(acc, bytes, x)  acc[n] += sum over j < 4 of unsigned bytes[n][j] * signed x[j], |x[j]| < 128
+//   dot4_small           the same for bytes below 128, which some sets do faster
 //   finish(acc)          the sums as 16 int32 lanes
 // For 8-bit weights with a scale an output, register by register:
 //   Chain / Weights      kWidth int32 sums, in order / kWidth x 4 weight bytes, less kZero
@@ -68,16 +69,24 @@ MILL_INLINE void put_pair(const LinearTask& t, int row, int pair, vf y0, vf y1) 
 // Byte of register `i` in a line of a pair of tiles, whose registers are `bytes` wide.
 constexpr int register_at(int i, int bytes) { return i * bytes / 64 * 1024 + i * bytes % 64; }
 
+// Weights come from memory in the first pass over them, and the hardware alone is late: one row fetches what comes a
+// page later, many rows the next pair of tiles.
+MILL_INLINE size_t fetch_distance(const LinearTask& t) { return t.rows == 1 ? 4096 : size_t(t.act->lines) * 2048; }
+MILL_INLINE void fetch(const uint8_t* p) { __builtin_prefetch(p), __builtin_prefetch(p + 64); }
+
 // R rows by C registers of outputs, from register `first` of a pair on. One row alone gets more chains of sums:
 // a chain waits for itself.
-template <int R, int C> MILL_INLINE void i8c_columns(const LinearTask& t, int row, int pair, int first, int32_t* sums) {
-  constexpr int chains = R == 1 ? 4 : 1;
+template <int R, int C, bool Fetch>
+static void i8c_columns(const LinearTask& t, int row, int pair, int first, int32_t* sums) {
+  constexpr int chains = R == 1 && C < 4 ? 2 : 1;
   const int lines = t.act->lines;
+  const size_t ahead = fetch_distance(t);
   const uint8_t *x = t.act->line(row, 0), *w = t.w->data + size_t(pair) * lines * 2048;
   Chain acc[chains][R][C] = {};
   for (int line = 0; line < lines; line++, x += 1024, w += 2048)
 #pragma GCC unroll 4
     for (int quad = 0; quad < 16; quad++) {
+      if (Fetch) fetch(w + ahead + quad * 128);
       Weights b[C];
       for (int c = 0; c < C; c++) b[c] = load_weights(w + register_at(first + c, 4 * kWidth) + quad * 64);
       for (int r = 0; r < R; r++) {
@@ -97,7 +106,9 @@ template <int R, int C> MILL_INLINE void i8c_columns(const LinearTask& t, int ro
 template <int R> static void i8c_block(const LinearTask& t, int row, int pair) {
   constexpr int registers = 2 * kTileN / kWidth;
   alignas(64) int32_t sums[R * 2 * kTileN];
-  for (int i = 0; i < registers; i += kColumns) i8c_columns<R, kColumns>(t, row, pair, i, sums);
+  constexpr int columns = R == 1 ? registers : kColumns;
+  row == 0 ? i8c_columns<R, columns, true>(t, row, pair, 0, sums) : i8c_columns<R, columns, false>(t, row, pair, 0, sums);
+  for (int i = columns; i < registers; i += columns) i8c_columns<R, columns, false>(t, row, pair, i, sums);
   const float* scales = (const float*)t.w->scales + pair * 2 * kTileN;
   const vf scale0 = load<vf>(scales), scale1 = load<vf>(scales + kTileN);
   for (int r = 0; r < R && row + r < t.rows; r++) {
@@ -147,8 +158,8 @@ template <int Bits, int R> static void group_tile(const LinearTask& t, int row, 
       const Bytes hi = Bits == 4 ? high_nibbles(raw) : load_bytes(p + (i + 4) * (chunk_bytes / 8));
       for (int r = 0; r < R; r++) {
         const uint8_t* q = x.line(r, c / 2) + c % 2 * 32 + i * 4;
-        acc[r] = dot4(acc[r], lo, load_quad(q));
-        acc[r] = dot4(acc[r], hi, load_quad(q + 16));
+        acc[r] = Bits == 4 ? dot4_small(acc[r], lo, load_quad(q)) : dot4(acc[r], lo, load_quad(q));
+        acc[r] = Bits == 4 ? dot4_small(acc[r], hi, load_quad(q + 16)) : dot4(acc[r], hi, load_quad(q + 16));
       }
     }
     const vf scale = load_f16(scales + c / per_group * kTileN);
@@ -188,8 +199,10 @@ MILL_INLINE vf_register madd_register(vf_register a, float b, vf_register acc) {
 
 // bf16, summed in the order of TDPBF16PS (see mill.h): R rows by C registers of outputs, from register `first` of a
 // pair on. The inputs of a line are made floats first, for all its outputs.
-template <int R, int C> MILL_INLINE void bf16_columns(const LinearTask& t, int row, int pair, int first, float* sums) {
+template <int R, int C, bool Fetch>
+static void bf16_columns(const LinearTask& t, int row, int pair, int first, float* sums) {
   const int lines = t.act->lines;
+  const size_t ahead = fetch_distance(t);
   const uint8_t* w = t.w->data + size_t(pair) * lines * 2048;
   vf_register total[R][C] = {};
   for (int line = 0; line < lines; line++, w += 2048) {
@@ -200,6 +213,7 @@ template <int R, int C> MILL_INLINE void bf16_columns(const LinearTask& t, int r
     }
     vf_register even[R][C] = {}, odd[R][C] = {};
     for (int i = 0; i < 16; i++) {
+      if (Fetch) fetch(w + ahead + i * 128);
       vf_register we[C], wo[C];
       for (int c = 0; c < C; c++) {
         const auto pairs = load<vu_register>(w + register_at(first + c, kRegister) + i * 64);
@@ -221,7 +235,9 @@ template <int R, int C> MILL_INLINE void bf16_columns(const LinearTask& t, int r
 // R rows by a pair of tiles. Rows past the last are multiplied and dropped.
 template <int R> static void bf16_block(const LinearTask& t, int row, int pair) {
   alignas(64) float sums[R * 2 * kTileN];
-  for (int i = 0; i < 128 / kRegister; i += kBf16Columns) bf16_columns<R, kBf16Columns>(t, row, pair, i, sums);
+  constexpr int registers = 128 / kRegister, columns = R == 1 && registers < 8 ? registers : kBf16Columns;
+  row == 0 ? bf16_columns<R, columns, true>(t, row, pair, 0, sums) : bf16_columns<R, columns, false>(t, row, pair, 0, sums);
+  for (int i = columns; i < registers; i += columns) bf16_columns<R, columns, false>(t, row, pair, i, sums);
   for (int r = 0; r < R && row + r < t.rows; r++)
     put_pair(t, row + r, pair, load<vf>(sums + r * 2 * kTileN), load<vf>(sums + r * 2 * kTileN + kTileN));
 }

@@ -198,6 +198,7 @@ struct Kernels {
 const Kernels* kernels_portable();
 #if defined(__x86_64__)
 const Kernels* kernels_avx2();
+const Kernels* kernels_avxvnni();
 const Kernels* kernels_avx512();
 const Kernels* kernels_amx();
 #elif defined(__aarch64__)
