@@ -1,4 +1,4 @@
-"""Kernels give the same bits on arm64 as here: one program, built for both, digests what every kernel computes.
+"""Kernels give the same bits on arm64 as here: one program, built for both, digests what kernels compute.
 
 arm64 is emulated (qemu), so this says what the kernels compute there, and nothing of how fast.
 """
@@ -86,6 +86,6 @@ def test_arm64_without_a_dot_product_agrees(here: dict[str, dict[str, str]], arm
 @needs_arm64
 def test_arithmetic_that_is_fused_is_noticed(here: dict[str, dict[str, str]], tmp_path: Path) -> None:
     found = on_arm64(build(tmp_path / "fused", *ARM64, "-DTOKENMILL_FP_CONTRACT=fast"), "cortex-a57")
-    same = {case for case, digest in found["portable"].items() if digest == here["portable"][case]}
-    # Sums of exact products stay as they are, fused or not.
-    assert same <= {"quantise", "linear-bf16", "linear-i8c", "sample"}
+    changed = {case for case, digest in found["portable"].items() if digest != here["portable"][case]}
+    # Not everything: sums of exact products stay as they are, fused or not.
+    assert changed >= {"norm", "gated-i8c", "linear-i8g", "attend-bf16", "attend-int8", "experts", "log-sum-exp"}
