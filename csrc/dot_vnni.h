@@ -21,7 +21,9 @@ using Weights = __m512i;
 constexpr int kWidth = 16, kZero = 0, kRows = 8, kColumns = 2;
 
 MILL_INLINE Weights load_weights(const uint8_t* p) { return _mm512_loadu_si512(p); }
-MILL_INLINE void dot(Chain& chain, Weights w, int32_t x) { chain = _mm512_dpbusd_epi32(chain, w, _mm512_set1_epi32(x)); }
+MILL_INLINE void dot(Chain& chain, Weights w, int32_t x) {
+  chain = _mm512_dpbusd_epi32(chain, w, _mm512_set1_epi32(x));
+}
 MILL_INLINE Chain add_chains(Chain a, Chain b) { return _mm512_add_epi32(a, b); }
 MILL_INLINE void store_chain(int32_t* p, Chain chain) { _mm512_storeu_si512(p, chain); }
 

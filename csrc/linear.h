@@ -107,8 +107,9 @@ template <int R> static void i8c_block(const LinearTask& t, int row, int pair) {
   constexpr int registers = 2 * kTileN / kWidth;
   alignas(64) int32_t sums[R * 2 * kTileN];
   constexpr int columns = R == 1 ? registers : kColumns;
-  row == 0 ? i8c_columns<R, columns, true>(t, row, pair, 0, sums) : i8c_columns<R, columns, false>(t, row, pair, 0, sums);
-  for (int i = columns; i < registers; i += columns) i8c_columns<R, columns, false>(t, row, pair, i, sums);
+  if (row == 0) i8c_columns<R, columns, true>(t, row, pair, 0, sums);
+  for (int i = row == 0 ? columns : 0; i < registers; i += columns)
+    i8c_columns<R, columns, false>(t, row, pair, i, sums);
   const float* scales = (const float*)t.w->scales + pair * 2 * kTileN;
   const vf scale0 = load<vf>(scales), scale1 = load<vf>(scales + kTileN);
   for (int r = 0; r < R && row + r < t.rows; r++) {
@@ -123,7 +124,8 @@ static void linear_i8c(const LinearTask& t, int pair0, int pair1) {
   for (int pair = pair0; pair < pair1; pair++) {
     int row = 0;
     for (; row + kRows / 2 < t.rows; row += kRows) i8c_block<kRows>(t, row, pair);
-    for (; row < t.rows; row++) i8c_block<1>(t, row, pair);
+    if (row + 1 < t.rows) i8c_block<kRows / 2>(t, row, pair);
+    else if (row < t.rows) i8c_block<1>(t, row, pair);
   }
 }
 
@@ -236,8 +238,9 @@ static void bf16_columns(const LinearTask& t, int row, int pair, int first, floa
 template <int R> static void bf16_block(const LinearTask& t, int row, int pair) {
   alignas(64) float sums[R * 2 * kTileN];
   constexpr int registers = 128 / kRegister, columns = R == 1 && registers < 8 ? registers : kBf16Columns;
-  row == 0 ? bf16_columns<R, columns, true>(t, row, pair, 0, sums) : bf16_columns<R, columns, false>(t, row, pair, 0, sums);
-  for (int i = columns; i < registers; i += columns) bf16_columns<R, columns, false>(t, row, pair, i, sums);
+  if (row == 0) bf16_columns<R, columns, true>(t, row, pair, 0, sums);
+  for (int i = row == 0 ? columns : 0; i < registers; i += columns)
+    bf16_columns<R, columns, false>(t, row, pair, i, sums);
   for (int r = 0; r < R && row + r < t.rows; r++)
     put_pair(t, row + r, pair, load<vf>(sums + r * 2 * kTileN), load<vf>(sums + r * 2 * kTileN + kTileN));
 }
@@ -246,7 +249,8 @@ static void linear_bf16(const LinearTask& t, int pair0, int pair1) {
   for (int pair = pair0; pair < pair1; pair++) {
     int row = 0;
     for (; row + kBf16Rows / 2 < t.rows; row += kBf16Rows) bf16_block<kBf16Rows>(t, row, pair);
-    for (; row < t.rows; row++) bf16_block<1>(t, row, pair);
+    if (row + 1 < t.rows) bf16_block<kBf16Rows / 2>(t, row, pair);
+    else if (row < t.rows) bf16_block<1>(t, row, pair);
   }
 }
 
