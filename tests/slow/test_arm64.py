@@ -88,4 +88,12 @@ def test_arithmetic_that_is_fused_is_noticed(here: dict[str, dict[str, str]], tm
     found = on_arm64(build(tmp_path / "fused", *ARM64, "-DTOKENMILL_FP_CONTRACT=fast"), "cortex-a57")
     changed = {case for case, digest in found["portable"].items() if digest != here["portable"][case]}
     # Not everything: sums of exact products stay as they are, fused or not.
-    assert changed >= {"norm", "gated-i8c", "linear-i8g", "attend-bf16", "attend-int8", "experts", "log-sum-exp"}
+    assert changed >= {
+        "norm",
+        "gated-i8c",
+        "linear-i8g",
+        "attend-bf16",
+        "attend-int8",
+        "experts",
+        "log-sum-exp",
+    }
