@@ -1,45 +1,6 @@
-// AVX2 without VNNI: bytes are widened to 16 bits, since the saturating byte product would not be exact.
+// AVX2 without VNNI.
 #define MILL_ISA avx2
-#include "vec.h"
-
-namespace mill::MILL_ISA {
-
-// Sums of input pairs: lanes [4 i, 4 i + 4) of part i hold outputs 2, two partial sums each.
-struct Acc { __m256i part[4]; };
-struct Bytes { __m256i half[2]; };
-
-MILL_INLINE Bytes load_bytes(const uint8_t* p) {
-  return {{_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))}};
-}
-MILL_INLINE Bytes low_nibbles(Bytes b) {
-  const __m256i mask = _mm256_set1_epi8(15);
-  return {{_mm256_and_si256(b.half[0], mask), _mm256_and_si256(b.half[1], mask)}};
-}
-MILL_INLINE Bytes high_nibbles(Bytes b) {
-  const __m256i mask = _mm256_set1_epi8(15);
-  return {{_mm256_and_si256(_mm256_srli_epi16(b.half[0], 4), mask),
-           _mm256_and_si256(_mm256_srli_epi16(b.half[1], 4), mask)}};
-}
-MILL_INLINE Acc dot4(Acc acc, Bytes b, int32_t x) {
-  const __m256i q = _mm256_broadcastq_epi64(_mm_cvtepi8_epi16(_mm_cvtsi32_si128(x)));
-  for (int i = 0; i < 4; i++) {
-    const __m128i bytes = i % 2 ? _mm256_extracti128_si256(b.half[i / 2], 1) : _mm256_castsi256_si128(b.half[i / 2]);
-    acc.part[i] = _mm256_add_epi32(acc.part[i], _mm256_madd_epi16(_mm256_cvtepu8_epi16(bytes), q));
-  }
-  return acc;
-}
-MILL_INLINE vi finish(const Acc& acc) {
-  vi out;
-  for (int i = 0; i < 2; i++) {
-    const __m256i pairs = _mm256_hadd_epi32(acc.part[2 * i], acc.part[2 * i + 1]);
-    const __m256i sums = _mm256_permute4x64_epi64(pairs, 0xd8);
-    memcpy((char*)&out + 32 * i, &sums, 32);
-  }
-  return out;
-}
-
-}  // namespace mill::MILL_ISA
-
+#include "dot_avx2.h"
 #include "table.h"
 
 namespace mill {

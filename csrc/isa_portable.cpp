@@ -23,7 +23,20 @@ MILL_INLINE Acc dot4(Acc acc, const Bytes& b, int32_t x) {
     acc.lane[n] += b.at[n * 4] * q[0] + b.at[n * 4 + 1] * q[1] + b.at[n * 4 + 2] * q[2] + b.at[n * 4 + 3] * q[3];
   return acc;
 }
+MILL_INLINE Acc dot4_small(Acc acc, const Bytes& b, int32_t x) { return dot4(acc, b, x); }
 MILL_INLINE vi finish(const Acc& acc) { return load<vi>(acc.lane); }
+
+using Chain = Acc;
+using Weights = Bytes;
+constexpr int kWidth = 16, kZero = 0, kRows = 4, kColumns = 1;
+
+MILL_INLINE Weights load_weights(const uint8_t* p) { return load_bytes(p); }
+MILL_INLINE void dot(Chain& chain, const Weights& w, int32_t x) { chain = dot4(chain, w, x); }
+MILL_INLINE Chain add_chains(Chain a, const Chain& b) {
+  for (int n = 0; n < 16; n++) a.lane[n] += b.lane[n];
+  return a;
+}
+MILL_INLINE void store_chain(int32_t* p, const Chain& chain) { store(p, chain); }
 
 }  // namespace mill::MILL_ISA
 

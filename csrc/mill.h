@@ -199,10 +199,13 @@ struct Kernels {
 };
 
 const Kernels* kernels_portable();
-#ifdef MILL_X86
+#if defined(__x86_64__)
 const Kernels* kernels_avx2();
+const Kernels* kernels_avxvnni();
 const Kernels* kernels_avx512();
 const Kernels* kernels_amx();
+#elif defined(__aarch64__)
+const Kernels* kernels_neon();
 #endif
 
 // Best first: names of the instruction sets this processor and kernel can run.

@@ -36,19 +36,18 @@ constexpr float kTiny = 1e-30f;
 struct RowPeak {
   vi top{};
   MILL_INLINE void take(vf x) {
-    const vi bits = (vi)((vu)x & 0x7fffffffu);
-#if defined(__AVX512F__)
-    top = (vi)_mm512_max_epi32((__m512i)top, (__m512i)bits);
-#else
-    top = bits > top ? bits : top;
-#endif
+    top = max16(top, (vi)((vu)x & 0x7fffffffu));
   }
   // Not a number if any value was not finite.
   MILL_INLINE float value() const {
-    const float peak = max16((vf)(top > splat_i(0x7f7fffff) ? vi{} : top));
-    int32_t lanes[16], bits = 0;
-    store(lanes, top);
-    for (int l = 0; l < 16; l++) bits = lanes[l] > bits ? lanes[l] : bits;
+    int32_t bits = 0;
+#if defined(__AVX512F__)
+    bits = _mm512_reduce_max_epi32((__m512i)top);
+#else
+    for (int l = 0; l < 16; l++) bits = top[l] > bits ? top[l] : bits;
+#endif
+    float peak;
+    memcpy(&peak, &bits, sizeof peak);
     return bits > 0x7f7fffff ? std::numeric_limits<float>::quiet_NaN() : peak;
   }
 };

@@ -21,36 +21,37 @@ static uint64_t read_pass(const uint8_t* p, size_t bytes) {
   return x;
 }
 
-// Independent chains of dot4 on registers, 64 multiply-adds each. The input is hidden from the compiler in
-// every round, so that it cannot foresee the sums.
-static double int8_ops_dot4(int iters) {
-  constexpr int chains = sizeof(Acc) > 64 ? 3 : 12;
+// Independent chains of dot on registers. The input is hidden from the compiler in every round, so that it cannot
+// foresee the sums.
+static double int8_ops_dot(int iters) {
+  constexpr int chains = kWidth == 8 ? 8 : 12;
   uint8_t bytes[64];
   for (int i = 0; i < 64; i++) bytes[i] = uint8_t(i * 7 + iters);
-  const Bytes b = load_bytes(bytes);
-  Acc acc[chains] = {};
+  const Weights w = load_weights(bytes);
+  Chain sums[chains] = {};
   int32_t x = 0x01020304;
   for (int it = 0; it < iters; it++) {
     asm volatile("" : "+r"(x));
-    for (int i = 0; i < chains; i++) acc[i] = dot4(acc[i], b, x);
+    for (int i = 0; i < chains; i++) dot(sums[i], w, x);
   }
-  vi all{};
-  for (int i = 0; i < chains; i++) all += finish(acc[i]);
-  return double(iters) * chains * 64 * 2 + (all[0] == 42 ? 1 : 0);
+  for (int i = 1; i < chains; i++) sums[0] = add_chains(sums[0], sums[i]);
+  int32_t out[kWidth];
+  store_chain(out, sums[0]);
+  return double(iters) * chains * kWidth * 4 * 2 + (out[0] == 42 ? 1 : 0);
 }
 
 static double bf16_ops_madd(int iters) {
-  constexpr int chains = sizeof(Acc) > 64 ? 6 : 12;
-  vf acc[chains] = {};
+  constexpr int chains = 12;
+  vf_register acc[chains] = {};
   float x = 1e-3f;
   for (int it = 0; it < iters; it++) {
     asm volatile("" : "+m"(x));
-    const vf b = splat(x);
-    for (int i = 0; i < chains; i++) acc[i] = madd_exact(b, b, acc[i]);
+    const vf_register b = x - vf_register{};
+    for (int i = 0; i < chains; i++) acc[i] = madd_register(b, x, acc[i]);
   }
   float s = 0;
   for (int i = 0; i < chains; i++) s += acc[i][0];
-  return double(iters) * chains * 16 * 2 + (s == 42.0f ? 1 : 0);
+  return double(iters) * chains * (kRegister / 4) * 2 + (s == 42.0f ? 1 : 0);
 }
 
 static Kernels make_table(const char* name) {
@@ -72,7 +73,7 @@ static Kernels make_table(const char* name) {
   k.sample = sample;
   k.top_ids = top_ids;
   k.read_pass = read_pass;
-  k.int8_ops = int8_ops_dot4;
+  k.int8_ops = int8_ops_dot;
   k.bf16_ops = bf16_ops_madd;
   return k;
 }

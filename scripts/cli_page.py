@@ -31,7 +31,7 @@ Every command keeps the same promises:
 - A flag that is not given has the default of the Python API, which its help names.
 - `MODEL` is a name of `tokenmill models`, or the path of a model directory (with a `/` in it).
 - Models are kept in `TOKENMILL_HOME`, else in `tokenmill` under `XDG_DATA_HOME` (`~/.local/share`).
-  `TOKENMILL_ISA` forces an instruction set: `amx`, `avx512`, `avx2`, `portable` or `numpy`.
+  `TOKENMILL_ISA` forces an instruction set: `amx`, `avx512`, `avxvnni`, `avx2`, `neon`, `portable`, `numpy`.
 """
 
 

@@ -20,7 +20,8 @@ from tokenmill.kernels.isa import NUMPY, available_isas
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
-ISAS = ("amx", "avx512", "avx2", "portable", NUMPY)
+ISAS = ("amx", "avx512", "avxvnni", "avx2", "neon", "portable", NUMPY)
+ARM64 = "tests/slow/test_arm64.py"
 SANITIZERS = {"address,undefined": "libasan.so", "thread": "libtsan.so"}
 
 
@@ -51,7 +52,8 @@ def main() -> int:
     """Run every step, keep the page up to date, return 1 if any step failed."""
     steps = [isa_step(isa) for isa in ISAS]
     steps += [sanitizer_step(kind) for kind in SANITIZERS]
-    steps.append(Step(name="long forms", markers="slow"))
+    steps.append(arm64_step())
+    steps.append(Step(name="long forms", markers="slow", tests=(f"--ignore={ARM64}",)))
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     target = RESULTS / f"test-all-{today}.md"
     RESULTS.mkdir(parents=True, exist_ok=True)
@@ -69,6 +71,15 @@ def isa_step(isa: str) -> Step:
     tests = native_tests() if isa == NUMPY else (*native_tests(), "tests/model/test_parity.py")
     env = {"TOKENMILL_ISA": isa}
     return Step(name=f"TOKENMILL_ISA={isa}", markers="fast or model", tests=tests, env=env, cannot=cannot)
+
+
+def arm64_step() -> Step:
+    """The kernels on an emulated arm64, against those of this machine."""
+    tools = shutil.which("aarch64-linux-gnu-g++") and any(
+        shutil.which(name) for name in ("qemu-aarch64-static", "qemu-aarch64")
+    )
+    cannot = "" if tools else "needs apt-get install g++-aarch64-linux-gnu qemu-user-static"
+    return Step(name="arm64, emulated", markers="slow", tests=(ARM64,), cannot=cannot)
 
 
 def sanitizer_step(kind: str) -> Step:

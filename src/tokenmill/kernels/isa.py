@@ -1,6 +1,6 @@
 """Which kernels run: the native extension with its instruction sets, or the numpy twin without it.
 
-`TOKENMILL_ISA` forces one of `amx`, `avx512`, `avx2`, `portable`, `numpy`.
+`TOKENMILL_ISA` forces one of `amx`, `avx512`, `avxvnni`, `avx2`, `neon`, `portable`, `numpy`.
 """
 
 import functools
