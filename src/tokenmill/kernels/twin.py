@@ -22,6 +22,7 @@ __all__ = [
     "bf16_values",
     "dot_bf16_ordered",
     "exp2",
+    "fused",
     "gated_unit",
     "linear",
     "linear_bf16_ordered",
@@ -133,12 +134,26 @@ def _linear_groups(packed: PackedLinear, x_TK: F32Array) -> F32Array:
         part, group = slice(k, k + ACT_GROUP), k // packed.group
         q_TK, scale_T = quantize_rows(x_TK[:, part])
         dots_TN: F32Array = q_TK.astype(np.float32) @ values_NK[:, part].astype(np.float32).T
-        scale_N = scales_NG[:, group].astype(np.float32)
-        total_TN = total_TN + (scale_N * dots_TN) * scale_T[:, None]
+        y_TN = scales_NG[:, group].astype(np.float32) * dots_TN
         if mins_NG is not None:
-            sums_T = scale_T * q_TK.sum(axis=1, dtype=np.int32).astype(np.float32)
-            total_TN = total_TN + mins_NG[:, group].astype(np.float32) * sums_T[:, None]
+            sums_T = q_TK.sum(axis=1, dtype=np.int32).astype(np.float32)
+            y_TN = fused(mins_NG[:, group].astype(np.float32), sums_T[:, None], y_TN)
+        total_TN = fused(y_TN, scale_T[:, None], total_TN)
     return total_TN
+
+
+def fused(a: F32Array, b: F32Array, c: F32Array) -> F32Array:
+    """a * b + c, rounded once. In float64 the product is exact and the sum is rounded to odd (Boldo and
+    Melquiond 2008), so that rounding it again to float32 gives what rounding once would."""
+    product = a.astype(np.float64) * b
+    with np.errstate(invalid="ignore"):
+        total = product + c
+        added = total - product
+        error = (product - (total - added)) + (c - added)
+    bits = total.view(np.int64)
+    is_short = np.isfinite(error) & (error != 0) & (bits % 2 == 0)
+    bits += np.where(is_short, np.where((error > 0) == (total > 0), 1, -1), 0)
+    return total.astype(np.float32)
 
 
 def dot_bf16_ordered(a_RK: F32Array, b_CK: F32Array) -> F32Array:
