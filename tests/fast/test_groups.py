@@ -26,7 +26,7 @@ SIZES = [
 @pytest.mark.parametrize("kind", ["i8g", "i4g", "i4g-symmetric"])
 @pytest.mark.parametrize("sizes", SIZES, ids=["1-group", "2-and-3-groups", "26-groups"])
 def test_any_shape_equals_the_twin(kind: str, isa: str, sizes: dict[str, int]) -> None:
-    """Accumulated, gated and with biases; 1 to 26 groups; outputs that end inside a tile or a pair of them."""
+    """Accumulated, gated and with biases; 1 to 26 groups; outputs may end inside a tile."""
     plan = make_plan(kind, Variant(bias=True), seed=3, layers=1, **sizes)
     room: Any = {"max_rows": 96, "max_out_rows": 96, "num_blocks": 3}
     native = create_executor(plan, **room, num_threads=2, isa=isa)
