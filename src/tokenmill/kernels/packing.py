@@ -88,9 +88,8 @@ def pack_i4g(
 ) -> PackedLinear:
     """Pack 4-bit values 0..15 with a scale and, unless symmetric (zero point 8), a minimum a group."""
     tiles = _blocks_first(_pad(values_NK, 2 * TILE, 1, fill=0).astype(np.uint8))
-    return _pack_blocks(
-        "i4g", values_NK.shape, tiles[:, :, :, :4] | (tiles[:, :, :, 4:] << 4), scales_NG, mins_NG
-    )
+    nibbles = tiles[:, :, :, :4] | (tiles[:, :, :, 4:] << np.uint8(4))
+    return _pack_blocks("i4g", values_NK.shape, nibbles, scales_NG, mins_NG)
 
 
 def unpack_groups(
