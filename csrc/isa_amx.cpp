@@ -2,6 +2,7 @@
 // All eight tiles are 16 rows of 64 bytes in every thread, configured once a step.
 #define MILL_ISA amx
 #include "dot_vnni.h"
+#include "groups_amx.h"
 #include "table.h"
 #include "tile.h"
 
@@ -130,11 +131,18 @@ template <bool Int8> static void linear_tiles(const LinearTask& t, int pair0, in
   }
 }
 
+// Whose tiles are narrower.
+static void linear_grouped(const LinearTask& t, int pair0, int pair1) {
+  if (t.rows < kLeastTileRows) return linear_groups(t, pair0, pair1);
+  linear_groups_tiles(t, pair0, pair1);
+  begin_thread();
+}
+
 static void linear(const LinearTask& t, int pair0, int pair1) {
   switch (t.w->kind) {
-    case LinearKind::i8c: return t.rows < 4 ? linear_generic(t, pair0, pair1) : linear_tiles<true>(t, pair0, pair1);
+    case LinearKind::i8c: return t.rows < 4 ? linear_i8c(t, pair0, pair1) : linear_tiles<true>(t, pair0, pair1);
     case LinearKind::bf16: return linear_tiles<false>(t, pair0, pair1);
-    default: return linear_generic(t, pair0, pair1);
+    default: return linear_grouped(t, pair0, pair1);
   }
 }
 

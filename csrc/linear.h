@@ -138,43 +138,6 @@ template <int R> struct Lines {
   const uint8_t* line(int r, int i) const { return at[r] + size_t(i) * 1024; }
 };
 
-// 8 or 4 bits with a scale (and minimum) a group of inputs, activations with a scale a 32 inputs: one tile.
-template <int Bits, int R> static void group_tile(const LinearTask& t, int row, int tile, vf* total) {
-  const LinearWeight& w = *t.w;
-  const Act& act = *t.act;
-  constexpr int chunk_bytes = Bits == 4 ? 256 : 512;  // 16 outputs x 32 inputs
-  const int chunks = w.k / kGroup, per_group = w.group / kGroup;
-  const int zero = Bits == 8 ? 128 : w.symmetric ? 8 : 0;
-  const size_t groups = w.k / w.group, act_groups = size_t(act.lines) * 2;
-  const uint8_t* data = w.data + size_t(tile) * chunks * chunk_bytes;
-  const uint16_t* scales = (const uint16_t*)w.scales + tile * groups * kTileN;
-  const uint16_t* mins = w.symmetric ? nullptr : w.mins + tile * groups * kTileN;
-  const Lines<R> x(act, row);
-  for (int r = 0; r < R; r++) total[r] = vf{};
-  for (int c = 0; c < chunks; c++) {
-    Acc acc[R] = {};
-    const uint8_t* p = data + size_t(c) * chunk_bytes;
-    for (int i = 0; i < 4; i++) {
-      const Bytes raw = load_bytes(p + i * 64);
-      const Bytes lo = Bits == 4 ? low_nibbles(raw) : raw;
-      const Bytes hi = Bits == 4 ? high_nibbles(raw) : load_bytes(p + (i + 4) * (chunk_bytes / 8));
-      for (int r = 0; r < R; r++) {
-        const uint8_t* q = x.line(r, c / 2) + c % 2 * 32 + i * 4;
-        acc[r] = Bits == 4 ? dot4_small(acc[r], lo, load_quad(q)) : dot4(acc[r], lo, load_quad(q));
-        acc[r] = Bits == 4 ? dot4_small(acc[r], hi, load_quad(q + 16)) : dot4(acc[r], hi, load_quad(q + 16));
-      }
-    }
-    const vf scale = load_f16(scales + c / per_group * kTileN);
-    const vf min = mins ? load_f16(mins + c / per_group * kTileN) : vf{};
-    for (int r = 0; r < R; r++) {
-      const float x_scale = act.scale[(row + r) * act_groups + c];
-      const int32_t x_sum = act.group_sums[(row + r) * act_groups + c];
-      total[r] = total[r] + (scale * to_float(finish(acc[r]) - zero * x_sum)) * splat(x_scale);
-      if (mins) total[r] = total[r] + min * splat(x_scale * float(x_sum));
-    }
-  }
-}
-
 // One register of floats. Vectors that are wider are kept in memory by some compilers.
 #if defined(__AVX512F__)
 constexpr int kRegister = 64, kBf16Rows = 6, kBf16Columns = 2;
@@ -251,35 +214,6 @@ static void linear_bf16(const LinearTask& t, int pair0, int pair1) {
     for (; row + kBf16Rows / 2 < t.rows; row += kBf16Rows) bf16_block<kBf16Rows>(t, row, pair);
     if (row + 1 < t.rows) bf16_block<kBf16Rows / 2>(t, row, pair);
     else if (row < t.rows) bf16_block<1>(t, row, pair);
-  }
-}
-
-template <int R> static void pair_by_tiles(const LinearTask& t, int row, int pair) {
-  vf y[2][R];
-  const int tiles = (t.w->n + kTileN - 1) / kTileN;
-  for (int h = 0; h < 2; h++) {
-    const int tile = pair * 2 + h;
-    if (tile >= tiles) for (int r = 0; r < R; r++) y[h][r] = vf{};
-    else if (t.w->kind == LinearKind::i8g) group_tile<8, R>(t, row, tile, y[h]);
-    else group_tile<4, R>(t, row, tile, y[h]);
-  }
-  for (int r = 0; r < R; r++) put_pair(t, row + r, pair, y[0][r], y[1][r]);
-}
-
-// A pair of tiles stays in the nearest cache while all rows pass over it.
-static void linear_groups(const LinearTask& t, int pair0, int pair1) {
-  for (int pair = pair0; pair < pair1; pair++) {
-    int row = 0;
-    for (; row + 4 <= t.rows; row += 4) pair_by_tiles<4>(t, row, pair);
-    for (; row < t.rows; row++) pair_by_tiles<1>(t, row, pair);
-  }
-}
-
-static void linear_generic(const LinearTask& t, int pair0, int pair1) {
-  switch (t.w->kind) {
-    case LinearKind::i8c: return linear_i8c(t, pair0, pair1);
-    case LinearKind::bf16: return linear_bf16(t, pair0, pair1);
-    default: return linear_groups(t, pair0, pair1);
   }
 }
 

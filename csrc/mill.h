@@ -2,7 +2,7 @@
 // memory, and the table of functions that every instruction set fills.
 //
 // The arithmetic is defined once, with a fixed order of every sum and fused multiply-add only in the polynomial
-// of 2^t (vec.h), so that all instruction sets and the numpy twin (src/tokenmill/kernels/twin.py) agree bit for bit:
+// of 2^t (vec.h) and for groups of weights (groups.h), so that all instruction sets and the numpy twin (src/tokenmill/kernels/twin.py) agree bit for bit:
 //   * integer products are exact;
 //   * float sums over a row run in 16 lanes (lane j takes elements j, j+16, ...), then a fixed tree;
 //   * bf16 products are summed as the AMX instruction TDPBF16PS does: in chunks of 32 inputs, even and

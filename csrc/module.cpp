@@ -67,15 +67,15 @@ size_t round_up(size_t x, size_t to) { return (x + to - 1) / to * to; }
 
 // The arrays of a matrix must be as large as the kernels believe (packing.py has the layouts).
 void check_sizes(const mill::LinearWeight& w, size_t data, size_t scales, size_t mins) {
-  const size_t n = w.n, k = w.k, n16 = round_up(n, 16), n32 = round_up(n, 32);
+  const size_t n = w.n, k = w.k, n32 = round_up(n, 32);
   require(w.n > 0 && w.k > 0, "a linear without inputs or outputs");
   if (w.kind == mill::LinearKind::bf16) return require(data == n32 * round_up(k, 32) * 2, "size of bf16 weights");
   if (w.kind == mill::LinearKind::i8c)
     return require(data == n32 * round_up(k, 64) && scales == n32 * 4, "size of i8c weights");
   require(w.group > 0 && w.group % mill::kGroup == 0 && k % w.group == 0, "groups of a linear");
-  const size_t groups = n16 * (k / w.group) * 2;
-  require(data == n16 * k / (w.kind == mill::LinearKind::i4g ? 2 : 1), "size of grouped weights");
-  require(scales == groups && mins == (w.symmetric ? 0 : groups), "size of grouped scales");
+  const size_t tile = w.kind == mill::LinearKind::i4g ? 256 : 512, block = 2 * tile + (w.symmetric ? 64 : 128);
+  require(data == n32 * k / 1024 * block, "size of grouped weights");
+  require(scales == 0 && mins == 0, "size of grouped scales");
 }
 
 // The arrays of an adapter's part of a linear (lowrank.py has the layout).

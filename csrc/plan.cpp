@@ -55,6 +55,9 @@ bool rises(const int32_t* starts, int sequences, int total) {
   return true;
 }
 
+// Whether weights lie in pairs of tiles of 2,048 bytes; those in groups do not.
+bool in_tile_order(LinearKind kind) { return kind == LinearKind::i8c || kind == LinearKind::bf16; }
+
 // Ends what `busy` guards.
 struct Release {
   std::atomic<bool>& busy;
@@ -319,7 +322,7 @@ void Plan::linear(const Batch& b, const Op& op, int thread) {
   }
   const Range pairs = pairs_of(op.linear, thread);
   for (int i = op.index + 1; i < num_ops() && !task.next; i++)
-    if (const LinearWeight& w = ops_[i].linear; ops_[i].kind == OpKind::linear && act_of(w.kind) == act_of(op.linear.kind))
+    if (const LinearWeight& w = ops_[i].linear; ops_[i].kind == OpKind::linear && in_tile_order(w.kind))
       task.next = w.data + size_t(pairs_of(w, thread).begin) * lines_of(w.k, act_of(w.kind)) * 2048;
   if (task.rows > 0) kernels_.linear(task, pairs.begin, pairs.end);
 }

@@ -1,7 +1,7 @@
 // The end of every isa_*.cpp: gathers that file's functions into its table.
 #pragma once
 #include "attend.h"
-#include "linear.h"
+#include "groups.h"
 #include "moe.h"
 #include "rows.h"
 #include "sample.h"
@@ -59,7 +59,7 @@ static Kernels make_table(const char* name) {
   k.name = name;
   k.begin_thread = no_thread_state;
   k.end_thread = no_thread_state;
-  k.linear = linear_generic;
+  k.linear = linear_any;
   k.shrink = shrink;
   k.norm = norm;
   k.quantize = quantize;

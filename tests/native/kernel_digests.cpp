@@ -85,7 +85,6 @@ constexpr Shape kShapes[] = {{32, 64, 1}, {48, 96, 2}, {80, 288, 5}, {64, 576, 1
 struct Matrix {
   std::vector<uint8_t> data;
   std::vector<float> scales;
-  std::vector<uint16_t> half_scales, half_mins;
   LinearWeight w;
 
   Matrix(Random& random, LinearKind kind, Shape s, int group, bool symmetric) {
@@ -94,18 +93,25 @@ struct Matrix {
       const auto values = random.bf16s(size_t(n32) * round_up(s.k, 32));
       const auto* bytes = reinterpret_cast<const uint8_t*>(values.data());
       data.assign(bytes, bytes + values.size() * 2);
-    } else {
+    } else if (kind == LinearKind::i8c) {
       data.resize(size_t(n32) * round_up(s.k, 64));
       for (uint8_t& b : data) b = uint8_t(random.bits());
+    } else {
+      add_groups(random, n32 / 32 * (s.k / kGroup), kind == LinearKind::i4g ? 512 : 1024, symmetric);
     }
     scales = random.numbers(n32);
-    for (size_t i = 0; i < size_t(n32) * (s.k / group + 1); i++) {
-      half_scales.push_back(uint16_t(random.bits() % 0x3c00));  // below one, denormal numbers too
-      half_mins.push_back(uint16_t(random.bits() % 0x3c00 | 0x8000));
+    w = {kind, s.n, s.k, group, symmetric, data.data(), scales.data(), nullptr};
+  }
+
+  // Blocks of 32 outputs and inputs: values, 32 scales, and 32 minima where they are not symmetric (csrc/groups.h).
+  void add_groups(Random& random, int blocks, int values, bool symmetric) {
+    for (int b = 0; b < blocks; b++) {
+      for (int i = 0; i < values; i++) data.push_back(uint8_t(random.bits()));
+      for (int i = 0; i < (symmetric ? 32 : 64); i++) {
+        const auto half = uint16_t(random.bits() % 0x3c00 | (i < 32 ? 0 : 0x8000));  // below one, denormal too
+        data.push_back(uint8_t(half & 255)), data.push_back(uint8_t(half >> 8));
+      }
     }
-    const bool groups = kind == LinearKind::i8g || kind == LinearKind::i4g;
-    w = {kind, s.n, s.k, group, symmetric, data.data(), groups ? (const void*)half_scales.data() : scales.data(),
-         groups && !symmetric ? half_mins.data() : nullptr};
   }
 };
 

@@ -5,13 +5,14 @@ Every layout is cut into tiles of 16 outputs, so that one 64-byte line holds 4 i
 with a zero point, which the kernels take out again exactly.
 
     i8c   [N/32][K64/64][2][16][16][4]   uint8, value + 128; float32 scale an output
-    i8g   [N/16][K/4][16][4]             uint8, value + 128; float16 scale a group
-    i4g   [N/16][K/32][4][16][4]         two values a byte: inputs 4 i + j and 16 + 4 i + j of 32
+    i8g   [N/32][K/32][block]            block: values [2][8][16][4], value + 128, then scales [2][16]
+    i4g   [N/32][K/32][block]            block: values [2][4][16][4], two a byte: inputs 4 i + j and
+                                         16 + 4 i + j of 32, then scales [2][16], then minima [2][16]
     bf16  [N/32][K32/32][2][16][16][2]   bits
 
-K64 and K32 are K rounded up to 64 and 32; N is rounded up to 16, or 32 where tiles come in pairs. Scales
-and minima of groups are [N/16][K/group][16]. A value is scale * (stored - zero) + minimum, zero being
-128, 8 (symmetric 4 bits) or 0.
+K64 and K32 are K rounded up to 64 and 32, N to 32. Scales and minima of groups are float16 and lie with
+their values, so that one pass over a matrix reads one stream; a group of more than 32 inputs repeats them.
+A value is scale * (stored - zero) + minimum, zero being 128, 8 (symmetric 4 bits: no minima) or 0.
 Nothing here chooses a format: that is the business of `models.compile`.
 """
 
@@ -21,10 +22,11 @@ import numpy as np
 import numpy.typing as npt
 
 from tokenmill.core import UsageError
-from tokenmill.kernels.plan import F32Array, PackedLinear
+from tokenmill.kernels.plan import F32Array, LinearKind, PackedLinear
 
 __all__ = [
     "TILE",
+    "group_block_bytes",
     "pack_bf16",
     "pack_i4g",
     "pack_i8c",
@@ -36,6 +38,10 @@ __all__ = [
 ]
 
 TILE = 16
+
+_GROUP = 32
+_TILE_BYTES = {"i8g": 512, "i4g": 256}
+"""Of the values of 16 outputs by 32 inputs."""
 
 _NO_F16 = np.zeros(0, np.float16)
 
@@ -71,19 +77,8 @@ def unpack_i8c(packed: PackedLinear) -> tuple[npt.NDArray[np.int8], F32Array]:
 
 def pack_i8g(values_NK: npt.NDArray[np.int8], scales_NG: npt.NDArray[np.float16]) -> PackedLinear:
     """Pack 8-bit values with a scale a group of inputs."""
-    num_out, num_in = values_NK.shape
-    group = _check_group(num_in, scales_NG.shape[1])
-    stored = _pad(values_NK.astype(np.int16) + 128, TILE, 1, fill=128).astype(np.uint8)
-    return PackedLinear(
-        kind="i8g",
-        num_out=num_out,
-        num_in=num_in,
-        group=group,
-        symmetric=True,
-        data=_lines(stored, 4),
-        scales=_tile_groups(scales_NG),
-        mins=_NO_F16,
-    )
+    stored = _pad(values_NK.astype(np.int16) + 128, 2 * TILE, 1, fill=128).astype(np.uint8)
+    return _pack_blocks("i8g", values_NK.shape, _blocks_first(stored), scales_NG, None)
 
 
 def pack_i4g(
@@ -92,38 +87,32 @@ def pack_i4g(
     mins_NG: npt.NDArray[np.float16] | None,
 ) -> PackedLinear:
     """Pack 4-bit values 0..15 with a scale and, unless symmetric (zero point 8), a minimum a group."""
-    num_out, num_in = values_NK.shape
-    group = _check_group(num_in, scales_NG.shape[1])
-    stored = _pad(values_NK, TILE, 1, fill=0).astype(np.uint8)
-    low_high = stored.reshape(-1, TILE, num_in // 32, 2, 4, 4)
-    nibbles = low_high[:, :, :, 0] | (low_high[:, :, :, 1] << 4)
-    return PackedLinear(
-        kind="i4g",
-        num_out=num_out,
-        num_in=num_in,
-        group=group,
-        symmetric=mins_NG is None,
-        data=np.ascontiguousarray(nibbles.transpose(0, 2, 3, 1, 4)).reshape(-1),
-        scales=_tile_groups(scales_NG),
-        mins=_NO_F16 if mins_NG is None else _tile_groups(mins_NG),
-    )
+    tiles = _blocks_first(_pad(values_NK, 2 * TILE, 1, fill=0).astype(np.uint8))
+    nibbles = tiles[:, :, :, :4] | (tiles[:, :, :, 4:] << np.uint8(4))
+    return _pack_blocks("i4g", values_NK.shape, nibbles, scales_NG, mins_NG)
 
 
 def unpack_groups(
     packed: PackedLinear,
 ) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.float16], npt.NDArray[np.float16] | None]:
     """Values [N, K] with the zero point taken out, scales and minima [N, K / group]."""
+    num_out, num_in = packed.num_out, packed.num_in
+    blocks = packed.data.reshape(-1, num_in // _GROUP, group_block_bytes(packed.kind, packed.symmetric))
+    size = _TILE_BYTES[packed.kind]
+    stored = blocks[:, :, : 2 * size].reshape(*blocks.shape[:2], 2, -1, TILE, 4)
     if packed.kind == "i4g":
-        tiles = packed.data.reshape(-1, packed.num_in // 32, 4, TILE, 4).transpose(0, 3, 1, 2, 4)
-        both = np.stack([tiles & 15, tiles >> 4], axis=3)
-        stored = both.reshape(-1, packed.num_in)
-        zero = 8 if packed.symmetric else 0
-    else:
-        stored = _unlines(packed.data, 4, packed.num_in)
-        zero = 128
-    values = stored[: packed.num_out].astype(np.int16) - np.int16(zero)
-    mins = None if packed.symmetric else _untile_groups(packed.mins, packed)
-    return values, _untile_groups(packed.scales, packed), mins
+        stored = np.concatenate([stored & 15, stored >> 4], axis=3)
+    values = stored.transpose(0, 2, 4, 1, 3, 5).reshape(-1, num_in)[:num_out].astype(np.int16)
+    zero = 128 if packed.kind == "i8g" else 8 if packed.symmetric else 0
+    factors = blocks[:, :, 2 * size :].copy().view(np.float16)[:, :: packed.group // _GROUP]
+    each = factors.reshape(*factors.shape[:2], -1, 2 * TILE).transpose(2, 0, 3, 1)
+    scales, *mins = each.reshape(len(each), -1, num_in // packed.group)[:, :num_out]
+    return values - np.int16(zero), scales, mins[0] if mins else None
+
+
+def group_block_bytes(kind: LinearKind, symmetric: bool) -> int:
+    """Bytes of 32 outputs by 32 inputs with their scales and, unless symmetric, minima."""
+    return 2 * _TILE_BYTES[kind] + 4 * TILE * (1 if symmetric else 2)
 
 
 def pack_bf16(bits_NK: npt.NDArray[np.uint16]) -> PackedLinear:
@@ -171,30 +160,50 @@ def quantize_groups(
     return values, scales, None if symmetric else low
 
 
-def _check_group(num_in: int, num_groups: int) -> int:
-    """Inputs in a group; groups are whole multiples of 32 inputs."""
+def _blocks_first(stored_NK: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """[N, K] to [N/32][K/32][2][8][16][4]."""
+    num_out, num_in = stored_NK.shape
+    return stored_NK.reshape(num_out // (2 * TILE), 2, TILE, num_in // _GROUP, 8, 4).transpose(
+        0, 3, 1, 4, 2, 5
+    )
+
+
+def _pack_blocks(
+    kind: LinearKind,
+    shape: tuple[int, ...],
+    tiles: npt.NDArray[np.uint8],
+    scales_NG: npt.NDArray[np.float16],
+    mins_NG: npt.NDArray[np.float16] | None,
+) -> PackedLinear:
+    """Join the values of each block with its scales and minima. Groups are whole multiples of 32 inputs."""
+    num_in, num_groups = shape[1], scales_NG.shape[1]
     group = num_in // num_groups
-    if group * num_groups != num_in or group % 32:
+    if group * num_groups != num_in or group % _GROUP:
         raise UsageError(f"{num_groups} groups do not fit {num_in} inputs", hint="groups are multiples of 32")
-    return group
+    parts = [tiles.reshape(*tiles.shape[:2], -1)]
+    for factors_NG in (scales_NG, mins_NG):
+        if factors_NG is not None:
+            padded = np.repeat(
+                _pad(factors_NG.astype(np.float16), 2 * TILE, 1, fill=0), group // _GROUP, axis=1
+            )
+            by_pair = padded.reshape(-1, 2 * TILE, padded.shape[1]).transpose(0, 2, 1)
+            parts.append(np.ascontiguousarray(by_pair).view(np.uint8))
+    return PackedLinear(
+        kind=kind,
+        num_out=shape[0],
+        num_in=num_in,
+        group=group,
+        symmetric=mins_NG is None,
+        data=np.concatenate(parts, axis=2).reshape(-1),
+        scales=_NO_F16,
+        mins=_NO_F16,
+    )
 
 
 def _pad(matrix: npt.NDArray[Any], rows_to: int, cols_to: int, *, fill: int) -> npt.NDArray[Any]:
     rows, cols = matrix.shape
     extra = ((0, -rows % rows_to), (0, -cols % cols_to))
     return np.pad(matrix, extra, constant_values=fill) if extra != ((0, 0), (0, 0)) else matrix
-
-
-def _lines(matrix: npt.NDArray[Any], inputs: int) -> npt.NDArray[Any]:
-    """[N, K] to flat [N/16][K/inputs][16][inputs]."""
-    num_out, num_in = matrix.shape
-    tiles = matrix.reshape(num_out // TILE, TILE, num_in // inputs, inputs)
-    return np.ascontiguousarray(tiles.transpose(0, 2, 1, 3)).reshape(-1)
-
-
-def _unlines(data: npt.NDArray[Any], inputs: int, num_in: int) -> npt.NDArray[Any]:
-    tiles = data.reshape(-1, num_in // inputs, TILE, inputs)
-    return tiles.transpose(0, 2, 1, 3).reshape(-1, num_in)
 
 
 def _pairs(matrix: npt.NDArray[Any], inputs: int) -> npt.NDArray[Any]:
@@ -207,11 +216,3 @@ def _pairs(matrix: npt.NDArray[Any], inputs: int) -> npt.NDArray[Any]:
 def _unpairs(data: npt.NDArray[Any], inputs: int, num_in: int) -> npt.NDArray[Any]:
     tiles = data.reshape(-1, num_in // (16 * inputs), 2, 16, TILE, inputs)
     return tiles.transpose(0, 2, 4, 1, 3, 5).reshape(-1, num_in)
-
-
-def _tile_groups(scales_NG: npt.NDArray[np.float16]) -> npt.NDArray[np.float16]:
-    return _lines(_pad(scales_NG.astype(np.float16, copy=False), TILE, 1, fill=0), 1)
-
-
-def _untile_groups(flat: npt.NDArray[Any], packed: PackedLinear) -> npt.NDArray[np.float16]:
-    return _unlines(flat, 1, packed.num_in // packed.group)[: packed.num_out]

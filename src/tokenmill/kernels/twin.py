@@ -1,10 +1,10 @@
 """The numpy twin of every native kernel: the documentation of the arithmetic, to the last bit.
 
-Fused multiply-add only in the polynomial of 2^t, every sum in the order that the native kernels use (see
-`csrc/mill.h`): 16 lanes and a fixed tree for float sums over a row; for bf16 products the order of the AMX
-instruction TDPBF16PS (Intel SDM, volume 2): chunks of 32 inputs, even and odd inputs in two chains, then
-added. The instruction flushes denormal numbers to zero: there bits may differ. `linear` leaves the order of
-the bf16 products to the linear algebra library; `linear_bf16_ordered` keeps it.
+Fused multiply-add only in the polynomial of 2^t and for groups of weights, every sum in the order that the
+native kernels use (see `csrc/mill.h`): 16 lanes and a fixed tree for float sums over a row; for bf16
+products the order of the AMX instruction TDPBF16PS (Intel SDM, volume 2): chunks of 32 inputs, even and odd
+inputs in two chains, then added. The instruction flushes denormal numbers to zero: there bits may differ.
+`linear` leaves the order of the bf16 products to the linear algebra library; `linear_bf16_ordered` keeps it.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ __all__ = [
     "dot_bf16_ordered",
     "exp2",
     "exp2_or_zero",
-    "fma",
+    "fused",
     "gated_unit",
     "linear",
     "linear_bf16_ordered",
@@ -78,30 +78,13 @@ def sum_lanes(x: F32Array) -> F32Array:
     return total
 
 
-def fma(a: F32Array, b: F32Array, c: np.float32) -> F32Array:
-    """a * b + c, rounded once.
-
-    The product is exact in float64. Its sum with c is rounded to odd there (Boldo and Melquiond 2008), so
-    that rounding it to float32 afterwards gives what one rounding gives.
-    """
-    product = a.astype(np.float64) * b
-    total = product + np.float64(c)
-    rest = total - product
-    error = (product - (total - rest)) + (np.float64(c) - rest)
-    bits = total.view(np.int64)
-    even = np.isfinite(error) & (error != 0) & (bits & 1 == 0)
-    away = (error > 0) == (total > 0)
-    odd = np.where(even, np.where(away, bits + 1, bits - 1), bits)
-    return odd.view(np.float64).astype(np.float32)
-
-
 def exp2(t: F32Array) -> F32Array:
     """2**t for t in [-125, 125]: a degree-5 polynomial on [-0.5, 0.5], relative error below 2e-7."""
     n = np.rint(t)
     f = t - n
     p = np.full_like(t, _EXP2[0])
     for c in _EXP2[1:]:
-        p = fma(p, f, c)
+        p = fused(p, f, c)
     return (p.view(np.int32) + (n.astype(np.int32) << np.int32(23))).view(np.float32)
 
 
@@ -157,12 +140,26 @@ def _linear_groups(packed: PackedLinear, x_TK: F32Array) -> F32Array:
         part, group = slice(k, k + ACT_GROUP), k // packed.group
         q_TK, scale_T = quantize_rows(x_TK[:, part])
         dots_TN: F32Array = q_TK.astype(np.float32) @ values_NK[:, part].astype(np.float32).T
-        scale_N = scales_NG[:, group].astype(np.float32)
-        total_TN = total_TN + (scale_N * dots_TN) * scale_T[:, None]
+        y_TN = scales_NG[:, group].astype(np.float32) * dots_TN
         if mins_NG is not None:
-            sums_T = scale_T * q_TK.sum(axis=1, dtype=np.int32).astype(np.float32)
-            total_TN = total_TN + mins_NG[:, group].astype(np.float32) * sums_T[:, None]
+            sums_T = q_TK.sum(axis=1, dtype=np.int32).astype(np.float32)
+            y_TN = fused(mins_NG[:, group].astype(np.float32), sums_T[:, None], y_TN)
+        total_TN = fused(y_TN, scale_T[:, None], total_TN)
     return total_TN
+
+
+def fused(a: F32Array, b: F32Array, c: F32Array | np.float32) -> F32Array:
+    """a * b + c, rounded once. In float64 the product is exact and the sum is rounded to odd (Boldo and
+    Melquiond 2008), so that rounding it again to float32 gives what rounding once would."""
+    product = a.astype(np.float64) * b
+    with np.errstate(invalid="ignore"):
+        total = product + c
+        added = total - product
+        error = (product - (total - added)) + (c - added)
+    bits = total.view(np.int64)
+    is_short = np.isfinite(error) & (error != 0) & (bits % 2 == 0)
+    bits += np.where(is_short, np.where((error > 0) == (total > 0), 1, -1), 0)
+    return total.astype(np.float32)
 
 
 def dot_bf16_ordered(a_RK: F32Array, b_CK: F32Array) -> F32Array:

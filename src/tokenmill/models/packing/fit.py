@@ -15,7 +15,7 @@ from typing import Final
 
 from tokenmill.kernels import KV_BLOCK, KV_DTYPES, KvDtype
 from tokenmill.kernels.isa import default_threads
-from tokenmill.kernels.packing import TILE
+from tokenmill.kernels.packing import TILE, group_block_bytes
 from tokenmill.kernels.plan import SPAN_BLOCKS, LinearKind
 from tokenmill.models.architecture import Architecture
 from tokenmill.models.packing.pack import FUSED, WEIGHT_FORMATS, WeightFormat, fused_linears
@@ -164,10 +164,8 @@ def _array_bytes(kind: tuple[LinearKind, bool], num_out: int, num_in: int) -> tu
         return rows * _up(num_in, 64), 4 * rows, 0
     if name == "bf16":
         return 2 * _up(num_out, 2 * TILE) * _up(num_in, 32), 0, 0
-    rows = _up(num_out, TILE)
-    scales = 2 * rows * (num_in // _GROUP)
-    data = rows * num_in if name == "i8g" else rows * num_in // 2
-    return data, scales, 0 if is_symmetric else scales
+    blocks = _up(num_out, 2 * TILE) // (2 * TILE) * (num_in // _GROUP)
+    return blocks * group_block_bytes(name, is_symmetric), 0, 0
 
 
 def _kind(
