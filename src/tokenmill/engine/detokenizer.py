@@ -12,7 +12,7 @@ Token ids, and so usage counts, are not changed by any of this.
 """
 
 import codecs
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 __all__ = ["Detokenizer", "Piece", "StopMatcher"]
@@ -82,6 +82,19 @@ class Detokenizer:
         may_stop = self._num_unstoppable == 0
         self._num_unstoppable -= not may_stop
         return self._matcher.push(text, may_stop=may_stop) if self._matcher else Piece(text, False)
+
+    @property
+    def may_stop(self) -> bool:
+        """True if a token's text may end the sequence."""
+        return self._matcher is not None
+
+    def push_all(self, token_ids: Sequence[int]) -> str:
+        """Add tokens of which none may stop the text; the same text as of one after the other."""
+        assert self._matcher is None, "a stop string is looked for token by token"
+        data = b"".join(map(self._token_bytes, token_ids))
+        if b"\xed" in data or self._decoder.getstate()[0].startswith(b"\xed"):
+            return "".join([self.push(token_id).text for token_id in token_ids])
+        return self._decoder.decode(data)
 
     def finish(self) -> str:
         """The text that waited for a stop string; an incomplete character is dropped."""
