@@ -218,15 +218,6 @@ class Scheduler:
         nobody_starts = not waiting or (full and waiting[0].tier != "fast")
         return 0 < len(running) <= self.limits.max_rows and nobody_starts and not self._copies
 
-    def extend(self, sequences: Sequence[SequenceState]) -> bool:
-        """Give running sequences the blocks that their tokens need; false, and none, if there are too few."""
-        missing = [sequence.table.num_missing(sequence.num_total) for sequence in sequences]
-        if not self.pool.can_allocate(sum(missing)):
-            return False
-        for sequence, num_blocks in zip(sequences, missing, strict=True):
-            sequence.table.extend(self.pool.allocate(num_blocks))
-        return True
-
     def commit(self, schedule: Schedule) -> None:
         """Record that the rows of a step are in the cache, and name the blocks that they filled."""
         for chunk in schedule.chunks:

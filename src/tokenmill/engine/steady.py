@@ -22,7 +22,8 @@ from tokenmill.engine.outputs import append_token
 from tokenmill.engine.sampler import SamplingRow, choice_of
 from tokenmill.engine.scheduler import Chunk, Scheduler
 from tokenmill.engine.sequence import GenerationState
-from tokenmill.kernels import KV_BLOCK, Choice, ChoiceTable, Executor, F32Array, I32Array
+from tokenmill.kernels import KV_BLOCK, Choice, ChoiceTable, Executor, F32Array, I32Array, StepBatch
+from tokenmill.kvcache import BlockPool
 
 __all__ = ["SteadyRun"]
 
@@ -30,7 +31,8 @@ __all__ = ["SteadyRun"]
 class SteadyRun:
     """The running sequences of a scheduler, as long as they only decode. Made by `begin`.
 
-    `states` are in the order of the rows. A run whose step broke off must not be used again.
+    `states` are in the order of the rows; `num_steps` is how many it has made. A run whose step broke off
+    must not be used again.
     """
 
     def __init__(self, states: Sequence[GenerationState], scheduler: Scheduler, executor: Executor) -> None:
@@ -43,12 +45,16 @@ class SteadyRun:
             (state, state.tokens, None if state.ends_by_text else state.end_token_ids | {-1})
             for state in states
         ]
-        self._num_steps_left = min(state.max_total - state.num_total for state in states)
+        self._max_steps = min(state.max_total - state.num_total for state in states)
         self._table = ChoiceTable([_choice(state, row) for row, state in enumerate(states)])
-        rows_R = np.arange(len(states), dtype=np.int32)
         parts = [BatchRows(state.tokens[-1:], state.num_computed, state.table) for state in states]
-        self._batch = flat_batch(parts, rows_R, [state.adapter.number for state in states])
-        self._last_blocks_R = self._batch.block_starts[1:] - 1
+        rows_R = np.arange(len(states), dtype=np.int32)
+        batch = flat_batch(parts, rows_R, [state.adapter.number for state in states])
+        # Positions and slots, moved on together, and the batch's views of them.
+        self._places_2R = np.stack([batch.positions, batch.kv_slots])
+        positions_R, slots_R = self._places_2R
+        self._set_batch(replace(batch, positions=positions_R, kv_slots=slots_R))
+        self.num_steps = 0
         self._full_rows: list[int] = []
         self._num_calm = self._next_full()
 
@@ -58,7 +64,7 @@ class SteadyRun:
         if not scheduler.only_decodes:
             return None
         states = [s for s in scheduler.running if isinstance(s, GenerationState) and s.is_plain]
-        if len(states) < len(scheduler.running) or not scheduler.extend(states):
+        if len(states) < len(scheduler.running) or not _extend(states, scheduler.pool):
             return None
         return cls(states, scheduler, executor)
 
@@ -78,7 +84,7 @@ class SteadyRun:
             return False
         if not self._full_rows:
             return True
-        if not self._scheduler.extend([self.states[row] for row in self._full_rows]):
+        if not _extend([self.states[row] for row in self._full_rows], self._scheduler.pool):
             return False
         self._add_blocks(self._full_rows)
         self._full_rows = []
@@ -97,9 +103,9 @@ class SteadyRun:
 
     def _append(self, token_ids: Sequence[int], logits_LV: F32Array, now_s: float) -> list[GenerationState]:
         """Give each sequence its token. Where that is all that can happen, its text can wait."""
-        self._num_steps_left -= 1
+        self.num_steps += 1
         ended: list[GenerationState] = []
-        last = not self._num_steps_left
+        last = self.num_steps == self._max_steps
         for row, (token_id, (state, tokens, ends)) in enumerate(zip(token_ids, self._rows, strict=True)):
             if ends is not None and token_id not in ends and not last:
                 tokens.append(token_id)
@@ -113,9 +119,8 @@ class SteadyRun:
         """Move on by one position, and name the blocks that are full now."""
         batch = self._batch
         batch.tokens[:] = ids_R
-        batch.positions[:] += 1
-        batch.kv_slots[:] += 1
-        batch.blocks[self._last_blocks_R, 2] += 1
+        self._places_2R += 1
+        self._block_cells[self._counts_R] += 1
         self._table.advance()
         self._num_calm -= 1
         if not self._num_calm:
@@ -127,23 +132,38 @@ class SteadyRun:
     def _add_blocks(self, rows: Sequence[int]) -> None:
         """Let these rows, at the beginning of a block, go on in their new ones."""
         batch = self._batch
-        batch.blocks[self._last_blocks_R[rows], 2] = KV_BLOCK
+        self._block_cells[self._counts_R[rows]] = KV_BLOCK
         entries: list[tuple[int, int, int]] = []
         for row in rows:
             table, position = self.states[row].table, self.states[row].num_computed
             (slot,) = table.slots(position, position + 1)
             batch.kv_slots[row] = slot
             entries.append((slot // KV_BLOCK, position, 1))
-        blocks = np.insert(batch.blocks, self._last_blocks_R[rows] + 1, entries, axis=0)
+        blocks = np.insert(batch.blocks, batch.block_starts[1:][rows], entries, axis=0)
         is_longer_R = np.zeros(len(self.states), np.int32)
         is_longer_R[rows] = 1
         batch.block_starts[1:] += np.cumsum(is_longer_R)
-        self._last_blocks_R = batch.block_starts[1:] - 1
-        self._batch = replace(batch, blocks=blocks)
+        self._set_batch(replace(batch, blocks=blocks))
+
+    def _set_batch(self, batch: StepBatch) -> None:
+        self._batch = batch
+        # The blocks as one row of numbers, and where in it lies how full the last of each sequence is.
+        self._block_cells = batch.blocks.reshape(-1)
+        self._counts_R = batch.block_starts[1:] * 3 - 1
 
     def _next_full(self) -> int:
         """Steps after which the next block is full."""
         return KV_BLOCK - int((self._batch.positions % KV_BLOCK).max())
+
+
+def _extend(states: Sequence[GenerationState], pool: BlockPool) -> bool:
+    """Give sequences the blocks that their tokens need; false, and none, if there are too few."""
+    missing = [state.table.num_missing(state.num_total) for state in states]
+    if not pool.can_allocate(sum(missing)):
+        return False
+    for state, num_blocks in zip(states, missing, strict=True):
+        state.table.extend(pool.allocate(num_blocks))
+    return True
 
 
 def _choice(state: GenerationState, row: int) -> Choice:
