@@ -50,10 +50,7 @@ class SteadyRun:
         parts = [BatchRows(state.tokens[-1:], state.num_computed, state.table) for state in states]
         rows_R = np.arange(len(states), dtype=np.int32)
         batch = flat_batch(parts, rows_R, [state.adapter.number for state in states])
-        # Positions and slots, moved on together, and the batch's views of them.
-        self._places_2R = np.stack([batch.positions, batch.kv_slots])
-        positions_R, slots_R = self._places_2R
-        self._set_batch(replace(batch, positions=positions_R, kv_slots=slots_R))
+        self._set_batch(batch)
         self.num_steps = 0
         self._full_rows: list[int] = []
         self._num_calm = self._next_full()
@@ -119,8 +116,7 @@ class SteadyRun:
         """Move on by one position, and name the blocks that are full now."""
         batch = self._batch
         batch.tokens[:] = ids_R
-        self._places_2R += 1
-        self._block_cells[self._counts_R] += 1
+        self._cells[self._moving] += 1
         self._table.advance()
         self._num_calm -= 1
         if not self._num_calm:
@@ -132,7 +128,7 @@ class SteadyRun:
     def _add_blocks(self, rows: Sequence[int]) -> None:
         """Let these rows, at the beginning of a block, go on in their new ones."""
         batch = self._batch
-        self._block_cells[self._counts_R[rows]] = KV_BLOCK
+        batch.blocks[batch.block_starts[1:][rows] - 1, 2] = KV_BLOCK
         entries: list[tuple[int, int, int]] = []
         for row in rows:
             table, position = self.states[row].table, self.states[row].num_computed
@@ -146,10 +142,13 @@ class SteadyRun:
         self._set_batch(replace(batch, blocks=blocks))
 
     def _set_batch(self, batch: StepBatch) -> None:
-        self._batch = batch
-        # The blocks as one row of numbers, and where in it lies how full the last of each sequence is.
-        self._block_cells = batch.blocks.reshape(-1)
-        self._counts_R = batch.block_starts[1:] * 3 - 1
+        """Lay what moves on with each step in one array: positions, slots, and how full last blocks are."""
+        num_rows = len(self.states)
+        self._cells = np.concatenate([batch.positions, batch.kv_slots, batch.blocks.reshape(-1)])
+        self._moving = np.arange(3 * num_rows)
+        self._moving[2 * num_rows :] += batch.block_starts[1:] * 3 - 1 - np.arange(num_rows)
+        positions_R, slots_R, cells = np.split(self._cells, [num_rows, 2 * num_rows])
+        self._batch = replace(batch, positions=positions_R, kv_slots=slots_R, blocks=cells.reshape(-1, 3))
 
     def _next_full(self) -> int:
         """Steps after which the next block is full."""
