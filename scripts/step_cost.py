@@ -30,7 +30,7 @@ from tokenmill.kernels import BufferName, F32Array, KvDtype, PackedAdapter, Step
 from tokenmill.models.packing.compile import ExecutorConfig
 from tokenmill.models.store.directory import ModelDirectory
 
-PARAMS: Final = {
+PARAMS: Final[dict[str, dict[str, Any]]] = {
     "greedy": {},
     "sampled": {"temperature": 0.8},
     "top_p": {"temperature": 0.8, "top_p": 0.95},
