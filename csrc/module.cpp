@@ -6,6 +6,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <memory>
 #include <stdexcept>
@@ -241,6 +242,7 @@ class NativePlan {
     return nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>(plan_.block(index), {plan_.block_bytes()}, nb::find(this));
   }
   void copy_block(int from, int to) { plan_.copy_block(from, to); }
+  mill::Pool& pool() { return plan_.pool(); }
 
  private:
   void keep(const mill::Op& op, std::initializer_list<Bytes> arrays) {
@@ -345,9 +347,14 @@ class SampleMemory {
   std::unique_ptr<int32_t[]> index_, counts_;
 };
 
+// Logits that are read in less time than it takes to wake a thread.
+constexpr size_t kFewLogits = 1 << 15;
+
+// With a plan its threads share the rows; no step of it may run meanwhile.
 nb::ndarray<nb::numpy, int32_t, nb::ndim<1>> sample(Floats logits, Integers integers, Reals reals, Ints bias_ids,
                                                     Values bias_values, Ints banned, std::vector<Ints> tokens,
-                                                    std::vector<Words> masks, const std::string& isa) {
+                                                    std::vector<Words> masks, const std::string& isa,
+                                                    NativePlan* plan) {
   const size_t rows = integers.shape(0), vocab = logits.shape(1);
   const mill::Kernels& k = kernels_of(isa);
   require(0 < vocab && vocab <= mill::kMaxVocab, "size of the vocabulary");
@@ -359,12 +366,18 @@ nb::ndarray<nb::numpy, int32_t, nb::ndim<1>> sample(Floats logits, Integers inte
     tasks.push_back(sample_task(logits, integers.data() + r * kNumIntegers, reals.data() + r * kNumReals,
                                 tokens.empty() ? Ints() : tokens[r], masks.empty() ? Words() : masks[r]));
   share_lists(tasks, bias_ids, bias_values, banned);
-  const SampleMemory memory(tasks, vocab);
+  mill::Pool* pool = plan && rows > 1 && rows * vocab > kFewLogits ? &plan->pool() : nullptr;
+  std::vector<SampleMemory> memory;
+  for (int t = 0; t < (pool ? pool->size() : 1); t++) memory.emplace_back(tasks, vocab);
   auto* out = new int32_t[rows];
   nb::capsule owner(out, [](void* p) noexcept { delete[] static_cast<int32_t*>(p); });
+  std::atomic<size_t> next{0};
+  const auto work = [&](int thread) {
+    for (size_t r; (r = next++) < rows;) out[r] = k.sample(tasks[r], memory[thread].scratch);
+  };
   {
     nb::gil_scoped_release release;
-    for (size_t r = 0; r < rows; r++) out[r] = k.sample(tasks[r], memory.scratch);
+    pool ? pool->run(work) : work(0);
   }
   return {out, {rows}, owner};
 }
@@ -402,7 +415,7 @@ NB_MODULE(_native, m) {
   m.def("available_isas", &available_isas);
   m.def("log_sum_exp_rows", &log_sum_exp_rows, "logits"_a, "isa"_a);
   m.def("sample", &sample, "logits"_a, "integers"_a, "reals"_a, "bias_ids"_a, "bias_values"_a, "banned"_a, "tokens"_a,
-        "masks"_a, "isa"_a);
+        "masks"_a, "isa"_a, "plan"_a.none());
   m.def("top_ids", &top_ids, "logits"_a, "num"_a, "isa"_a);
   m.def("read_bandwidth", &read_bandwidth, "isa"_a, "threads"_a, "bytes"_a, "seconds"_a);
   m.def("op_rate", &op_rate, "isa"_a, "threads"_a, "int8"_a, "seconds"_a);

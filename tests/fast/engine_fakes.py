@@ -6,6 +6,7 @@ is stored together with the adapter that it was computed with.
 """
 
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import cast
 
@@ -68,7 +69,8 @@ class FakeExecutor:
         self._logits = np.zeros((max_out_rows, VOCAB), np.float32)
 
     def run(self, batch: StepBatch, first: int = 0, last: int | None = None) -> None:
-        self.steps.append(batch)
+        # A copy: who runs the next step may use the same arrays.
+        self.steps.append(deepcopy(batch))
         self._logits[:] = np.nan
         if len(self.steps) in self.fail_at:
             raise self.fail_at[len(self.steps)]

@@ -1,11 +1,21 @@
 """The native sampler and its numpy twin choose the same token, whatever the row; and the noise is noise."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenmill.kernels import Choice, F32Array, available_isas, choose_tokens, top_token_ids
+from tests.fast.random_plan import make_plan
+from tokenmill.kernels import (
+    Choice,
+    F32Array,
+    available_isas,
+    choose_tokens,
+    create_executor,
+    top_token_ids,
+)
 from tokenmill.kernels.isa import load_native
 from tokenmill.kernels.sampling_twin import noise, philox
 
@@ -137,3 +147,26 @@ def test_native_code_refuses_what_is_out_of_bounds(isa: str) -> None:
             native.top_ids(logits_LV, num, isa)
     with pytest.raises(ValueError):
         choose_tokens(np.zeros((1, (1 << 20) + 1), np.float32), [Choice(logits_row=0)], isa)
+
+
+@pytest.mark.parametrize("isa", NATIVE_ISAS)
+def test_the_threads_of_an_executor_choose_the_same(isa: str) -> None:
+    executor = create_executor(
+        make_plan("i8c"), max_rows=8, max_out_rows=8, num_blocks=2, num_threads=3, isa=isa
+    )
+    logits_LV = np.random.default_rng(5).standard_normal((7, 20_000)).astype(np.float32)
+    logits_LV[3, 9] = np.nan
+    forms: list[dict[str, Any]] = [
+        {},
+        {"inverse_temperature": 1.0},
+        {"inverse_temperature": 1.0, "top_p": 0.9},
+        {"tokens": np.arange(40, dtype=np.int32), "repetition": 1.3},
+    ]
+    choices = [
+        Choice(logits_row=row, seed=row, position=9, **form)
+        for row in range(len(logits_LV))
+        for form in forms
+    ]
+    want = choose_tokens(logits_LV, choices, isa).tolist()
+    for _ in range(3):
+        assert choose_tokens(logits_LV, choices, isa, executor).tolist() == want

@@ -10,17 +10,19 @@ that the one it belongs to fails alone.
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
+from typing import NamedTuple
 
 from tokenmill.core import FinishReason
 from tokenmill.engine.outputs import take_hidden, take_logits
 from tokenmill.engine.runner import HiddenRows, OutRows, Runner, TapFailure
-from tokenmill.engine.scheduler import BlockMoves, Schedule, Scheduler, StepLimits
+from tokenmill.engine.scheduler import BlockMoves, Chunk, Schedule, Scheduler, StepLimits
 from tokenmill.engine.sequence import GenerationState, SequenceState
 from tokenmill.engine.speculation.proposers import Proposer
 from tokenmill.engine.speculation.speculator import Speculator
+from tokenmill.engine.steady import SteadyRun
 from tokenmill.engine.step_time import StepTimeModel
 from tokenmill.engine.swap import SwapFile, measure_swap
 from tokenmill.engine.taps.points import check_taps
@@ -32,6 +34,9 @@ __all__ = ["CoreConfig", "EngineCore", "StepResult", "StepStats"]
 
 # Deadlines that are kept before those of sequences that have ended are looked for.
 _MIN_EXPIRIES = 64
+
+# Of steps that are much alike one in so many is learnt from: that costs as much as the rest of a small one.
+_STEADY_PERIOD = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +54,7 @@ class CoreConfig:
     fast_step_s: float = 0.1
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepStats:
+class StepStats(NamedTuple):
     """What one step did, for measuring: rows computed, rows with logits, sequences, wall seconds.
 
     Of the `num_preempted` sequences `num_swapped` kept what was computed. `experts` is what the cache of
@@ -60,15 +64,14 @@ class StepStats:
     num_rows: int
     num_out_rows: int
     num_sequences: int
-    num_waiting: int
-    num_preempted: int
-    seconds: float
+    num_waiting: int = 0
+    num_preempted: int = 0
+    seconds: float = 0.0
     num_swapped: int = 0
     experts: ExpertCacheStats | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepResult:
+class StepResult(NamedTuple):
     """A step's figures and the sequences that reached their end in it."""
 
     stats: StepStats
@@ -113,6 +116,8 @@ class EngineCore:
         self._expiries: list[tuple[float, int, GenerationState]] = []
         self._max_expiries = _MIN_EXPIRIES
         self._suspects: deque[SequenceState] = deque()
+        self._guesses = proposer is not None
+        self._steady: SteadyRun | None = None
 
     @property
     def has_work(self) -> bool:
@@ -143,6 +148,25 @@ class EngineCore:
         """
         began, cached = self.clock(), self.expert_cache
         finished = self._expire(began)
+        run = self._steady_run()
+        if run is not None:
+            finished += self._step_steadily(run)
+            stats = StepStats(
+                num_rows=len(run.states), num_out_rows=len(run.states), num_sequences=len(run.states)
+            )
+        else:
+            stats = self._step_planned(finished)
+        if not self.has_work:
+            self.check_integrity()
+        stats = stats._replace(
+            num_waiting=len(self.scheduler.waiting),
+            seconds=self.clock() - began,
+            experts=self._expert_reads(cached),
+        )
+        return StepResult(stats=stats, finished=tuple(finished))
+
+    def _step_planned(self, finished: list[SequenceState]) -> StepStats:
+        """A step of any kind; adds to what has finished."""
         schedule = self._plan()
         # If this fails, blocks are without their content, and nobody can go on.
         self._move(schedule.moves)
@@ -151,25 +175,43 @@ class EngineCore:
         try:
             self._run(schedule)
         except Exception as error:
-            self._suspect(schedule, error)
+            self._suspect(schedule.chunks, error)
         finally:
             # Also of those that found no room in the step.
             for sequence in self.scheduler.running:
                 sequence.drafts = sequence.drafts[:0]
             finished += self._collect(touched)
-        if not self.has_work:
-            self.check_integrity()
-        stats = StepStats(
+        return StepStats(
             num_rows=schedule.num_rows,
             num_out_rows=schedule.num_out_rows,
             num_sequences=len(schedule.chunks),
-            num_waiting=len(self.scheduler.waiting),
             num_preempted=len(schedule.preempted),
             num_swapped=sum(bool(victim.swap_slots) for victim in schedule.preempted),
-            seconds=self.clock() - began,
-            experts=self._expert_reads(cached),
         )
-        return StepResult(stats=stats, finished=tuple(finished))
+
+    def _steady_run(self) -> SteadyRun | None:
+        """What the step goes on with if all it has to do is to decode; guesses are always planned."""
+        run, self._steady = self._steady, None
+        if self._guesses or self._suspects:
+            return None
+        if run is not None and run.goes_on():
+            return run
+        return SteadyRun.begin(self.scheduler, self._executor)
+
+    def _step_steadily(self, run: SteadyRun) -> list[SequenceState]:
+        """The next step of a run; what has finished."""
+        began, num_rows, ended = self.clock(), len(run.states), run.states
+        num_kv_tokens = 0 if run.num_steps % _STEADY_PERIOD else run.num_kv_tokens
+        try:
+            ended = run.step(self.clock)
+            self._steady = run
+        except Exception as error:
+            self._suspect(run.chunks, error)
+        finally:
+            finished = self._collect(ended)
+        if num_kv_tokens:
+            self.step_time.observe(num_rows, num_kv_tokens, num_rows, self.clock() - began)
+        return finished
 
     @property
     def expert_cache(self) -> ExpertCacheStats | None:
@@ -285,16 +327,16 @@ class EngineCore:
             self._watch(child)
         parent.siblings = ()
 
-    def _suspect(self, schedule: Schedule, error: Exception) -> None:
+    def _suspect(self, chunks: Sequence[Chunk], error: Exception) -> None:
         """One of these sequences made the step fail, or a guess did: next they are run one by one, without
         guesses. What was alone already fails.
         """
-        if not schedule.chunks:
+        if not chunks:
             raise error
-        if len(schedule.chunks) == 1 and not schedule.chunks[0].num_drafts:
-            schedule.chunks[0].sequence.fail(f"{type(error).__name__}: {error}", now_s=self.clock())
+        if len(chunks) == 1 and not chunks[0].num_drafts:
+            chunks[0].sequence.fail(f"{type(error).__name__}: {error}", now_s=self.clock())
         else:
-            self._suspects = deque(chunk.sequence for chunk in schedule.chunks)
+            self._suspects = deque(chunk.sequence for chunk in chunks)
 
     def _collect(self, touched: Iterable[SequenceState]) -> list[SequenceState]:
         """Remove what has finished, and end what would begin where a failed sequence was going to."""

@@ -12,7 +12,7 @@ Token ids, and so usage counts, are not changed by any of this.
 """
 
 import codecs
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 __all__ = ["Detokenizer", "Piece", "StopMatcher"]
@@ -35,12 +35,15 @@ class StopMatcher:
 
     def __init__(self, stop: tuple[str, ...]) -> None:
         self._stop = stop
+        self._first_chars = frozenset(each[0] for each in stop)
         self._held = ""
         self._stopped = False
 
     def push(self, text: str, *, may_stop: bool = True) -> Piece:
         """Add text; get back what can be shown."""
         assert not self._stopped, "text after a stop string"
+        if not self._held and self._first_chars.isdisjoint(text):
+            return Piece(text, False)
         num_before, text = len(self._held), self._held + text
         # What was complete before this text did not stop it then.
         found = [(text.find(stop, max(0, num_before - len(stop) + 1)), len(stop)) for stop in self._stop]
@@ -74,14 +77,29 @@ class Detokenizer:
 
     def push(self, token_id: int) -> Piece:
         """Add a token; get back the text that can be shown now."""
-        text = self._decoder.decode(self._token_bytes(token_id))
-        held = self._decoder.getstate()[0]
-        if held[:1] == b"\xed" and held[1:] >= b"\xa0":
-            # The first half of an encoded surrogate: no character, but Python's decoder waits for the rest.
-            text += self._decoder.decode(b"", True)
+        data = self._token_bytes(token_id)
+        text = self._decoder.decode(data)
+        if data[-1:] >= b"\x80":
+            held = self._decoder.getstate()[0]
+            if held[:1] == b"\xed" and held[1:] >= b"\xa0":
+                # The first half of an encoded surrogate: no character, but the decoder waits for the rest.
+                text += self._decoder.decode(b"", True)
         may_stop = self._num_unstoppable == 0
         self._num_unstoppable -= not may_stop
         return self._matcher.push(text, may_stop=may_stop) if self._matcher else Piece(text, False)
+
+    @property
+    def may_stop(self) -> bool:
+        """True if a token's text may end the sequence."""
+        return self._matcher is not None
+
+    def push_all(self, token_ids: Sequence[int]) -> str:
+        """Add tokens of which none may stop the text; the same text as of one after the other."""
+        assert self._matcher is None, "a stop string is looked for token by token"
+        data = b"".join(map(self._token_bytes, token_ids))
+        if b"\xed" in data or self._decoder.getstate()[0].startswith(b"\xed"):
+            return "".join([self.push(token_id).text for token_id in token_ids])
+        return self._decoder.decode(data)
 
     def finish(self) -> str:
         """The text that waited for a stop string; an incomplete character is dropped."""

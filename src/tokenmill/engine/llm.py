@@ -8,9 +8,8 @@ once is not covered: one `LLM` belongs to one thread.
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenmill.core import (
     Completion,
@@ -36,8 +35,7 @@ from tokenmill.models.store.directory import ModelDirectory
 __all__ = ["LLM", "Progress", "ProgressCallback"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Progress:
+class Progress(NamedTuple):
     """State of a long call after one step: requests done, of how many, and the step's own figures."""
 
     num_done: int

@@ -18,7 +18,7 @@ from tokenmill.engine.sequence import GenerationState, ScoringState
 from tokenmill.engine.structured.grammar import GrammarState, U32Array
 from tokenmill.kernels import F32Array
 
-__all__ = ["take_hidden", "take_logits"]
+__all__ = ["append_token", "take_hidden", "take_logits"]
 
 _NOT_FINITE = "the model's logits are not finite numbers"
 _NOTHING_LEFT = "no token may come next: the grammar, bad words and biases leave none"
@@ -37,7 +37,7 @@ def take_logits(out: OutRows, clock: Callable[[], float]) -> None:
         elif isinstance(sequence, GenerationState):
             samples += _samples(sequence, position, index)
     if samples:
-        _sample(out.logits_LV, samples, clock)
+        _sample(out, samples, clock)
     if scored:
         _score(out.logits_LV, scored)
     for index, position, state in prompts:
@@ -50,6 +50,16 @@ def take_hidden(out: HiddenRows) -> None:
     for row, hidden_D in zip(out.rows, out.hidden_LD, strict=True):
         assert isinstance(row.sequence, EmbeddingState)
         row.sequence.append(row.position, hidden_D)
+
+
+def append_token(
+    state: GenerationState, token_id: int, logprobs: TokenLogprobs | None, logits_V: F32Array, now_s: float
+) -> None:
+    """Append what was chosen from these logits; nothing (below 0) fails the sequence."""
+    if token_id >= 0:
+        state.append(token_id, logprobs, now_s=now_s)
+    else:
+        state.fail(_NOTHING_LEFT if np.isfinite(logits_V.max()) else _NOT_FINITE, now_s=now_s)
 
 
 class _Sample(NamedTuple):
@@ -86,13 +96,13 @@ def _samples(state: GenerationState, position: int, logits_row: int) -> Iterator
         yield _Sample(row, each, tokens[position], position >= known, may_wait)
 
 
-def _sample(logits_LV: F32Array, samples: Sequence[_Sample], clock: Callable[[], float]) -> None:
+def _sample(out: OutRows, samples: Sequence[_Sample], clock: Callable[[], float]) -> None:
     """Choose a token for each row and append those that stand.
 
     A row stands if every guess before it was right. Rows come in order, so it is enough to look at the
     last: its position must be the sequence's last, and it must have been computed from that token.
     """
-    tokens = _choose(logits_LV, samples, clock)
+    tokens = _choose(out, samples, clock)
     now_s = clock()
     for each, token in zip(samples, tokens, strict=True):
         state, position = each.state, each.row.position
@@ -100,44 +110,39 @@ def _sample(logits_LV: F32Array, samples: Sequence[_Sample], clock: Callable[[],
         if state.finished or position != state.num_total or each.last_token != state.tokens[-1]:
             continue
         state.num_accepted += each.is_draft
-        if token.valid:
-            state.append(token.token_id, token.logprobs, now_s=now_s)
-        else:
-            finite = np.isfinite(logits_LV[each.row.logits_row].max())
-            state.fail(_NOTHING_LEFT if finite else _NOT_FINITE, now_s=now_s)
+        append_token(state, token.token_id, token.logprobs, out.logits_LV[each.row.logits_row], now_s)
 
 
 class _Token(NamedTuple):
-    """What was chosen for a row, as in `Sampled`."""
+    """What was chosen for a row, below 0 if nothing, as in `Sampled`."""
 
     token_id: int
-    valid: bool
     logprobs: TokenLogprobs | None
 
 
-def _choose(logits_LV: F32Array, samples: Sequence[_Sample], clock: Callable[[], float]) -> list[_Token]:
+def _choose(out: OutRows, samples: Sequence[_Sample], clock: Callable[[], float]) -> list[_Token]:
     """A token for each row.
 
     The best of all tokens is the best of the allowed ones if it is allowed, which is most often so, and asked
     for a fraction of a mask's time. So rows that may wait get a mask only where it is not.
     """
-    tokens = _draw(logits_LV, _with_masks(samples, clock))
+    tokens = _draw(out, _with_masks(samples, clock))
     refused = [i for i, each in enumerate(samples) if each.may_wait and not _allowed(each.state, tokens[i])]
     if refused:
         masked = _with_masks([samples[i]._replace(may_wait=False) for i in refused], clock)
-        for i, token in zip(refused, _draw(logits_LV, masked), strict=True):
+        for i, token in zip(refused, _draw(out, masked), strict=True):
             tokens[i] = token
     return tokens
 
 
-def _draw(logits_LV: F32Array, samples: Sequence[_Sample]) -> list[_Token]:
-    result = sample(logits_LV, [each.row for each in samples])
-    return list(map(_Token, result.token_ids.tolist(), result.valid.tolist(), result.logprobs))
+def _draw(out: OutRows, samples: Sequence[_Sample]) -> list[_Token]:
+    result = sample(out.logits_LV, [each.row for each in samples], out.executor)
+    return list(map(_Token, result.token_ids.tolist(), result.logprobs))
 
 
 def _allowed(state: GenerationState, token: _Token) -> bool:
     """True also where there is no token: a mask would not bring one."""
-    return not token.valid or state.grammar is None or state.grammar.allows(token.token_id)
+    return token.token_id < 0 or state.grammar is None or state.grammar.allows(token.token_id)
 
 
 def _with_masks(samples: Sequence[_Sample], clock: Callable[[], float]) -> list[_Sample]:

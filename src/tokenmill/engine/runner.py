@@ -33,10 +33,14 @@ class OutRow(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class OutRows:
-    """Logits [L, V] of some rows. They are the executor's live buffer: use them before the next step."""
+    """Logits [L, V] of some rows. They are the executor's live buffer: use them before the next step.
+
+    The executor lends its threads to what is made of them.
+    """
 
     rows: Sequence[OutRow]
     logits_LV: F32Array
+    executor: Executor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +138,8 @@ class Runner:
             yield HiddenRows(rows=rows, hidden_LD=hidden_LD)
             return
         logits_LV = self._executor.buffer("logits")[: len(group.rows)]
-        yield OutRows(rows=rows, logits_LV=logits_LV if len(kept) == len(group.rows) else logits_LV[kept])
+        kept_LV = logits_LV if len(kept) == len(group.rows) else logits_LV[kept]
+        yield OutRows(rows=rows, logits_LV=kept_LV, executor=self._executor)
 
 
 def _groups(chunks: Sequence[Chunk], points: TapPoints, size: int) -> list[_Group]:

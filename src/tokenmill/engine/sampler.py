@@ -20,6 +20,7 @@ import numpy.typing as npt
 from tokenmill.core import SamplingParams, TokenLogprobs
 from tokenmill.kernels import (
     Choice,
+    Executor,
     F32Array,
     I32Array,
     U32Array,
@@ -28,7 +29,7 @@ from tokenmill.kernels import (
     top_token_ids,
 )
 
-__all__ = ["Sampled", "SamplingRow", "logprobs_of", "sample", "top_logprobs"]
+__all__ = ["Sampled", "SamplingRow", "choice_of", "logprobs_of", "sample", "top_logprobs"]
 
 _GREEDY_BELOW = 1e-5
 """A temperature that leaves only differences below the precision of the logits to chance."""
@@ -70,9 +71,12 @@ class Sampled:
     logprobs: tuple[TokenLogprobs | None, ...]
 
 
-def sample(logits_LV: F32Array, rows: Sequence[SamplingRow]) -> Sampled:
-    """Choose a token for each row. A row that has none is marked, the others stand. Changes no logits."""
-    token_ids = choose_tokens(logits_LV, [_choice(row) for row in rows])
+def sample(logits_LV: F32Array, rows: Sequence[SamplingRow], executor: Executor | None = None) -> Sampled:
+    """Choose a token for each row. A row that has none is marked, the others stand. Changes no logits.
+
+    `executor` lends its threads, as in `choose_tokens`.
+    """
+    token_ids = choose_tokens(logits_LV, [choice_of(row) for row in rows], executor=executor)
     valid = token_ids >= 0
     return Sampled(token_ids=token_ids, valid=valid, logprobs=_logprobs(logits_LV, rows, token_ids))
 
@@ -130,7 +134,7 @@ def _logprobs(
     return tuple(result)
 
 
-def _choice(row: SamplingRow) -> Choice:
+def choice_of(row: SamplingRow) -> Choice:
     """What the kernels need; a row that changes nothing and draws nothing needs little."""
     params = row.params
     greedy = params.temperature < _GREEDY_BELOW

@@ -118,6 +118,7 @@ class Scheduler:
         self._running: list[SequenceState] = []
         self._num_arrived = 0
         self._copies: list[tuple[int, int]] = []
+        self.num_changes = 0
 
     @property
     def has_work(self) -> bool:
@@ -207,6 +208,16 @@ class Scheduler:
         self._check(schedule)
         return schedule
 
+    @property
+    def only_decodes(self) -> bool:
+        """True if nobody can start or must make room, and no block is to be copied: all that a step can do
+        is to go on with what runs, as far as that has blocks.
+        """
+        running, waiting = self._running, self._waiting
+        full = len(running) >= self.limits.max_sequences
+        nobody_starts = not waiting or (full and waiting[0].tier != "fast")
+        return 0 < len(running) <= self.limits.max_rows and nobody_starts and not self._copies
+
     def commit(self, schedule: Schedule) -> None:
         """Record that the rows of a step are in the cache, and name the blocks that they filled."""
         for chunk in schedule.chunks:
@@ -214,13 +225,26 @@ class Scheduler:
             assert sequence.num_computed == chunk.start, "a schedule is committed twice"
             sequence.num_computed = sequence.num_confirmed(chunk.stop)
             sequence.drafts = sequence.drafts[:0]
-            self._publish(sequence)
+            self.publish(sequence)
+
+    def publish(self, sequence: SequenceState) -> None:
+        """Name the blocks that are full of computed tokens."""
+        chain, size = sequence.chain, sequence.table.block_size
+        num_full = sequence.num_computed // size
+        if chain is None or num_full <= sequence.num_published:
+            return
+        blocks = sequence.table.blocks
+        for index in range(sequence.num_published, num_full):
+            key = chain.key(index, sequence.tokens)
+            self.pool.publish(blocks[index], key, chain.tokens_of(index, sequence.tokens))
+        sequence.num_published = num_full
 
     def remove(self, sequence: SequenceState, *, damaged: bool = False) -> None:
         """Forget a sequence, at any moment between steps, and free its blocks. No-op if it is unknown.
 
         `damaged` content is not kept for others.
         """
+        self.num_changes += 1
         if sequence in self._running:
             self._running.remove(sequence)
         elif sequence in self._waiting:
@@ -244,9 +268,11 @@ class Scheduler:
         assert all(s.num_preemptions <= MAX_PREEMPTIONS for s in everyone), "preempted too often"
 
     def _queue(self, sequence: SequenceState) -> None:
+        self.num_changes += 1
         insort(self._waiting, sequence, key=lambda each: each.place)
 
     def _run(self, sequence: SequenceState) -> None:
+        self.num_changes += 1
         insort(self._running, sequence, key=lambda each: each.place)
 
     def _grow(self, plan: "_Plan") -> None:
@@ -374,18 +400,6 @@ class Scheduler:
         sequence.num_published = len(blocks)
         if sequence.num_preemptions == 0:
             sequence.num_cached = sequence.num_computed
-
-    def _publish(self, sequence: SequenceState) -> None:
-        """Name the blocks that are full of computed tokens."""
-        chain, size = sequence.chain, sequence.table.block_size
-        num_full = sequence.num_computed // size
-        if chain is None or num_full <= sequence.num_published:
-            return
-        blocks = sequence.table.blocks
-        for index in range(sequence.num_published, num_full):
-            key = chain.key(index, sequence.tokens)
-            self.pool.publish(blocks[index], key, chain.tokens_of(index, sequence.tokens))
-        sequence.num_published = num_full
 
     def _make_room(self, sequence: SequenceState, plan: "_Plan") -> bool:
         """Allocate a block, preempting from the back; False if `sequence` itself had to go."""

@@ -172,7 +172,10 @@ class GenerationState(SequenceState):
         self.num_drafted = 0
         self.num_accepted = 0
         self._detokenizer = detokenizer
-        self._end_token_ids = end_token_ids
+        self._model_end_ids = end_token_ids
+        self.end_token_ids = end_token_ids.union(request.params.stop_token_ids)
+        # Text is made when it is asked for, if it cannot end the sequence.
+        self._num_read = self.num_prompt
         self._pieces: list[str] = []
         self._logprobs: list[TokenLogprobs] = []
         self._prompt_logprobs: list[TokenLogprobs] = []
@@ -208,7 +211,32 @@ class GenerationState(SequenceState):
         """Tokens that would end the text before `min_tokens`, if chosen for this position."""
         if position - self.num_prompt >= self.params.min_tokens:
             return ()
-        return (*self._end_token_ids, *self.params.stop_token_ids)
+        return (*self._model_end_ids, *self.params.stop_token_ids)
+
+    @property
+    def is_plain(self) -> bool:
+        """True if all further tokens are chosen from the logits alone, the next one from one row, and always
+        in the same way but for the position.
+        """
+        params = self.params
+        return not (
+            len(self.tokens) - self.num_computed != 1
+            or len(self.tokens) - self.num_prompt < max(1, params.min_tokens)
+            or self.siblings
+            or self.taps
+            or self.drafts
+            or self.bad_words
+            or self.grammar is not None
+            or params.logprobs is not None
+            or params.penalises
+            or self._scores_prompt
+            or self.finished
+        )
+
+    @property
+    def ends_by_text(self) -> bool:
+        """True if a stop string may end the sequence."""
+        return self._detokenizer.may_stop
 
     def num_confirmed(self, stop: int) -> int:
         """Rows up to the token before the last: what follows it was guessed wrongly."""
@@ -222,15 +250,11 @@ class GenerationState(SequenceState):
             self._logprobs.append(logprobs)
         if self.first_token_s is None:
             self.first_token_s = now_s
-        if token_id in self._end_token_ids:
-            self.finish("completed", now_s=now_s)
-            return
-        if token_id in self.params.stop_token_ids:
-            self.finish("stopped", now_s=now_s)
-            return
-        piece = self._detokenizer.push(token_id)
-        self._pieces.append(piece.text)
-        if piece.stopped:
+        if token_id in self.end_token_ids:
+            self._read(len(self.tokens) - 1)
+            self._num_read = len(self.tokens)
+            self.finish("completed" if token_id in self._model_end_ids else "stopped", now_s=now_s)
+        elif self.ends_by_text and self._read_one(token_id):
             self.finish("stopped", now_s=now_s)
         elif self._follow_grammar(token_id, now_s):
             self.finish("completed", now_s=now_s)
@@ -245,6 +269,7 @@ class GenerationState(SequenceState):
     def finish(self, reason: FinishReason, *, now_s: float) -> None:
         """Write the one terminal state, and release text that waited for a possible stop string."""
         assert self.finish_reason is None, f"{self.request_id} ends twice"
+        self._read(len(self.tokens))
         self._pieces.append(self._detokenizer.finish())
         self.finish_reason = reason
         self.finished_s = now_s
@@ -256,6 +281,7 @@ class GenerationState(SequenceState):
 
     def take(self) -> Delta:
         """Text, tokens and log-probabilities that were not taken before."""
+        self._read(len(self.tokens))
         first, pieces = self._num_tokens_taken, self._pieces[self._num_pieces_taken :]
         self._num_tokens_taken, self._num_pieces_taken = self.num_output, len(self._pieces)
         return Delta(
@@ -292,6 +318,19 @@ class GenerationState(SequenceState):
         self.siblings = tuple(siblings)
         for sibling in siblings:
             sibling._prompt_logprobs = self._prompt_logprobs
+
+    def _read(self, stop: int) -> None:
+        """Make the text of the tokens before `stop`, as far as it is not made yet."""
+        if self._num_read < stop:
+            self._pieces.append(self._detokenizer.push_all(self.tokens[self._num_read : stop]))
+            self._num_read = stop
+
+    def _read_one(self, token_id: int) -> bool:
+        """Make the text of the last token; true if it ends the sequence."""
+        self._num_read = len(self.tokens)
+        piece = self._detokenizer.push(token_id)
+        self._pieces.append(piece.text)
+        return piece.stopped
 
     def _follow_grammar(self, token_id: int, now_s: float) -> bool:
         """Go on in the grammar; true if the text is complete. A limit that is reached fails the request."""

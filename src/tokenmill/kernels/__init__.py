@@ -42,7 +42,7 @@ from tokenmill.kernels.plan import (
     StepPlan,
     kv_block_bytes,
 )
-from tokenmill.kernels.sampling import choose_tokens, top_token_ids
+from tokenmill.kernels.sampling import ChoiceTable, choose_tokens, top_token_ids
 from tokenmill.kernels.sampling_twin import Choice, U32Array
 
 __all__ = [
@@ -54,6 +54,7 @@ __all__ = [
     "Attend",
     "BufferName",
     "Choice",
+    "ChoiceTable",
     "Combine",
     "Embed",
     "EmbedTable",

@@ -158,6 +158,11 @@ class NativeExecutor:
                 str(error), hint="check the disk, and load the model again: its file must not change in use"
             ) from error
 
+    @property
+    def native(self) -> Any:
+        """The extension's own object, whose threads the sampler shares."""
+        return self._native
+
     def buffer(self, name: BufferName) -> F32Array:
         """A writable view of the live buffer."""
         view: F32Array = self._native.buffer(name)
