@@ -1,7 +1,8 @@
 """The generated parts of docs/performance.md: between which marks they lie, and their tables.
 
-What the measuring scripts write is the page itself, no file beside it: a table that is there can be read back,
-so that one row or one plot can be made again without measuring everything. What is measured is not here.
+What the measuring scripts write is the page itself, no file beside it: a table that is there can be read
+back, so that one row or one plot can be made again without measuring everything. What is measured is in
+the scripts that write it.
 """
 
 from collections.abc import Iterable, Sequence

@@ -1,4 +1,4 @@
-"""The stacked bars of docs/performance.md, as SVG made from the tables of the page: no plotting library needed.
+"""The stacked bars of docs/performance.md, as SVG made from its tables: no plotting library needed.
 
 Grey text and full colours stand out on a light and on a dark page.
 """

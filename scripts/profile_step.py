@@ -104,7 +104,7 @@ STEPS: Final = {
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a part needs at least in one step. `near_bytes` are activations, which no cache but a near one holds."""
+    """What a part needs at least in one step. `near_bytes` are activations, which a near cache holds."""
 
     int8_ops: float = 0.0
     float_ops: float = 0.0

@@ -3,9 +3,9 @@
     python -m scripts.targets [NAME ...] [--model NAME] [--folder DIR] [--write]
 
 Without names everything is measured; with `--write` the measured rows of the table in docs/performance.md are
-replaced and the others stay. Each round of a speed row measures the machine's limits first, so that a share is of
-the same second or two. Random models are made in `--folder` when they are first asked for (10 GB for all shapes)
-and stay there. Memory and cold start are those of child processes.
+replaced and the others stay. Each round of a speed row measures the machine's limits first, so that a share
+is of the same second or two. Random models are made in `--folder` when they are first asked for (12 GB for
+all shapes) and stay there. Memory and cold start are those of child processes.
 """
 
 import argparse
@@ -140,7 +140,7 @@ def targets(model: str, folder: Path) -> list[Target]:
 
     def speed(weights: Any, batch: int, kv_dtype: Any = "bf16") -> _Speed:
         config = BenchConfig(weights=(weights,), batches=(batch,), kv_dtype=kv_dtype, **decode)
-        return _Speed(model=real, config=config, phase="decode")
+        return _Speed(model=real, config=config, phase="decode", rounds=5 if batch == 1 else 3)
 
     prompt = BenchConfig(weights=("w8a8",), batches=(1,), prompt=512, output=2, num_runs=1)
     prefill = _Speed(model=real, config=prompt, phase="prefill", rounds=7)
@@ -262,13 +262,16 @@ def _status(*names: str) -> dict[str, int]:
 def _cold_start(model: str, num_runs: int, *, keep: bool) -> Measured:
     """Seconds from the start of `tokenmill run` to the first byte of its answer.
 
-    All files are in the system's cache. Without `keep` each run has an empty cache of packed weights.
+    All files are in the system's cache after a run that does not count. Without `keep` each run has an empty
+    cache of packed weights.
     """
     path = str(_find(model).path)
     seconds = []
     with tempfile.TemporaryDirectory() as home:
-        environment = {**os.environ, "TOKENMILL_HOME": home}
-        for number in range(num_runs + keep):
+        # An installed package has its bytecode; without it Python would compile everything in each run.
+        environment = {**os.environ, "TOKENMILL_HOME": home, "PYTHONPYCACHEPREFIX": f"{home}/bytecode"}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
+        for number in range(1 + num_runs):
             if not keep:
                 _empty(Path(home))
             command = [sys.executable, "-m", "tokenmill", "run", path, _PROMPT, "--max-tokens", "1"]
@@ -279,15 +282,14 @@ def _cold_start(model: str, num_runs: int, *, keep: bool) -> Measured:
                 elapsed = time.perf_counter() - began
             if process.returncode:
                 raise SystemExit(f"{' '.join(command)} failed")
-            if number or not keep:
+            if number:
                 seconds.append(elapsed)
     return Measured(values=tuple(seconds), unit="s")
 
 
 def _empty(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            path.unlink()
+    for path in folder.rglob("*.packed"):
+        path.unlink()
 
 
 def _write(cells: Sequence[str], order: Sequence[str]) -> None:

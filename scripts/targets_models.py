@@ -1,8 +1,8 @@
 """Models with random 8-bit weights for the tables of docs/performance.md: a student, and larger shapes.
 
-What decides speed is real: shapes, formats, bytes that differ from layer to layer in a mapped file. The text of
-such a model is noise. A folder is made once and found again; nothing here is smoothed, which costs no time when a
-model runs.
+What decides speed is real: shapes, formats, a mapped file in which every matrix has its own bytes. The text
+of such a model is noise. A folder is made once and found again; nothing here is smoothed, which costs no time
+when a model runs.
 """
 
 import json
