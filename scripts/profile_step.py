@@ -2,8 +2,8 @@
 
     python -m scripts.profile_step [--model NAME] [--steps prefill-512 decode-1 decode-64] [--write]
 
-A decode step is one of 128 prompt tokens and 17 to 48 generated ones; the prefill is one step. Operations are
-timed by the native executor itself (thread 0, waiting for the others included), phases of the engine by
+A decode step is one after 128 prompt tokens and some 32 generated ones; the prefill is one step. Operations
+are timed by the native executor itself (thread 0, waiting for the others included), phases of the engine by
 wrapping a few of its functions, each phase without those inside it; what is wrapped is in `_PHASES`. Figures
 are medians over steps. A part's limit is the time of its bytes or of its operations, the longer one, at rates
 that were measured before and after; parts that only move activations are held to the bandwidth of a nearby
@@ -62,7 +62,7 @@ _PHASES: Final = (
 _CALL: Final = "native call, threads"
 _LOOP: Final = "loop around the step"
 _TOTAL: Final = "**step**"
-_NUM_BEFORE, _NUM_DECODES = 16, 32
+_NUM_BEFORE, _NUM_DECODES, _MAX_ROWS = 16, 32, 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +75,16 @@ class Case:
     decodes: bool
 
     @property
+    def num_prompt_steps(self) -> int:
+        """Steps that the prompts take; the first sequence is so far ahead of the last."""
+        return -(-self.batch * self.prompt // _MAX_ROWS)
+
+    @property
     def seen(self) -> int:
         """Positions that all rows of the (middle) step see, added up."""
         if self.decodes:
-            return self.batch * (self.prompt + _NUM_BEFORE + _NUM_DECODES // 2 + 1)
+            generated = _NUM_BEFORE + _NUM_DECODES // 2 + self.num_prompt_steps // 2
+            return self.batch * (self.prompt + generated)
         return self.batch * self.prompt * (self.prompt + 1) // 2
 
     @property
@@ -245,11 +251,11 @@ def table(parts: Sequence[Part], costs: Mapping[str, Cost], limits: MachineLimit
     for part in parts:
         cells = [part.name, f"{part.median * 1e6:,.0f}", f"{part.low * 1e6:,.0f}-{part.high * 1e6:,.0f}"]
         cells.append(f"{part.median / total.median:.1%}")
-        cost = whole if part is total else costs.get(part.name)
-        if cost is None:
+        needed = whole if part is total else costs.get(part.name)
+        if needed is None:
             cells += ["-", "-", "-"]
         else:
-            least, binds = limit_of(cost, rates, working_set)
+            least, binds = limit_of(needed, rates, working_set)
             cells += [f"{least * 1e6:,.0f}", binds, f"{least / part.median:.0%}"]
         rows.append(cells)
     header = ["part", "µs", "lowest-highest", "of the step", "limit, µs", "bound by", "reached"]
@@ -270,7 +276,7 @@ class _Profiler:
             return executor
 
         kv_tokens = case.batch * (case.prompt + 128)
-        config = LLMConfig(max_batch=case.batch, kv_tokens=kv_tokens, prefix_cache=False)
+        config = LLMConfig(max_batch=case.batch, max_rows=_MAX_ROWS, kv_tokens=kv_tokens, prefix_cache=False)
         self.llm = LLM(model, config, create=create)
         [self.executor] = made
         self.case = case
@@ -284,7 +290,7 @@ class _Profiler:
         """One call of the offline engine; its steps of this case are kept, or only warm everything up."""
         case, vocab = self.case, self.executor.plan.shape.vocab_size
         prompts = [self._rng.choices(range(vocab // 4, vocab // 2), k=case.prompt) for _ in range(case.batch)]
-        num_tokens = _NUM_BEFORE + _NUM_DECODES + 1 if case.decodes else 1
+        num_tokens = _NUM_BEFORE + _NUM_DECODES + case.num_prompt_steps if case.decodes else 1
         params = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
         self._num_decodes, self._began = 0, time.perf_counter()
         self._reset()
@@ -307,7 +313,8 @@ class _Profiler:
         step = progress.step
         is_decode = step.num_rows == step.num_out_rows == self.case.batch and self.case.decodes
         self._num_decodes += is_decode
-        wanted = self._num_decodes > _NUM_BEFORE if self.case.decodes else step.num_rows == self.case.num_rows
+        is_late = is_decode and self._num_decodes > _NUM_BEFORE
+        wanted = is_late if self.case.decodes else step.num_rows == self.case.num_rows
         if keep and wanted:
             sample: dict[str, float] = defaultdict(float)
             for name, seconds in zip(self._names, self.executor.operation_seconds(), strict=True):

@@ -3,10 +3,10 @@
     python -m scripts.speculation [--data DIR] [--work NAME ...] [--tune] [--write]
 
 `DIR` holds public test sets, one folder each (humaneval, snips, news_summaries, mt_bench); a kind of work
-whose set is not there is said to be missing, and nothing of a set is kept. Every round makes two engines, one that
-guesses and one that does not, with nothing remembered, and gives every prompt to both, in turns of who is
-first; one stream, greedy, tokens compared. Rows are split by a hash of their text: with `--tune` the half to
-tune on is measured, else the other, which is the one to report.
+whose set is not there is said to be missing, and nothing of a set is kept. Every round makes two engines, one
+that guesses and one that does not, with nothing remembered, and gives every prompt to both, in turns of who
+is first; one stream, greedy, tokens compared. Rows are split by a hash of their text: with `--tune` the half
+to tune on is measured, else the other, which is the one to report.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import hashlib
 import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -191,9 +191,9 @@ class _Pairing:
     """Two engines of one model, with nothing remembered."""
 
     def __init__(self, model: ModelDirectory) -> None:
-        config = {"max_batch": 1, "kv_tokens": _KV_TOKENS, "prefix_cache": False}
-        self._plain = LLM(model, LLMConfig(**config))
-        self._guess = LLM(model, LLMConfig(**config, speculation="lookup"))
+        config = LLMConfig(max_batch=1, kv_tokens=_KV_TOKENS, prefix_cache=False)
+        self._plain = LLM(model, config)
+        self._guess = LLM(model, replace(config, speculation="lookup"))
         warm = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
         for llm in (self._plain, self._guess):
             llm.generate_tokens([list(range(1000, 1100))], warm)
@@ -233,7 +233,7 @@ class _Pairing:
 
 def measure(model: ModelDirectory, work: Work, prompts: Sequence[str], num_rounds: int) -> list[Round]:
     """The rounds of one kind of work."""
-    rounds = []
+    rounds: list[Round] = []
     for number in range(num_rounds):
         pairing = _Pairing(model)
         encoded = [pairing.encode(work, prompt) for prompt in prompts]
