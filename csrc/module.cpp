@@ -201,6 +201,8 @@ class NativePlan {
     const mill::ExpertStats s = plan_.expert_stats();
     return {s.hits, s.misses, s.bytes_read, s.bytes_held, s.read_seconds};
   }
+  void time_ops() { plan_.time_ops(); }
+  std::vector<int64_t> op_ns() const { return plan_.op_ns(); }
 
   // One entry an operation in `ops`; none frees the slot. Nothing is changed if anything is wrong.
   void set_adapter(int slot, std::vector<int> ops, std::vector<int> ranks, std::vector<float> scales,
@@ -440,6 +442,8 @@ NB_MODULE(_native, m) {
            "data"_a, "scales"_a, "mins"_a, "gated"_a)
       .def("add_combine", &NativePlan::add_combine)
       .def("expert_stats", &NativePlan::expert_stats)
+      .def("time_ops", &NativePlan::time_ops)
+      .def("op_ns", &NativePlan::op_ns)
       .def("set_adapter", &NativePlan::set_adapter, "slot"_a, "ops"_a, "ranks"_a, "scales"_a, "downs"_a, "ups"_a,
            "pairs"_a)
       .def("run", &NativePlan::run, nb::arg("tokens").noconvert(), nb::arg("positions").noconvert(), nb::arg("kv_slots").noconvert(), nb::arg("row_starts").noconvert(), nb::arg("block_starts").noconvert(),

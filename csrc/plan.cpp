@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <new>
@@ -15,6 +16,7 @@
 
 namespace mill {
 
+using Clock = std::chrono::steady_clock;
 using baseline::from_bf16;
 using baseline::from_f16;
 using baseline::to_bf16;
@@ -182,10 +184,16 @@ void Plan::run(const Batch& batch, int first, int last) {
   std::atomic<bool> fits{true};
   pool_.run([&](int thread) {
     kernels_.begin_thread();
+    const bool timed = thread == 0 && op_ns_.size() == ops_.size();
+    auto from = timed ? Clock::now() : Clock::time_point{};
     for (int i = first; i < last && fits; i++) {
       if (is_routed(ops_[i]) && !routed_step(batch, ops_[i], thread)) fits = false;
       else if (!is_routed(ops_[i])) step(batch, ops_[i], thread);
       pool_.barrier();
+      if (timed) {
+        const auto now = Clock::now();
+        op_ns_[i] += std::chrono::nanoseconds(now - from).count(), from = now;
+      }
     }
     kernels_.end_thread();
   });

@@ -75,6 +75,9 @@ class Plan {
   uint8_t* block(int index);
   size_t block_bytes() const { return block_bytes_; }
   void copy_block(int from, int to);
+  // From now on `run` adds the nanoseconds of each operation, as thread 0 sees it, to `op_ns`; counted from 0.
+  void time_ops() { op_ns_.assign(ops_.size(), 0); }
+  const std::vector<int64_t>& op_ns() const { return op_ns_; }
   ExpertStats expert_stats() const { return experts_ ? experts_->stats() : ExpertStats{}; }
   Pool& pool() { return pool_; }
   const Kernels& kernels() const { return kernels_; }
@@ -112,6 +115,7 @@ class Plan {
   const bool kv_int8_;
   const size_t page_bytes_, block_bytes_;  // of one head in one block, and of all layers and heads
   std::vector<Op> ops_;
+  std::vector<int64_t> op_ns_;  // empty: not timed
   Array<float> buffers_[kNumBuffers];
   int widths_[kNumBuffers], capacity_[kNumBuffers];
   Array<uint16_t> q_;   // [kv_heads][max_rows * heads / kv_heads + slack][head_pad]

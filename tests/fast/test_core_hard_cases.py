@@ -192,6 +192,23 @@ def test_a_proposer_that_raises_fails_nobody(where: str, num: int) -> None:
     assert [s.completion().token_ids for s in states] == [bench.reference(p) for p in PROMPTS[:num]]
 
 
+def test_while_guessing_is_stopped_nobody_is_asked_and_the_account_fills(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bench = Bench()
+    speculator = bench.engine._core._speculator
+    speculator._proposer = Troubled(raises="propose")
+    controller = speculator._controller
+    controller._account_s = -1e-9
+    monkeypatch.setattr(Troubled, "propose", lambda *_: pytest.fail("asked"))
+    (state,) = bench.submit(PROMPTS[0])
+    while not state.num_output:
+        bench.engine.step()
+    assert not controller.active
+    bench.engine.step()
+    assert controller.active, "1.5 % of a step is more than a nanosecond"
+
+
 def test_guesses_for_a_step_without_room_are_forgotten() -> None:
     bench = Bench(max_rows=1, max_batch=2)
     states = [bench.submit([i])[0] for i in range(2)]

@@ -191,6 +191,17 @@ class NativeExecutor:
             [np.ascontiguousarray(each.pairs) for each in linears.values()],
         )
 
+    def time_operations(self) -> None:
+        """Time each operation of the plan from now on, counted from zero; between two steps."""
+        self._native.time_ops()
+
+    def operation_seconds(self) -> tuple[float, ...]:
+        """Seconds of each operation of the plan since `time_operations`; empty if it was never called.
+
+        As thread 0 saw it, waiting for the others included, so that the sum is the time of the plan.
+        """
+        return tuple(each * 1e-9 for each in self._native.op_ns())
+
     def expert_cache(self) -> ExpertCacheStats | None:
         """What the cache of experts did so far; None without a budget."""
         return ExpertCacheStats(*self._native.expert_stats()) if self._has_expert_cache else None

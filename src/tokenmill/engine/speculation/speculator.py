@@ -45,15 +45,18 @@ class Speculator:
         self._clock = clock
         self._attached: dict[int, _Attached] = {}
         self._propose_s = 0.0
+        self._is_idle = False
 
     def guess(self, scheduler: Scheduler) -> None:
         """Attach drafts to running sequences, where they are expected to pay."""
-        self._attached, self._propose_s = {}, 0.0
+        self._attached, self._propose_s, self._is_idle = {}, 0.0, False
         decoding = [s for s in scheduler.running if isinstance(s, GenerationState) and s.num_pending == 1]
         # What a grammar forces is asked for where rows are free: in a tile that is not full.
         asks_grammars = len(decoding) < ROW_TILE
         states = [s for s in decoding if s.can_draft and (self._proposer or (s.grammar and asks_grammars))]
-        if not states:
+        # While guessing loses time even looking on would: a proposer catches up when it is asked again.
+        self._is_idle = bool(states) and not self._controller.active
+        if not states or self._is_idle:
             return
         began_s = self._clock()
         # Also those that want nothing now: a proposer learns from what it sees.
@@ -86,7 +89,7 @@ class Speculator:
                     self._proposer.observe(chunk.sequence.arrival, draft, accepted)
             num_drafts, num_accepted = num_drafts + chunk.num_drafts, num_accepted + accepted
         num_decodes = sum(chunk.num_rows - chunk.num_drafts == 1 for chunk in schedule.chunks)
-        if num_decodes and (num_drafts or self._propose_s):
+        if num_decodes and (num_drafts or self._propose_s or self._is_idle):
             load = StepLoad(
                 num_rows=schedule.num_rows - num_drafts,
                 num_kv_tokens=schedule.num_kv_tokens - num_drafts,
@@ -101,7 +104,7 @@ class Speculator:
                 propose_seconds=self._propose_s,
             )
         # The next step may be planned without guesses.
-        self._attached, self._propose_s = {}, 0.0
+        self._attached, self._propose_s, self._is_idle = {}, 0.0, False
 
     def forget(self, state: GenerationState) -> None:
         """Drop what is kept of a sequence that ended."""

@@ -185,7 +185,7 @@ def _without_controls(
     inner.encode_special_tokens = True
     held = {text: token_id for text, token_id in controls.items() if inner.token_to_id(text) == token_id}
     held = {text: token_id for text, token_id in held.items() if inner.model.token_to_id(text) is not None}
-    if not held:
+    if not held or _are_out_of_reach(inner, held):
         return inner
     description = json.loads(inner.to_str())
     model = description["model"]
@@ -194,8 +194,6 @@ def _without_controls(
     else:
         # A raw space is in no piece that text is made of: they are stand-ins of bytes, or have ▁ for it.
         names = {text: f" {token_id}" for text, token_id in held.items()}
-        if not model["ignore_merges"] and names.keys().isdisjoint(map("".join, model["merges"])):
-            return inner  # a piece of two characters or more that no merge makes is out of reach
         model["vocab"] = {names.get(text, text): token_id for text, token_id in model["vocab"].items()}
         model["merges"] = [
             pair for pair in model["merges"] if names.keys().isdisjoint((*pair, "".join(pair)))
@@ -208,6 +206,17 @@ def _without_controls(
     start.encode_special_tokens = True
     _check_same_ids(inner, start, source)
     return start
+
+
+def _are_out_of_reach(inner: tokenizers.Tokenizer, held: Collection[str]) -> bool:
+    """Whether no text is cut into these pieces, each of two characters or more.
+
+    Merges make a piece inside a text only if they make it alone: there the same pairs come in the same order.
+    """
+    model = inner.model
+    if not isinstance(model, models.BPE) or model.ignore_merges:
+        return False
+    return all(text not in (token.value for token in model.tokenize(text)) for text in held)
 
 
 def _continuation(start: tokenizers.Tokenizer, source: str) -> tuple[tokenizers.Tokenizer, bool]:
