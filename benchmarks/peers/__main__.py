@@ -22,14 +22,13 @@ from tokenmill.core import TokenmillError
 from tokenmill.kernels import default_threads
 from tokenmill.kernels.probe import busy_share, measure_machine, read_hardware
 from tokenmill.models.store.directory import ModelDirectory
-from tokenmill.models.store.export import GgufType, export_gguf
+from tokenmill.models.store.export import export_gguf
 from tokenmill.models.store.library import Library
 
 _ROOT = Path(__file__).parents[2]
 _BUILD = _ROOT / "build" / "peers"
 _TEXT = _ROOT.parent / "shared" / "data" / "wikitext2" / "wiki.test.tokens.txt.gz"
 _WINDOW = 2048
-_GGUF_TYPES: Mapping[str, GgufType] = {"q8_0": "q8_0", "q4_0": "q4_0"}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -165,7 +164,7 @@ def _source(model: ModelDirectory, system: System) -> str:
     path = _BUILD / "models" / f"{model.digest[:16]}-{system.source}.gguf"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        export_gguf(model, path, _GGUF_TYPES[system.source])
+        export_gguf(model, path, system.source)
     return str(path)
 
 

@@ -53,7 +53,7 @@ _ALL = (
     _llama_cpp("llamacpp", "-DGGML_NATIVE=ON"),
     _llama_cpp("llamacpp-avx512", *_AVX2, *_AVX512),
     _llama_cpp("llamacpp-avx2", *_AVX2),
-    Environment(name="openvino", requirements=("openvino-genai==2026.4.1.0", "numpy==2.4.6")),
+    Environment(name="openvino", requirements=("openvino-genai==2026.4.1.0", "nncf==3.4.0", "numpy==2.4.6")),
     Environment(name="transformers", requirements=("torch==2.13.0", "transformers==5.23.0", "numpy==2.4.6")),
 )
 ENVIRONMENTS: Mapping[str, Environment] = {environment.name: environment for environment in _ALL}

@@ -4,9 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
+from tokenmill.models.store.export import GgufType
+
 __all__ = ["ROWS", "SYSTEMS", "Isa", "Row", "Run", "System", "for_isa", "runs"]
 
-Source: TypeAlias = Literal["directory", "model.gguf", "q8_0", "q4_0"]
+Source: TypeAlias = Literal["directory", "model.gguf"] | GgufType
 Isa: TypeAlias = Literal["amx", "avx512", "avx2"]
 
 
@@ -89,7 +91,7 @@ SYSTEMS: tuple[System, ...] = (
         runner="openvino_runner",
         weights="int8",
         kv="u8",
-        source="q8_0",
+        source="f16",
     ),
     System(
         key="transformers-bf16",

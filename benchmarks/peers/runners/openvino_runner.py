@@ -1,10 +1,17 @@
-"""OpenVINO GenAI: its pipeline for continuous batching, on the GGUF file that it reads itself.
+"""OpenVINO GenAI: its pipeline for continuous batching, on 8-bit weights with a scale a channel.
 
-Prompts are computed whole and all at once before anything is decoded, which is its fastest order here.
+It reads a GGUF file in f16, which NNCF, OpenVINO's own tool, compresses once: its documentation prefers that
+to reading 8-bit GGUF files, and it was faster here. Prompts are computed whole and all at once before
+anything is decoded, which is its fastest order.
 """
 
+import os
+import shutil
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +23,7 @@ from benchmarks.peers.runners.serve import Generated, Scored, System, serve
 __all__ = ["OpenVino"]
 
 _MAX_TOKENS = 8192  # of a step: the prompts of the largest batch
+_MAX_SEQUENCES = 64
 _CACHE_GB = 2
 
 
@@ -28,11 +36,13 @@ class OpenVino(System):
         scheduler.enable_prefix_caching = False
         scheduler.dynamic_split_fuse = False
         scheduler.max_num_batched_tokens = _MAX_TOKENS
-        scheduler.max_num_seqs = 64
+        scheduler.max_num_seqs = _MAX_SEQUENCES
         properties = {"INFERENCE_NUM_THREADS": threads, **options}
-        self._pipeline = genai.ContinuousBatchingPipeline(model, scheduler, "CPU", properties)
+        folder = _compressed(Path(model))
+        self._pipeline = genai.ContinuousBatchingPipeline(str(folder), scheduler, "CPU", properties)
         self._num_requests = 0
-        self.version = f"OpenVINO GenAI {genai.__version__}"
+        self.version = f"OpenVINO GenAI {version('openvino-genai')}"
+        self.build = f"nncf {version('nncf')}"
 
     def generate(self, prompts: Sequence[Sequence[int]], output: int) -> Generated:
         """Steps until every request has a token, then the steps of the rest."""
@@ -77,6 +87,30 @@ class OpenVino(System):
         self._num_requests += 1
         ids = ov.Tensor(np.asarray([tokens], np.int64))
         return self._pipeline.add_request(self._num_requests, ids, config)
+
+
+def _compressed(gguf: Path) -> Path:
+    """The model in OpenVINO's own format with 8-bit weights, beside the file; made once."""
+    folder = gguf.with_suffix(".int8")
+    if folder.is_dir():
+        return folder
+    import nncf  # takes seconds, and only here
+
+    with tempfile.TemporaryDirectory(dir=gguf.parent) as temporary:
+        wide, narrow = Path(temporary, "wide"), Path(temporary, "narrow")
+        wide.mkdir()
+        os.link(gguf, wide / "model.gguf")
+        genai.LLMPipeline(
+            str(wide / "model.gguf"), "CPU", {"ATTENTION_BACKEND": "SDPA", "enable_save_ov_model": True}
+        )
+        model = ov.Core().read_model(wide / "openvino_model.xml")
+        model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
+        narrow.mkdir()
+        ov.save_model(model, narrow / "openvino_model.xml", compress_to_fp16=False)
+        for path in wide.glob("openvino_*tokenizer.*"):
+            shutil.copy(path, narrow)
+        narrow.rename(folder)
+    return folder
 
 
 if __name__ == "__main__":
