@@ -19,6 +19,7 @@ from benchmarks.peers.systems import ROWS, SYSTEMS, Isa, Row, System, for_isa
 from benchmarks.peers.table import Report, document, fill, table
 from tokenmill.cli.machine import Machine, machine_fields
 from tokenmill.core import TokenmillError
+from tokenmill.engine.bench import machine_rates
 from tokenmill.kernels import default_threads
 from tokenmill.kernels.probe import busy_share, measure_machine, read_hardware
 from tokenmill.models.store.directory import ModelDirectory
@@ -99,6 +100,7 @@ def _report(
         model=model.name,
         day=datetime.now(UTC).date().isoformat(),
         machine=machine,
+        rates=machine_rates(limits),
         rows=rows,
         rounds=args.rounds,
         num_scored=sum(len(window) - 1 for window in scored),

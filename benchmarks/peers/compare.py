@@ -15,6 +15,7 @@ from benchmarks.peers.child import Child, ChildFault
 from benchmarks.peers.environments import NotPrepared
 from benchmarks.peers.quality import Kept, perplexity
 from benchmarks.peers.systems import Row, Run, System, runs
+from tokenmill.costs import DecoderCost
 
 __all__ = ["AS_GOOD", "Measured", "Plan", "Speed", "Stage", "compare", "num_pieces", "ratio", "speed"]
 
@@ -40,13 +41,14 @@ class Speed(NamedTuple):
 class Measured:
     """What became of one system. `values` are tokens a second, one a round, by the key of the row.
 
-    `reason` says why it stopped; empty if it did not.
+    `cost` is what a token costs, for tokenmill alone. `reason` says why it stopped; empty if it did not.
     """
 
     system: System
     version: str = ""
     perplexity: float | None = None
     values: dict[str, list[float]] = field(default_factory=dict)
+    cost: DecoderCost | None = None
     reason: str = ""
 
 
@@ -147,12 +149,14 @@ def _load(result: Measured, child: Child, model: str, plan: Plan, stage: Stage) 
     answer = child.call(
         "load", patience_s=_LOAD_S, model=model, threads=plan.threads, options=dict(system.options)
     )
-    result.version = str(answer["version"])
+    result.version, build = _text(answer, "version"), _text(answer, "build")
+    if answer.get("cost"):
+        result.cost = DecoderCost(**answer["cost"])
     if not plan.windows:
         return
     depends_on = (
         result.version,
-        answer["build"],
+        build,
         system.source,
         dict(system.options),
         list(stage.context),
@@ -203,6 +207,13 @@ def _number(answer: dict[str, Any], name: str) -> float:
     value = answer.get(name)
     if not isinstance(value, int | float):
         raise ChildFault(f"the answer has no number {name}")
+    return value
+
+
+def _text(answer: dict[str, Any], name: str) -> str:
+    value = answer.get(name)
+    if not isinstance(value, str):
+        raise ChildFault(f"the answer has no text {name}")
     return value
 
 

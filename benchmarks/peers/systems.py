@@ -73,7 +73,6 @@ def _llama_cpp(weights: str, source: Source) -> System:
         weights=weights,
         kv="f16",
         source=source,
-        options={"flash_attn_type": 1},
     )
 
 

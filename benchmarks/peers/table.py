@@ -10,6 +10,8 @@ from typing import Any
 
 from benchmarks.peers.compare import AS_GOOD, Measured, ratio, speed
 from benchmarks.peers.systems import Row
+from tokenmill.costs import Ceiling, MachineRates, ceiling, decode_work, prefill_work
+from tokenmill.engine import LLMConfig
 
 __all__ = ["BEGIN", "END", "Report", "document", "fill", "table"]
 
@@ -20,11 +22,16 @@ _DASH = "–"
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """One run. `machine` are the fields of `tokenmill doctor`; `num_scored` tokens a perplexity."""
+    """One run.
+
+    `machine` are the fields of `tokenmill doctor`, `rates` the same limits for the roofline; `num_scored` is
+    the number of tokens behind a perplexity.
+    """
 
     model: str
     day: str
     machine: Mapping[str, Any]
+    rates: MachineRates
     rows: Sequence[Row]
     rounds: int
     num_scored: int
@@ -101,18 +108,41 @@ def _cell(result: Measured, report: Report, row: Row) -> str:
     median, low, high = speed(values)
     text = f"{median:,.0f} ({low:,.0f}–{high:,.0f})"
     times = _ratio(result, report, row)
-    return text if times is None else f"{text} **{times:.1f}×**"
+    if times is not None:
+        text += f" **{times:.1f}×**"
+    top = _limit(result, report, row)
+    return text if top is None else f"{text} {median / top.tokens_per_s:.0%}"
 
 
 def _ratio(result: Measured, report: Report, row: Row) -> float | None:
     return ratio(result, report.results, row.key, report.rounds) if result.system.is_own else None
 
 
+def _limit(result: Measured, report: Report, row: Row) -> Ceiling | None:
+    """The most that the machine could do in this row with our weights; None for a peer."""
+    if result.cost is None:
+        return None
+    run = row.run
+    if row.phase == "decode":
+        work = decode_work(result.cost, batch=run.batch, prompt=run.prompt, output=run.output)
+    else:
+        rows_per_step = LLMConfig().max_rows
+        work = prefill_work(result.cost, batch=run.batch, prompt=run.prompt, rows_per_step=rows_per_step)
+    return ceiling(work, report.rates)
+
+
 def _figures(result: Measured, report: Report, row: Row) -> dict[str, Any] | None:
     values = result.values.get(row.key)
     if not values:
         return None
-    return {**speed(values)._asdict(), "values": values, "ratio": _ratio(result, report, row)}
+    top = _limit(result, report, row)
+    return {
+        **speed(values)._asdict(),
+        "values": values,
+        "ratio": _ratio(result, report, row),
+        "limit": top and top.limit,
+        "limit_tokens_per_s": top and top.tokens_per_s,
+    }
 
 
 def _legend(report: Report) -> str:
@@ -124,7 +154,8 @@ def _legend(report: Report) -> str:
     return (
         f"Tokens a second: median (lowest–highest) of {report.rounds} rounds, all systems in turns. "
         f"Decode: prompts of 128 tokens, 64 new tokens. {quality}×: against the fastest peer of which the "
-        f"perplexity is at most {100 * (AS_GOOD - 1):.0f} % above. How: [docs/peers.md](docs/peers.md)."
+        f"perplexity is at most {100 * (AS_GOOD - 1):.0f} % above. %: share of what this machine could do "
+        "at most with these weights. How: [docs/peers.md](docs/peers.md)."
     )
 
 

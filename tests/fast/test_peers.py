@@ -17,6 +17,7 @@ from benchmarks.peers.quality import Kept, perplexity, windows
 from benchmarks.peers.runners.serve import Steps
 from benchmarks.peers.systems import ROWS, SYSTEMS, Row, Run, System, for_isa, runs
 from benchmarks.peers.table import BEGIN, END, Report, document, fill, table
+from tokenmill.costs import DecoderCost, MachineRates, ReadRate
 
 ROOT = Path(__file__).parents[2]
 ROW = Row(key="d", title="decode", run=Run(batch=2, prompt=20, output=4), phase="decode")
@@ -87,6 +88,11 @@ def report(results: Sequence[Measured], rounds: int = 3) -> Report:
         model="tiny",
         day="2026-01-02",
         machine={**MACHINE, **RATES},
+        rates=MachineRates(
+            int8_ops_per_s=1e12,
+            float_ops_per_s=1e12,
+            reads=(ReadRate(working_set=1e6, bytes_per_s=100.0),),
+        ),
         rows=[ROW],
         rounds=rounds,
         num_scored=3,
@@ -157,6 +163,15 @@ def test_figures_that_cannot_be_are_faults(
     assert own.reason and not own.values
 
 
+@pytest.mark.parametrize("answer", [{}, {"version": "v", "build": 3}, {"build": ""}])
+def test_a_runner_that_does_not_say_what_it_is_is_out(
+    tmp_path: Path, answer: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Scripted, "call", lambda *_, **__: answer)
+    own, _ = Harness(tmp_path, {"own": [1, 1, 1]}).run()
+    assert own.reason.startswith("the answer has no text") and not own.values
+
+
 def test_a_perplexity_is_measured_once(tmp_path: Path) -> None:
     seconds = {"own": [1, 1, 1], "peer": [1, 1, 1]}
     for expected in (2, 0):
@@ -218,6 +233,20 @@ def test_the_table_shows_what_was_measured() -> None:
     figures = document(report(results))["systems"][0]["tokens_per_s"]["d"]
     assert figures["values"] == [1234.4, 1000, 1500] and figures["low"] == 1000 and figures["ratio"] > 3
     json.dumps(document(report(results)))
+
+
+def test_the_share_of_the_limit_is_that_of_the_row() -> None:
+    own = measured(OWN, [20] * 3, None)
+    own.cost = DecoderCost(
+        block_macs=1, head_macs=1, attention_ops=0, block_bytes=8, head_bytes=2, kv_bytes=0, integer=True
+    )
+    # A step of two sequences reads 10 bytes at 100 a second: 20 tokens a second are all that can be.
+    assert "| 20 (20–20) 100% |" in table(report([own]))
+    figures = document(report([own]))["systems"][0]["tokens_per_s"]["d"]
+    assert (figures["limit"], figures["limit_tokens_per_s"]) == ("bandwidth", 20.0)
+    prompts = replace(report([own]), rows=[replace(ROW, phase="prefill")])
+    # 40 rows in one step that reads the weights once: 400 tokens a second.
+    assert "| 20 (20–20) 5% |" in table(prompts)
 
 
 def test_a_reason_cannot_change_the_page() -> None:

@@ -60,7 +60,7 @@ def settled(pid: int, wanted: str) -> bool:
 def test_calls_are_answered_whatever_is_printed(start: Start) -> None:
     with start(SYSTEM) as child:
         loaded = child.call("load", patience_s=30, model="m", threads=1, options={})
-        assert loaded == {"version": "fake 1", "build": ""}
+        assert loaded == {"version": "fake 1", "build": "", "cost": None}
         assert settled(child.pid, "T"), "a child that is not asked anything does not run"
         answer = child.call("generate", patience_s=30, prompts=[[1, 2], [3, 4]], output=5)
         assert answer == {"prefill_s": 1.0, "decode_s": 2.0, "decode_tokens": 8}

@@ -1,8 +1,8 @@
 """The side of the child: takes calls as lines of JSON on its input, answers each with one line.
 
-    {"call": "load", "model": PATH, "threads": 2, "options": {...}}    {"version": "...", "build": "..."}
-    {"call": "generate", "prompts": [[1, 2], [3, 4]], "output": 64}    {"prefill_s": ..., "decode_s": ...}
-    {"call": "score", "tokens": [1, 2, 3]}                             {"logprob": ..., "num_tokens": 2}
+    {"call": "load", "model": PATH, "threads": 2, "options": {}}     {"version": "...", "build": "..."}
+    {"call": "generate", "prompts": [[1, 2], [3, 4]], "output": 64}  {"prefill_s": ..., "decode_s": ...}
+    {"call": "score", "tokens": [1, 2, 3]}                           {"logprob": ..., "num_tokens": 2}
 
 A call that fails is answered with {"error": "..."}. What libraries print goes to the error output, so that
 it cannot be taken for an answer. Only the standard library: it runs beside every peer.
@@ -69,10 +69,15 @@ class Steps:
 
 
 class System(ABC):
-    """A loaded model. `version` names the system, `build` whatever else its results depend on."""
+    """A loaded model.
+
+    `version` names the system, `build` whatever else its results depend on; `cost` is what a token costs, for
+    tokenmill alone (the fields of `DecoderCost`).
+    """
 
     version: str
     build: str = ""
+    cost: Mapping[str, Any] | None = None
 
     @abstractmethod
     def generate(self, prompts: Sequence[Sequence[int]], output: int) -> Generated:
@@ -96,7 +101,7 @@ def serve(load: Load) -> None:
             call = json.loads(line)
             if call["call"] == "load":
                 system = load(call["model"], call["threads"], call["options"])
-                answer = {"version": system.version, "build": system.build}
+                answer = {"version": system.version, "build": system.build, "cost": system.cost}
             else:
                 assert system is not None, "nothing is loaded"
                 answer = _answer(system, call)

@@ -4,6 +4,7 @@ import hashlib
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import tokenmill
 from benchmarks.peers.runners.serve import Generated, Scored, Steps, System, serve
 from tokenmill.core import SamplingParams
 from tokenmill.engine import LLM, LLMConfig
+from tokenmill.engine.bench import decoder_cost
 from tokenmill.models.store.directory import ModelDirectory
 
 __all__ = ["Tokenmill"]
@@ -21,7 +23,9 @@ class Tokenmill(System):
 
     def __init__(self, model: str, threads: int, options: Mapping[str, Any]) -> None:
         config = LLMConfig(num_threads=threads, prefix_cache=False, **options)
-        self._llm = LLM(ModelDirectory.open(Path(model)), config)
+        directory = ModelDirectory.open(Path(model))
+        self._llm = LLM(directory, config)
+        self.cost = asdict(decoder_cost(directory.architecture, self._llm.plan, config.kv_dtype))
         self.version = f"tokenmill {tokenmill.__version__}"
         self.build = _digest(Path(tokenmill.__file__).parent)
 
