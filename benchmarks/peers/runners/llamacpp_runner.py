@@ -1,8 +1,9 @@
 """llama.cpp through its C interface, as its own `llama-batched-bench` drives it.
 
 All prompts go into one batch, which it cuts into parts of 512 tokens; then each step feeds one token a
-sequence. Flash attention is on but where one sequence is decoded, which is faster without. Nothing is sampled: tokens that were drawn before are fed, so the figure is the best that any
-use of it could reach.
+sequence. Flash attention is on but where one sequence is decoded, which is faster without.
+Nothing is sampled: tokens that were drawn before are fed, so the figure is the best that any use of it could
+reach.
 """
 
 import time
