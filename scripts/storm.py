@@ -229,7 +229,7 @@ async def run_storm(config: StormConfig) -> Report:
     began = time.monotonic()
     storm = _Storm(config)
     kind = AsyncEngine if config.guard else _Unguarded
-    num_tasks, descriptors = len(asyncio.all_tasks()), _descriptors()
+    num_tasks, descriptors, children = len(asyncio.all_tasks()), _descriptors(), _children()
     engine = await kind.start(_SPEC, _BOUNDS, max_requests=4 * config.concurrency, on_end=storm.on_end)
     async with engine:
         await storm.run(engine)
@@ -246,8 +246,8 @@ async def run_storm(config: StormConfig) -> Report:
         faults.append(f"tasks left: {asyncio.all_tasks()}")
     if left := _descriptors() - descriptors:
         faults.append(f"{left} file descriptors left")
-    if children := _children():
-        faults.append(f"child processes left: {children}")
+    if new := _children() - children:
+        faults.append(f"child processes left: {sorted(new)}")
     stats = engine.stats
     return Report(
         num_requests=config.num_requests,
@@ -265,10 +265,10 @@ def _descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-def _children() -> list[str]:
-    return [
+def _children() -> set[str]:
+    return {
         pid for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text("ascii").split()
-    ]
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
