@@ -151,8 +151,9 @@ def _legend(report: Report) -> str:
         if report.num_scored
         else ""
     )
+    rounds = f"{report.rounds} round{'s' if report.rounds > 1 else ''}"
     return (
-        f"Tokens a second: median (lowest–highest) of {report.rounds} rounds, all systems in turns. "
+        f"Tokens a second: median (lowest–highest) of {rounds}, all systems in turns. "
         f"Decode: prompts of 128 tokens, 64 new tokens. {quality}×: against the fastest peer of which the "
         f"perplexity is at most {100 * (AS_GOOD - 1):.0f} % above. %: share of what this machine could do "
         "at most with these weights. How: [docs/peers.md](docs/peers.md)."
