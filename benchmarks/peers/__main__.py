@@ -41,6 +41,10 @@ def main(argv: Sequence[str]) -> int:
     rows = _chosen(args.rows, ROWS)
     if not systems:
         raise SystemExit(f"none of these systems can be held to {args.isa}")
+    if args.page:
+        fill(
+            args.page.read_text(encoding="utf-8"), ""
+        )  # a page without marks is refused before the measuring, not after
     ready = _prepared(systems)
     if args.prepare:
         return 1 if any(isinstance(found, NotPrepared) for found in ready.values()) else 0
@@ -67,8 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--rounds", type=_positive, default=3, metavar="N", help="measured rounds (default: 3)")
     add("--threads", type=_positive, default=default_threads(), metavar="N", help="of every system")
     add("--isa", choices=get_args(Isa), help="hold tokenmill and llama.cpp to an instruction set")
-    add("--text", type=Path, default=_TEXT, metavar="FILE", help="text to measure perplexity on")
-    add("--windows", type=int, default=16, metavar="N", help="of 2048 tokens each; 0: no perplexity")
+    add("--text", type=Path, metavar="FILE", help="text to measure perplexity on, plain or .gz")
+    add("--windows", type=_number, default=16, metavar="N", help="of 2048 tokens each; 0: no perplexity")
     add("--json", type=Path, metavar="FILE", help="also write every figure here")
     add("--page", type=Path, metavar="FILE", help="also write the table between the marks of this page")
     add("--prepare", action="store_true", help="only make the environments of the peers")
@@ -170,13 +174,18 @@ def _source(model: ModelDirectory, system: System) -> str:
     return str(path)
 
 
-def _text_windows(model: ModelDirectory, path: Path, most: int) -> list[list[int]]:
+def _text_windows(model: ModelDirectory, given: Path | None, most: int) -> list[list[int]]:
     if most == 0:
         return []
-    if not path.is_file():
-        _say(f"no perplexity: {path} does not exist; give a text with --text")
+    path = given or _TEXT
+    if given is None and not path.is_file():
+        _say("no perplexity: the text of WikiText-2 is not here; give one with --text")
         return []
-    return windows(model.tokenizer().encode(read_text(path)), _WINDOW, most)
+    try:
+        text = read_text(path)
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise SystemExit(f"{path} cannot be read: {error}; give a text in UTF-8, plain or .gz") from None
+    return windows(model.tokenizer().encode(text), _WINDOW, most)
 
 
 def _chosen(keys: Sequence[str] | None, each: Sequence[Any]) -> list[Any]:
@@ -196,9 +205,15 @@ def _names(known: Sequence[str]) -> Callable[[str], list[str]]:
     return parse
 
 
+def _number(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
+    return int(text)
+
+
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    if _number(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above 0")
     return int(text)
 
 

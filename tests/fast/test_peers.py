@@ -1,5 +1,6 @@
 """The comparison with peers: turns, statistics, quality and the table, with runners that are scripted."""
 
+import gzip
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from benchmarks.peers.__main__ import main
 from benchmarks.peers.child import Child, ChildFault
 from benchmarks.peers.compare import Measured, Plan, Speed, Stage, compare, num_pieces, ratio, speed
 from benchmarks.peers.environments import ENVIRONMENTS, NotPrepared
-from benchmarks.peers.quality import Kept, perplexity, windows
+from benchmarks.peers.quality import Kept, perplexity, read_text, windows
 from benchmarks.peers.runners.serve import Steps
 from benchmarks.peers.systems import ROWS, SYSTEMS, Row, Run, System, for_isa, runs
 from benchmarks.peers.table import BEGIN, END, Report, document, fill, table
@@ -200,6 +201,12 @@ def test_windows_and_perplexity() -> None:
     assert perplexity([(-2 * math.log(4), 2), (-4 * math.log(4), 4)]) == pytest.approx(4)
 
 
+def test_a_text_is_plain_or_compressed(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("ä", encoding="utf-8")
+    (tmp_path / "a.gz").write_bytes(gzip.compress("ä".encode()))
+    assert read_text(tmp_path / "a.txt") == read_text(tmp_path / "a.gz") == "ä"
+
+
 def test_steps_are_split_where_the_last_sequence_has_its_first_token() -> None:
     steps = Steps(4, start=10.0)
     for now, num_sequences in ((11, 1), (13, 4), (14, 4), (16, 4), (17, 2)):
@@ -280,12 +287,26 @@ def test_rows_share_a_run() -> None:
 
 @pytest.mark.parametrize(
     "flags",
-    [["--systems", "vllm"], ["--rows", "decode-2"], ["--rounds", "0"], ["--isa", "mmx"], ["--threads", "x"]],
+    [
+        ["--systems", "vllm"],
+        ["--rows", "decode-2"],
+        ["--rounds", "0"],
+        ["--isa", "mmx"],
+        ["--threads", "x"],
+        ["--windows", "-1"],
+    ],
 )
 def test_bad_flags_are_refused(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(flags)
     assert caught.value.code == 2 and flags[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_page_without_marks_is_refused_before_anything_is_done(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("a", encoding="utf-8")
+    with pytest.raises(SystemExit, match="bench:begin"):
+        main(["--page", str(page), "--systems", "openvino-int8"])
 
 
 def test_peers_that_no_instruction_set_can_hold() -> None:
