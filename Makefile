@@ -38,27 +38,24 @@ test-fast: $(VENV)/.dev ## tests that need no weights
 
 .PHONY: check
 check: $(VENV)/.dev ## format, lint, types, rules of the house
-	$(BIN)/ruff format --check src tests scripts
-	$(BIN)/ruff check src tests scripts
+	$(BIN)/ruff format --check src tests scripts benchmarks
+	$(BIN)/ruff check src tests scripts benchmarks
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/fast/test_house.py tests/fast/test_house_rules.py
 
 .PHONY: format
 format: $(VENV)/.dev ## put the code into the format that `make check` asks for
-	$(BIN)/ruff format src tests scripts
-	$(BIN)/ruff check --fix src tests scripts
+	$(BIN)/ruff format src tests scripts benchmarks
+	$(BIN)/ruff check --fix src tests scripts benchmarks
+
+.PHONY: peers
+peers: $(VENV)/.package ## make the environments of the systems that tokenmill is compared with
+	$(BIN)/python -m benchmarks.peers --prepare
 
 .PHONY: bench
-bench: $(VENV)/.package ## benchmark the default model against the limits of this machine
+bench: $(VENV)/.package ## tokenmill and its peers in turns, in one run; writes the table of README.md
 	$(BIN)/tokenmill pull $(MODEL)
-	$(BIN)/tokenmill bench $(MODEL)
-
-.PHONY: readme
-readme: $(VENV)/.package ## measure, and write the table of README.md
-	$(BIN)/tokenmill pull $(MODEL)
-	mkdir -p build
-	$(BIN)/tokenmill bench $(MODEL) --json > build/bench.json
-	$(BIN)/python scripts/bench_table.py build/bench.json README.md
+	$(BIN)/python -m benchmarks.peers --model $(MODEL) --json build/bench.json --page README.md
 
 .PHONY: test-all
 test-all: $(VENV)/.dev ## the long forms: every instruction set, sanitizers, full counts; result in docs/results

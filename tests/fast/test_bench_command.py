@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from scripts import bench_table
 from tests.fast.model_files import tiny_gguf
 from tokenmill.cli import bench as bench_command
 from tokenmill.cli.machine import limits_line
@@ -87,13 +86,6 @@ def test_the_limit_comes_first_and_then_the_table(tiny: str, capsys: pytest.Capt
     first, header, *rows = capsys.readouterr().out.splitlines()
     assert first.startswith("measured limits of this machine") and "TOPS int8" in first
     assert header.startswith("phase") and len(rows) == 8
-
-
-def test_the_document_fills_the_table_of_the_readme(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["bench", tiny, *SHORT, "--json"])
-    document = json.loads(capsys.readouterr().out)
-    table = bench_table.table(document, "2026-01-02").splitlines()
-    assert table[0].startswith("tiny, 2026-01-02") and len(table) == 4 + len(document["rows"])
 
 
 def test_a_busy_machine_is_warned_about(

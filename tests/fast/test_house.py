@@ -66,7 +66,7 @@ def source_faults() -> Iterator[Fault]:
         yield from house_rules.dataclass_faults(module, text)
         yield from house_rules.global_faults(module, text)
     yield from house_rules.error_faults({module_name(p): t for p, t in sources.items()}, "TokenmillError")
-    for path, text in files("src/**/*.py", "tests/**/*.py", "scripts/**/*.py").items():
+    for path, text in files("src/**/*.py", "tests/**/*.py", "scripts/**/*.py", "benchmarks/**/*.py").items():
         yield from house_rules.length_faults(module_name(path), text)
         yield from house_rules.annotation_faults(module_name(path), text)
     lengths = [lines for text in sources.values() for _, lines in house_rules.function_lengths(text)]
@@ -79,9 +79,8 @@ def source_faults() -> Iterator[Fault]:
 
 def text_faults() -> Iterator[Fault]:
     """Faults of words and links."""
-    everything = files(
-        "*", ".ci/*", "src/**/*.py", "csrc/**/*", "tests/**/*.py", "scripts/**/*", "docs/**/*.md"
-    )
+    code = ("src/**/*.py", "csrc/**/*", "tests/**/*.py", "scripts/**/*", "benchmarks/**/*")
+    everything = files("*", ".ci/*", *code, "docs/**/*.md")
     for path, text in everything.items():
         yield from house_docs.word_faults(path, text)
     for path, text in files("*.md", "docs/**/*.md").items():

@@ -8,25 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from scripts import bench_table, grammar_cost, requirements, test_all
+from scripts import grammar_cost, requirements, test_all
 from tokenmill import __version__
 
 ROOT = Path(__file__).parents[2]
-ROW = {
-    "phase": "decode",
-    "weights": "w8a8",
-    "batch": 8,
-    "prompt": 128,
-    "output": 32,
-    "tokens_per_s": 1234.5,
-    "of_limit": 0.756,
-    "limit": "bandwidth",
-}
-RESULT = {
-    "machine": {"isa": "amx", "int8_tops": 12.25, "read_gb_s": 31.2},
-    "model": {"name": "m"},
-    "rows": [ROW],
-}
 
 
 def test_requirements_come_from_pyproject() -> None:
@@ -36,22 +21,6 @@ def test_requirements_come_from_pyproject() -> None:
     assert requirements.requirements(["train"]) == ["torch==2.13.*"]
     with pytest.raises(KeyError):
         requirements.requirements(["nothing"])
-
-
-def test_the_table_shows_measured_figures() -> None:
-    text = bench_table.table(RESULT, "2026-01-02")
-    assert "| decode | w8a8 | 8 | 128 | 32 | 1,234 | 76% | bandwidth |" in text
-    assert "12.2 int8 TOPS, 31 GB/s" in text
-    with pytest.raises(KeyError):
-        bench_table.table({**RESULT, "rows": [{"phase": "decode"}]}, "2026-01-02")
-
-
-def test_the_table_replaces_only_its_own_block() -> None:
-    page = f"a\n{bench_table.BEGIN}\nold\n{bench_table.END}\nb\n"
-    assert bench_table.fill(page, "new") == f"a\n{bench_table.BEGIN}\nnew\n{bench_table.END}\nb\n"
-    with pytest.raises(SystemExit):
-        bench_table.fill("a", "new")
-    assert bench_table.BEGIN in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_cost_of_a_grammar_is_against_none_of_the_same_round() -> None:

@@ -1,0 +1,1 @@
+"""tokenmill and its peers on the same model, in turns, in one run; see docs/peers.md."""
