@@ -118,16 +118,31 @@ MILL_INLINE vf round16(vf x) {
   return (x + magic) - magic;
 }
 
-// 2^t for t in [-125, 125]; the twin has the same polynomial. The low bits of t + magic are the integer part.
+// Nearest integers, ties to even, for |x| < 2^22; the least of all where x is not a number.
+MILL_INLINE vi nearest16(vf x) {
+#if defined(__AVX512F__)
+  return (vi)_mm512_cvtps_epi32((__m512)x);
+#elif defined(__AVX2__)
+  vi n;
+  for (int i = 0; i < 16; i += 8)
+    _mm256_storeu_si256((__m256i*)((float*)&n + i), _mm256_cvtps_epi32(_mm256_loadu_ps((float*)&x + i)));
+  return n;
+#else
+  return __builtin_convertvector(round16(x), vi);
+#endif
+}
+
+// 2^t for t in [-125, 125], not a number where t is not; the twin has the same polynomial.
 MILL_INLINE vf exp2_16(vf t) {
-  const vf magic = splat(12582912.0f), shifted = t + magic, f = t - (shifted - magic);
+  const vi n = nearest16(t);
+  const vf f = t - __builtin_convertvector(n, vf);
   vf p = splat(1.32647273e-3f);
   p = fma16(p, f, splat(9.67151299e-3f));
   p = fma16(p, f, splat(5.55073358e-2f));
   p = fma16(p, f, splat(2.40222424e-1f));
   p = fma16(p, f, splat(6.93147004e-1f));
   p = fma16(p, f, splat(1.0f));
-  return (vf)((vi)p + ((vi)shifted << 23));
+  return (vf)((vi)p + (n << 23));
 }
 
 // 2^t for t up to 125; zero below -125. Not a number stays so.
@@ -155,15 +170,6 @@ MILL_INLINE vi max16(vi a, vi b) {
   return a;
 #else
   return a > b ? a : b;
-#endif
-}
-
-// Nearest integers, ties to even, for |x| < 2^22.
-MILL_INLINE vi nearest16(vf x) {
-#if defined(__AVX512F__)
-  return (vi)_mm512_cvtps_epi32((__m512)x);
-#else
-  return __builtin_convertvector(round16(x), vi);
 #endif
 }
 

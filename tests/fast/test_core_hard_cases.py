@@ -196,6 +196,7 @@ def test_while_guessing_is_stopped_nobody_is_asked_and_the_account_fills(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     bench = Bench()
+    bench.engine._core._guesses = True
     speculator = bench.engine._core._speculator
     speculator._proposer = Troubled(raises="propose")
     controller = speculator._controller

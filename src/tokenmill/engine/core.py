@@ -38,6 +38,9 @@ _MIN_EXPIRIES = 64
 # Of steps that are much alike one in so many is learnt from: that costs as much as the rest of a small one.
 _STEADY_PERIOD = 16
 
+# Steps of this length pay for being learnt from each time, until they are what was expected.
+_LONG_STEP_S = 2e-3
+
 
 @dataclass(frozen=True, kw_only=True)
 class CoreConfig:
@@ -201,7 +204,7 @@ class EngineCore:
     def _step_steadily(self, run: SteadyRun) -> list[SequenceState]:
         """The next step of a run; what has finished."""
         began, num_rows, ended = self.clock(), len(run.states), run.states
-        num_kv_tokens = 0 if run.num_steps % _STEADY_PERIOD else run.num_kv_tokens
+        learns = run.num_steps % _STEADY_PERIOD == 0
         try:
             ended = run.step(self.clock)
             self._steady = run
@@ -209,8 +212,9 @@ class EngineCore:
             self._suspect(run.chunks, error)
         finally:
             finished = self._collect(ended)
-        if num_kv_tokens:
-            self.step_time.observe(num_rows, num_kv_tokens, num_rows, self.clock() - began)
+        seconds = self.clock() - began
+        if learns or (seconds > _LONG_STEP_S and not self.step_time.is_calm):
+            self.step_time.observe(num_rows, run.num_kv_tokens - num_rows, num_rows, seconds)
         return finished
 
     @property

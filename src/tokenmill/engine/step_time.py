@@ -71,6 +71,11 @@ class StepTimeModel:
             base_s=base_s, tile_s=tile_s, row_s=row_s, out_row_s=out_row_s, kv_token_s=kv_token_s
         )
 
+    @property
+    def is_calm(self) -> bool:
+        """Whether steps usually take what was expected."""
+        return self._error <= _CALM_ERROR
+
     def predict(self, num_rows: int, num_kv_tokens: int, num_out_rows: int) -> float:
         """Seconds of such a step."""
         base, tile, row, out_row, kv_token = self._costs

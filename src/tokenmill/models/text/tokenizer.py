@@ -34,6 +34,9 @@ _WHITE: Final = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".j
     map(chr, range(0x2000, 0x200B))
 )
 
+# Of glibc; other C libraries have none.
+_MALLOC_TRIM: Final = getattr(ctypes.CDLL(None), "malloc_trim", None)
+
 
 class Tokenizer:
     """Encodes and decodes one model's text. Immutable after construction, safe to share between threads."""
@@ -163,9 +166,8 @@ def _without(text: str, mark: str) -> str:
 
 def _return_freed_memory() -> None:
     """Give back what parsing a vocabulary took: glibc would keep some 40 MB for the rest of the process."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # other C libraries have none
-        trim(0)
+    if _MALLOC_TRIM is not None:
+        _MALLOC_TRIM(0)
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
