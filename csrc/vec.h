@@ -142,7 +142,7 @@ MILL_INLINE vf exp2_16(vf t) {
   p = fma16(p, f, splat(2.40222424e-1f));
   p = fma16(p, f, splat(6.93147004e-1f));
   p = fma16(p, f, splat(1.0f));
-  return (vf)((vi)p + (n << 23));
+  return (vf)((vu)p + ((vu)n << 23));  // unsigned: what overflows is not used
 }
 
 // 2^t for t up to 125; zero below -125. Not a number stays so.
