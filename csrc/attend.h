@@ -10,8 +10,8 @@
 // Both are the operand B of TDPBF16PS. In int8 the order is the same, one byte a value, and behind the
 // values lie 32 float scales, one a key. The bytes are widened to bf16, which holds them exactly; a key's
 // scale multiplies its scores, a value's scale its probability. The sum of the softmax takes the
-// probability as it is before that and before it is rounded. The scale of a key that a row may not see is never used. Policy is a type with two static functions, so that the AMX form
-// and the plain form share the softmax:
+// probability as it is before that and before it is rounded. The scale of a key that a row may not see is never
+// used. Policy is a type with two static functions, so that the AMX form and the plain form share the softmax:
 //   scores(task, k_block, rows, dst)          dst[r * kSpan + key], 32 keys
 //   values(task, v, probs, blocks..., dst)    dst[r * head_pad + dim] over the blocks of a span
 #pragma once

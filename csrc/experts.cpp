@@ -11,7 +11,6 @@ LinearWeight ExpertWeights::at(int expert) const {
   LinearWeight w = first;
   w.data += expert * data_step;
   if (w.scales) w.scales = static_cast<const uint8_t*>(w.scales) + expert * scales_step;
-  if (w.mins) w.mins += expert * mins_step / sizeof(uint16_t);
   return w;
 }
 
@@ -36,7 +35,7 @@ void Experts::add(ExpertWeights& w) {
   cache_.look();
   for (int e = 0; e < shape_.count; e++) {
     const LinearWeight one = w.at(e);
-    const int unit = cache_.add({{one.data, w.data_step}, {one.scales, w.scales_step}, {one.mins, w.mins_step}});
+    const int unit = cache_.add({{one.data, w.data_step}, {one.scales, w.scales_step}});
     if (e == 0) w.unit = unit;
   }
 }
@@ -134,7 +133,6 @@ LinearWeight Experts::weight(const ExpertWeights& w, int expert) const {
   const int unit = w.unit + expert;
   own.data = static_cast<const uint8_t*>(cache_.address(unit, 0));
   own.scales = cache_.address(unit, 1);
-  own.mins = static_cast<const uint16_t*>(cache_.address(unit, 2));
   return own;
 }
 

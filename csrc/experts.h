@@ -17,7 +17,7 @@ struct ExpertShape { int count = 0, active = 0, inner = 0; };
 // One matrix of every expert: the first, and the bytes from each to the next.
 struct ExpertWeights {
   LinearWeight first{};
-  size_t data_step = 0, scales_step = 0, mins_step = 0;
+  size_t data_step = 0, scales_step = 0;
   int unit = 0;  // number of the first in the cache
 
   LinearWeight at(int expert) const;

@@ -59,8 +59,8 @@ MILL_INLINE void put_rows(const LinearTask& t, const Block& b, const Sums& sums,
   }
 }
 
-// One line of inputs: up to 16 rows (R = 1) or 32 rows (R = 2) by a pair of tiles. All loads come first: where a
-// neighbour of the core holds tiles too, going from products to loads is dear (docs/log.md).
+// One line of inputs: up to 16 rows (R = 1) or 32 rows (R = 2) by a pair of tiles. All loads come first:
+// no other order was faster, and where the core is held back the others were slower (docs/log.md).
 template <int R, bool Int8> MILL_INLINE void multiply_line(const uint8_t* a0, const uint8_t* a1, const uint8_t* b) {
   tile_load<4>(a0, 64);
   if (R == 2) tile_load<5>(a1, 64);

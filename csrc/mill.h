@@ -2,7 +2,8 @@
 // memory, and the table of functions that every instruction set fills.
 //
 // The arithmetic is defined once, with a fixed order of every sum and fused multiply-add only in the polynomial
-// of 2^t (vec.h) and for groups of weights (groups.h), so that all instruction sets and the numpy twin (src/tokenmill/kernels/twin.py) agree bit for bit:
+// of 2^t (vec.h) and for groups of weights (groups.h), so that all instruction sets and the numpy twin
+// (src/tokenmill/kernels/twin.py) agree bit for bit:
 //   * integer products are exact;
 //   * float sums over a row run in 16 lanes (lane j takes elements j, j+16, ...), then a fixed tree;
 //   * bf16 products are summed as the AMX instruction TDPBF16PS does: in chunks of 32 inputs, even and
@@ -56,8 +57,7 @@ struct LinearWeight {
   int n, k, group;
   bool symmetric;
   const uint8_t* data;
-  const void* scales;      // float32 [N32] for i8c, float16 [N/16][K/group][16] for groups
-  const uint16_t* mins;    // float16, as scales; null when symmetric
+  const void* scales;      // float32 [N32] for i8c; grouped weights have theirs in `data`
 };
 
 // Which ranks the tiles of a pair add up: [first[h], first[h] + count), weights in rows [row, row + count) of `up`.
@@ -102,6 +102,12 @@ struct LinearTask {
   int ld_low = 0;
   const uint8_t* next = nullptr;       // weights that this thread reads after these, or null
 };
+
+// Where a token's first dim, and from there each other dim, lies in a page of the KV cache: the orders of attend.h.
+MILL_MEMBER int k_first(int slot) { return slot / 16 * 512 + slot % 16 * 2; }
+MILL_MEMBER int k_step(int dim) { return dim / 32 * 1024 + dim % 32 / 2 * 32 + dim % 2; }
+MILL_MEMBER int v_first(int slot) { return slot / 2 * 32 + slot % 2; }
+MILL_MEMBER int v_step(int dim) { return dim / 16 * 512 + dim % 16 * 2; }
 
 // Rows [rows][d] that have passed a norm against a router [experts][d], all in float32.
 struct RouterTask {

@@ -67,7 +67,7 @@ void require(bool ok, const char* what) {
 size_t round_up(size_t x, size_t to) { return (x + to - 1) / to * to; }
 
 // The arrays of a matrix must be as large as the kernels believe (packing.py has the layouts).
-void check_sizes(const mill::LinearWeight& w, size_t data, size_t scales, size_t mins) {
+void check_sizes(const mill::LinearWeight& w, size_t data, size_t scales) {
   const size_t n = w.n, k = w.k, n32 = round_up(n, 32);
   require(w.n > 0 && w.k > 0, "a linear without inputs or outputs");
   if (w.kind == mill::LinearKind::bf16) return require(data == n32 * round_up(k, 32) * 2, "size of bf16 weights");
@@ -76,7 +76,7 @@ void check_sizes(const mill::LinearWeight& w, size_t data, size_t scales, size_t
   require(w.group > 0 && w.group % mill::kGroup == 0 && k % w.group == 0, "groups of a linear");
   const size_t tile = w.kind == mill::LinearKind::i4g ? 256 : 512, block = 2 * tile + (w.symmetric ? 64 : 128);
   require(data == n32 * k / 1024 * block, "size of grouped weights");
-  require(scales == 0 && mins == 0, "size of grouped scales");
+  require(scales == 0, "size of grouped scales");
 }
 
 // The arrays of an adapter's part of a linear (lowrank.py has the layout).
@@ -139,17 +139,17 @@ class NativePlan {
     keep(op, {weight});
   }
   void add_linear(const std::string& dst, const std::string& kind, int n, int k, int group, bool symmetric,
-                  Bytes data, Bytes scales, Bytes mins, Bytes bias, bool accumulate, const std::string& gated,
+                  Bytes data, Bytes scales, Bytes bias, bool accumulate, const std::string& gated,
                   bool out_rows) {
     mill::Op op{mill::OpKind::linear};
     op.dst = buffer_id(dst);
     op.linear = {linear_kind(kind), n, k, group, symmetric, (const uint8_t*)data.data(),
-                 pointer_or_null(scales), (const uint16_t*)pointer_or_null(mins)};
-    check_sizes(op.linear, data.nbytes(), scales.nbytes(), mins.nbytes());
+                 pointer_or_null(scales)};
+    check_sizes(op.linear, data.nbytes(), scales.nbytes());
     require(!bias.size() || bias.nbytes() == round_up(n, 32) * 4, "size of a bias");
     op.bias = (const float*)pointer_or_null(bias);
     op.accumulate = accumulate, op.gated = activation(gated), op.out_rows = out_rows;
-    keep(op, {data, scales, mins, bias});
+    keep(op, {data, scales, bias});
   }
   void add_quantize(const std::string& src, const std::string& act, bool out_rows) {
     mill::Op op{mill::OpKind::quantize, buffer_id(src)};
@@ -186,15 +186,15 @@ class NativePlan {
     plan_.add(op);
   }
   void add_expert_linear(const std::string& dst, const std::string& kind, int n, int k, int group, bool symmetric,
-                         Bytes data, Bytes scales, Bytes mins, const std::string& gated) {
+                         Bytes data, Bytes scales, const std::string& gated) {
     mill::Op op{mill::OpKind::expert_linear};
     const size_t x = size_t(experts_);
-    require(x && data.nbytes() % x == 0 && scales.nbytes() % x == 0 && mins.nbytes() % x == 0, "size of experts' weights");
-    op.experts = {{linear_kind(kind), n, k, group, symmetric, (const uint8_t*)data.data(), pointer_or_null(scales),
-                   (const uint16_t*)pointer_or_null(mins)}, data.nbytes() / x, scales.nbytes() / x, mins.nbytes() / x};
-    check_sizes(op.experts.first, op.experts.data_step, op.experts.scales_step, op.experts.mins_step);
+    require(x && data.nbytes() % x == 0 && scales.nbytes() % x == 0, "size of experts' weights");
+    op.experts = {{linear_kind(kind), n, k, group, symmetric, (const uint8_t*)data.data(), pointer_or_null(scales)},
+                  data.nbytes() / x, scales.nbytes() / x};
+    check_sizes(op.experts.first, op.experts.data_step, op.experts.scales_step);
     op.dst = buffer_id(dst), op.gated = activation(gated);
-    keep(op, {data, scales, mins});
+    keep(op, {data, scales});
   }
   void add_combine() { plan_.add({mill::OpKind::combine}); }
   std::tuple<uint64_t, uint64_t, uint64_t, uint64_t, double> expert_stats() const {
@@ -431,7 +431,7 @@ NB_MODULE(_native, m) {
       .def("add_norm", &NativePlan::add_norm, "src"_a, "weight"_a, "eps"_a, "act"_a, "out_rows"_a)
       .def("add_add_norm", &NativePlan::add_add_norm, "weight"_a, "eps"_a)
       .def("add_linear", &NativePlan::add_linear, "dst"_a, "kind"_a, "n"_a, "k"_a, "group"_a, "symmetric"_a, "data"_a,
-           "scales"_a, "mins"_a, "bias"_a, "accumulate"_a, "gated"_a, "out_rows"_a)
+           "scales"_a, "bias"_a, "accumulate"_a, "gated"_a, "out_rows"_a)
       .def("add_quantize", &NativePlan::add_quantize, "src"_a, "act"_a, "out_rows"_a)
       .def("add_rope_kv", &NativePlan::add_rope_kv, "layer"_a, "rotary"_a, "q_norm"_a, "k_norm"_a, "eps"_a)
       .def("add_attend", &NativePlan::add_attend, "layer"_a, "window"_a)
@@ -439,7 +439,7 @@ NB_MODULE(_native, m) {
       .def("add_route", &NativePlan::add_route, "weight"_a, "norm"_a, "eps"_a, "renormalise"_a)
       .def("add_gather", &NativePlan::add_gather, "act"_a)
       .def("add_expert_linear", &NativePlan::add_expert_linear, "dst"_a, "kind"_a, "n"_a, "k"_a, "group"_a, "symmetric"_a,
-           "data"_a, "scales"_a, "mins"_a, "gated"_a)
+           "data"_a, "scales"_a, "gated"_a)
       .def("add_combine", &NativePlan::add_combine)
       .def("expert_stats", &NativePlan::expert_stats)
       .def("time_ops", &NativePlan::time_ops)

@@ -38,12 +38,6 @@ void require(bool ok, const char* what) {
   if (!ok) throw std::invalid_argument(what);
 }
 
-// Where a token's first dim, and from there each other dim, lies in a page: the orders of attend.h.
-int k_first(int slot) { return slot / 16 * 512 + slot % 16 * 2; }
-int k_step(int dim) { return dim / 32 * 1024 + dim % 32 / 2 * 32 + dim % 2; }
-int v_first(int slot) { return slot / 2 * 32 + slot % 2; }
-int v_step(int dim) { return dim / 16 * 512 + dim % 16 * 2; }
-
 bool all_within(const int32_t* at, int count, int32_t limit) {
   for (int i = 0; i < count; i++)
     if (at[i] < 0 || at[i] >= limit) return false;
@@ -132,6 +126,10 @@ void Plan::add(const Op& op) {
   require(op.window > 0, "a window of attention without positions");
   ops_.push_back(op);
   ops_.back().index = num_ops() - 1;
+  if (op.kind == OpKind::linear && in_tile_order(op.linear.kind)) {
+    if (last_linear_ >= 0) ops_[last_linear_].next = num_ops() - 1;
+    last_linear_ = num_ops() - 1;
+  }
   if (op.kind == OpKind::expert_linear) experts_->add(ops_.back().experts);
   low_ranks_.emplace_back(max_adapters_);
 }
@@ -329,9 +327,10 @@ void Plan::linear(const Batch& b, const Op& op, int thread) {
     pool_.barrier();
   }
   const Range pairs = pairs_of(op.linear, thread);
-  for (int i = op.index + 1; i < num_ops() && !task.next; i++)
-    if (const LinearWeight& w = ops_[i].linear; ops_[i].kind == OpKind::linear && in_tile_order(w.kind))
-      task.next = w.data + size_t(pairs_of(w, thread).begin) * lines_of(w.k, act_of(w.kind)) * 2048;
+  if (op.next) {
+    const LinearWeight& w = ops_[op.next].linear;
+    task.next = w.data + size_t(pairs_of(w, thread).begin) * lines_of(w.k, act_of(w.kind)) * 2048;
+  }
   if (task.rows > 0) kernels_.linear(task, pairs.begin, pairs.end);
 }
 

@@ -28,6 +28,7 @@ struct HeadNorm {
 struct Op {
   OpKind kind;
   int src = 0, dst = 0, layer = 0, index = 0;
+  int next = 0;  // the linear after this one, where both are in tile order; 0 for none
   bool accumulate = false, out_rows = false, rotary = true;
   Activation gated = Activation::none;
   int window = kNoWindow;
@@ -115,6 +116,7 @@ class Plan {
   const bool kv_int8_;
   const size_t page_bytes_, block_bytes_;  // of one head in one block, and of all layers and heads
   std::vector<Op> ops_;
+  int last_linear_ = -1;  // in tile order
   std::vector<int64_t> op_ns_;  // empty: not timed
   Array<float> buffers_[kNumBuffers];
   int widths_[kNumBuffers], capacity_[kNumBuffers];

@@ -22,11 +22,12 @@ MILL_INLINE vi round_group(vf a, vf b, float inv, uint8_t* q) {
 MILL_INLINE int32_t sum_lanes(vi v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_epi32((__m512i)v);
-#endif
+#else
   int32_t lanes[16], sum = 0;
   store(lanes, v);
   for (int l = 0; l < 16; l++) sum += lanes[l];
   return sum;
+#endif
 }
 
 // Rows below this are zero in 8 bits.
@@ -35,9 +36,7 @@ constexpr float kTiny = 1e-30f;
 // The largest magnitudes as bits: those of what is not finite are larger than all others.
 struct RowPeak {
   vi top{};
-  MILL_INLINE void take(vf x) {
-    top = max16(top, (vi)((vu)x & 0x7fffffffu));
-  }
+  MILL_INLINE void take(vf x) { top = max16(top, (vi)((vu)x & 0x7fffffffu)); }
   // Not a number if any value was not finite.
   MILL_INLINE float value() const {
     int32_t bits = 0;
@@ -160,10 +159,9 @@ static void rope(const float* src, int head_dim, const float* cos, const float* 
 // finite.
 static bool put_kv(const uint16_t* key, const float* value, int head_dim, int slot, uint16_t* k_page,
                    uint16_t* v_page) {
-  uint16_t* k = k_page + slot / 16 * 512 + slot % 16 * 2;
-  uint16_t* v = v_page + slot / 2 * 32 + slot % 2;
+  uint16_t *k = k_page + k_first(slot), *v = v_page + v_first(slot);
   int i = 0;
-  for (; i + 2 <= head_dim; i += 2) memcpy(k + i / 32 * 1024 + i % 32 / 2 * 32, key + i, 4);
+  for (; i + 2 <= head_dim; i += 2) memcpy(k + k_step(i), key + i, 4);
   RowPeak peak;
   for (i = 0; i + 16 <= head_dim; i += 16) {
     const vf x = load<vf>(value + i);
@@ -171,15 +169,15 @@ static bool put_kv(const uint16_t* key, const float* value, int head_dim, int sl
 #if defined(__AVX512BW__)
     const vu wide = __builtin_convertvector(to_bf16(x), vu);
     // The other token of the pair keeps its half of each word.
-    _mm512_mask_storeu_epi16(v - slot % 2 + i / 16 * 512, slot % 2 ? 0xaaaaaaaau : 0x55555555u,
+    _mm512_mask_storeu_epi16(v - slot % 2 + v_step(i), slot % 2 ? 0xaaaaaaaau : 0x55555555u,
                              (__m512i)(slot % 2 ? wide << 16 : wide));
 #else
     const vh h = to_bf16(x);
-    for (int j = 0; j < 16; j++) v[i / 16 * 512 + j * 2] = h[j];
+    for (int j = 0; j < 16; j++) v[v_step(i + j)] = h[j];
 #endif
   }
   if (i < head_dim) peak.take(load_head(value + i, head_dim - i));
-  for (; i < head_dim; i++) v[i / 16 * 512 + i % 16 * 2] = to_bf16(value[i]);
+  for (; i < head_dim; i++) v[v_step(i)] = to_bf16(value[i]);
   return peak.value() == peak.value();
 }
 

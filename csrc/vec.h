@@ -27,16 +27,26 @@ MILL_INLINE vi splat_i(int32_t x) { return x - vi{}; }
 // First `n` lanes from memory, the rest zero.
 MILL_INLINE vf load_head(const float* p, int n) { vf v{}; memcpy(&v, p, n * sizeof(float)); return v; }
 
-// a < b ? a : b, and the other way round. Of comparisons wider than a register GCC 12 makes sixteen single ones.
+#if defined(__AVX__)
+// An operation on 8 lanes, on both halves of 16. GCC 12 makes sixteen single comparisons of one that is wider than a
+// register.
+template <class V, class F> MILL_INLINE V by_halves(F f) {
+  V y;
+  for (int i = 0; i < 2; i++) {
+    const auto half = f(i * 32);
+    memcpy((char*)&y + i * 32, &half, sizeof half);
+  }
+  return y;
+}
+template <class V> MILL_INLINE __m256 half_of(const V& v, int at) { return load<__m256>((const char*)&v + at); }
+#endif
+
+// a < b ? a : b, and the other way round.
 MILL_INLINE vf fmin16(vf a, vf b) {
 #if defined(__AVX512F__)
   return (vf)_mm512_min_ps((__m512)a, (__m512)b);
 #elif defined(__AVX__)
-  for (int i = 0; i < 16; i += 8) {
-    const __m256 least = _mm256_min_ps(_mm256_loadu_ps((float*)&a + i), _mm256_loadu_ps((float*)&b + i));
-    memcpy((float*)&a + i, &least, sizeof least);
-  }
-  return a;
+  return by_halves<vf>([&](int at) { return _mm256_min_ps(half_of(a, at), half_of(b, at)); });
 #else
   return a < b ? a : b;
 #endif
@@ -45,11 +55,16 @@ MILL_INLINE vf fmax16(vf a, vf b) {
 #if defined(__AVX512F__)
   return (vf)_mm512_max_ps((__m512)a, (__m512)b);
 #elif defined(__AVX__)
-  for (int i = 0; i < 16; i += 8) {
-    const __m256 most = _mm256_max_ps(_mm256_loadu_ps((float*)&a + i), _mm256_loadu_ps((float*)&b + i));
-    memcpy((float*)&a + i, &most, sizeof most);
-  }
-  return a;
+  return by_halves<vf>([&](int at) { return _mm256_max_ps(half_of(a, at), half_of(b, at)); });
+#else
+  return a > b ? a : b;
+#endif
+}
+MILL_INLINE vi max16(vi a, vi b) {
+#if defined(__AVX512F__)
+  return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return by_halves<vi>([&](int at) { return _mm256_max_epi32((__m256i)half_of(a, at), (__m256i)half_of(b, at)); });
 #else
   return a > b ? a : b;
 #endif
@@ -70,13 +85,7 @@ MILL_INLINE vf fma16(vf a, vf b, vf c) {
 #if defined(__AVX512F__)
   return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__FMA__)
-  vf y;
-  for (int h = 0; h < 2; h++) {
-    float* at = (float*)&y + h * 8;
-    _mm256_storeu_ps(at, _mm256_fmadd_ps(_mm256_loadu_ps((float*)&a + h * 8), _mm256_loadu_ps((float*)&b + h * 8),
-                                         _mm256_loadu_ps((float*)&c + h * 8)));
-  }
-  return y;
+  return by_halves<vf>([&](int at) { return _mm256_fmadd_ps(half_of(a, at), half_of(b, at), half_of(c, at)); });
 #else
   vf y;
   for (int i = 0; i < 16; i++) y[i] = __builtin_fmaf(a[i], b[i], c[i]);
@@ -123,10 +132,7 @@ MILL_INLINE vi nearest16(vf x) {
 #if defined(__AVX512F__)
   return (vi)_mm512_cvtps_epi32((__m512)x);
 #elif defined(__AVX2__)
-  vi n;
-  for (int i = 0; i < 16; i += 8)
-    _mm256_storeu_si256((__m256i*)((float*)&n + i), _mm256_cvtps_epi32(_mm256_loadu_ps((float*)&x + i)));
-  return n;
+  return by_halves<vi>([&](int at) { return _mm256_cvtps_epi32(half_of(x, at)); });
 #else
   return __builtin_convertvector(round16(x), vi);
 #endif
@@ -147,29 +153,13 @@ MILL_INLINE vf exp2_16(vf t) {
 
 // 2^t for t up to 125; zero below -125. Not a number stays so.
 MILL_INLINE vf exp2_or_zero(vf t) {
-  vf e = exp2_16(t);
+  const vf e = exp2_16(t);
 #if defined(__AVX__) && !defined(__AVX512F__)
-  const __m256 least = _mm256_set1_ps(-125.0f);
-  for (int i = 0; i < 16; i += 8) {
-    const __m256 low = _mm256_cmp_ps(_mm256_loadu_ps((float*)&t + i), least, _CMP_LT_OQ);
-    _mm256_storeu_ps((float*)&e + i, _mm256_andnot_ps(low, _mm256_loadu_ps((float*)&e + i)));
-  }
-  return e;
+  return by_halves<vf>([&](int at) {
+    return _mm256_andnot_ps(_mm256_cmp_ps(half_of(t, at), _mm256_set1_ps(-125.0f), _CMP_LT_OQ), half_of(e, at));
+  });
 #else
   return t < splat(-125.0f) ? vf{} : e;
-#endif
-}
-
-MILL_INLINE vi max16(vi a, vi b) {
-#if defined(__AVX512F__)
-  return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
-  for (int i = 0; i < 2; i++)
-    _mm256_storeu_si256((__m256i*)&a + i, _mm256_max_epi32(_mm256_loadu_si256((__m256i*)&a + i),
-                                                           _mm256_loadu_si256((__m256i*)&b + i)));
-  return a;
-#else
-  return a > b ? a : b;
 #endif
 }
 
@@ -187,9 +177,10 @@ MILL_INLINE vb narrow16(vi x) {
 MILL_INLINE vh to_bf16(vf x) {
 #if defined(__AVX512BF16__)
   return (vh)_mm512_cvtneps_pbh((__m512)x);
-#endif
+#else
   const vu u = (vu)x;
   return __builtin_convertvector((u + 0x7fffu + ((u >> 16) & 1u)) >> 16, vh);
+#endif
 }
 MILL_INLINE uint16_t to_bf16(float x) {
   uint32_t u;

@@ -120,7 +120,7 @@ def random_model(architecture: Architecture) -> PackedModel:
     def experts(linear: PackedLinear) -> PackedExperts:
         views: dict[str, Any] = {
             part: np.broadcast_to(getattr(linear, part), (8, *getattr(linear, part).shape))
-            for part in ("data", "scales", "mins")
+            for part in ("data", "scales")
         }
         return PackedExperts(num_experts=8, linear=PackedLinear(**{**vars(linear), **views}))
 

@@ -90,7 +90,7 @@ class _Layer:
 def _packed(each: Sequence[PackedLinear], num_experts: int) -> PackedExperts:
     arrays: dict[str, Any] = {
         part: np.stack([getattr(each[e % len(each)], part) for e in range(num_experts)])
-        for part in ("data", "scales", "mins")
+        for part in ("data", "scales")
     }
     return PackedExperts(num_experts=num_experts, linear=PackedLinear(**{**vars(each[0]), **arrays}))
 

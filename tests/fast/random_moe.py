@@ -24,7 +24,7 @@ from tokenmill.kernels import (
 
 __all__ = ["make_moe_plan", "stack", "work_ops"]
 
-_PARTS = ("data", "scales", "mins")
+_PARTS = ("data", "scales")
 
 
 def stack(each: Sequence[PackedLinear]) -> PackedExperts:

@@ -39,7 +39,6 @@ def matrix(kind: LinearKind, num_out: int, num_in: int) -> PackedLinear:
         symmetric=True,
         data=np.zeros(num_out * num_in, np.uint8),
         scales=np.zeros(num_out, np.float32),
-        mins=np.zeros(0, np.float16),
     )
 
 

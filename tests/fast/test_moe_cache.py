@@ -43,7 +43,7 @@ def mapped(plan: StepPlan, folder: Path) -> StepPlan:
     for index, op in enumerate(ops):
         if isinstance(op, ExpertLinear):
             parts: dict[str, Any] = {}
-            for part in ("data", "scales", "mins"):
+            for part in ("data", "scales"):
                 if (array := getattr(op.weight.linear, part)).size:
                     parts[part] = in_file(array, folder / f"{index}.{part}.npy")
             linear = replace(op.weight.linear, **parts)

@@ -100,7 +100,7 @@ struct Matrix {
       add_groups(random, n32 / 32 * (s.k / kGroup), kind == LinearKind::i4g ? 512 : 1024, symmetric);
     }
     scales = random.numbers(n32);
-    w = {kind, s.n, s.k, group, symmetric, data.data(), scales.data(), nullptr};
+    w = {kind, s.n, s.k, group, symmetric, data.data(), scales.data()};
   }
 
   // Blocks of 32 outputs and inputs: values, 32 scales, and 32 minima where they are not symmetric (csrc/groups.h).

@@ -264,7 +264,7 @@ def _float_array(weight: F32Array | None) -> F32Array:
 
 def _matrix(w: PackedLinear) -> tuple[Any, ...]:
     """A packed matrix as the extension takes it."""
-    return w.kind, w.num_out, w.num_in, w.group, w.symmetric, w.data, w.scales, w.mins
+    return w.kind, w.num_out, w.num_in, w.group, w.symmetric, w.data, w.scales
 
 
 def _padded_bias(op: Linear) -> F32Array:

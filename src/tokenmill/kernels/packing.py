@@ -64,7 +64,6 @@ def pack_i8c(weight_NK: F32Array) -> PackedLinear:
         symmetric=True,
         data=_pairs(stored, 4),
         scales=scales,
-        mins=_NO_F16,
     )
 
 
@@ -127,7 +126,6 @@ def pack_bf16(bits_NK: npt.NDArray[np.uint16]) -> PackedLinear:
         symmetric=True,
         data=_pairs(padded, 2).view(np.uint8),
         scales=_NO_F16,
-        mins=_NO_F16,
     )
 
 
@@ -196,7 +194,6 @@ def _pack_blocks(
         symmetric=mins_NG is None,
         data=np.concatenate(parts, axis=2).reshape(-1),
         scales=_NO_F16,
-        mins=_NO_F16,
     )
 
 

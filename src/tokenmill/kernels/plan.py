@@ -105,7 +105,6 @@ class PackedLinear:
     symmetric: bool
     data: npt.NDArray[np.uint8]
     scales: npt.NDArray[Any]
-    mins: npt.NDArray[Any]
 
     @property
     def act_format(self) -> ActFormat:
@@ -116,7 +115,7 @@ class PackedLinear:
     @property
     def num_bytes(self) -> int:
         """Bytes that one pass over the matrix reads."""
-        return self.data.nbytes + self.scales.nbytes + self.mins.nbytes
+        return self.data.nbytes + self.scales.nbytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +128,7 @@ class PackedExperts:
     def expert(self, index: int) -> PackedLinear:
         """The matrix of one expert; its arrays are views."""
         each = self.linear
-        return replace(each, data=each.data[index], scales=each.scales[index], mins=each.mins[index])
+        return replace(each, data=each.data[index], scales=each.scales[index])
 
 
 @dataclass(frozen=True, kw_only=True)

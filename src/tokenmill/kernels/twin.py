@@ -45,6 +45,12 @@ _TWICE_GELU_LOG2E = np.float32(2.30220819813849)
 """2 sqrt(2 / pi) log2(e)."""
 
 _LOWEST = np.float32(-125)
+
+# What a normal float32 lacks of the bits of a float64, their middle value, and the least normal float32.
+_BELOW_FLOAT32 = (1 << 29) - 1
+_HALF_FLOAT32 = 1 << 28
+_LEAST_NORMAL = 2.0**-126
+
 _EXP2 = tuple(
     np.float32(c) for c in (1.32647273e-3, 9.67151299e-3, 5.55073358e-2, 2.40222424e-1, 6.93147004e-1, 1.0)
 )
@@ -149,16 +155,23 @@ def _linear_groups(packed: PackedLinear, x_TK: F32Array) -> F32Array:
 
 
 def fused(a: F32Array, b: F32Array, c: F32Array | np.float32) -> F32Array:
-    """a * b + c, rounded once. In float64 the product is exact and the sum is rounded to odd (Boldo and
-    Melquiond 2008), so that rounding it again to float32 gives what rounding once would."""
+    """a * b + c, rounded once.
+
+    In float64 the product is exact. Rounding its sum with c twice is wrong only where the sum looks like the
+    middle of two float32; there it is rounded to odd first (Boldo and Melquiond 2008).
+    """
     product = a.astype(np.float64) * b
     with np.errstate(invalid="ignore"):
         total = product + c
-        added = total - product
-        error = (product - (total - added)) + (c - added)
     bits = total.view(np.int64)
-    is_short = np.isfinite(error) & (error != 0) & (bits % 2 == 0)
-    bits += np.where(is_short, np.where((error > 0) == (total > 0), 1, -1), 0)
+    small = (np.abs(total) < _LEAST_NORMAL) & (total != 0)
+    middle = np.nonzero((bits & _BELOW_FLOAT32 == _HALF_FLOAT32) | small)
+    if middle[0].size:
+        term, each = np.broadcast_to(c, total.shape)[middle].astype(np.float64), product[middle]
+        added = total[middle] - each
+        error = (each - (total[middle] - added)) + (term - added)
+        short = (error != 0) & (bits[middle] % 2 == 0)
+        bits[middle] += np.where(short, np.where((error > 0) == (total[middle] > 0), 1, -1), 0)
     return total.astype(np.float32)
 
 

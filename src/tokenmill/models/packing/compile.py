@@ -23,7 +23,7 @@ from tokenmill.models.store.directory import ModelDirectory, layout_files
 
 __all__ = ["ExecutorConfig", "ExecutorFactory", "create_executor", "forget_packed", "load_packed"]
 
-_LAYOUT_VERSION = 7
+_LAYOUT_VERSION = 8
 """Part of every cache file's name: raise it when packing or smoothing changes."""
 
 

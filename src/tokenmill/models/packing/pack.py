@@ -233,7 +233,6 @@ def _joined(parts: Sequence[PackedLinear]) -> PackedLinear:
         num_out=sum(part.num_out for part in parts),
         data=np.concatenate([part.data for part in parts]),
         scales=np.concatenate([part.scales for part in parts]),
-        mins=np.concatenate([part.mins for part in parts]),
     )
 
 

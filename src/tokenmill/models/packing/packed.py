@@ -30,7 +30,7 @@ __all__ = ["ExpertParts", "PackedModel", "Piece", "read_packed", "scratch_packed
 
 _ALIGNMENT = 64
 _MAX_HEADER_BYTES = 1 << 24
-_ARRAYS = ("data", "scales", "mins")
+_ARRAYS = ("data", "scales")
 
 
 @dataclass(frozen=True, kw_only=True)
