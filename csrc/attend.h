@@ -2,7 +2,9 @@
 // blocks (Milakov and Gimelshein 2018; FlashAttention). Keys that a row may not see get the score minus
 // infinity and the probability zero, which leaves every sum unchanged: the result of a row depends only
 // on the blocks listed, not on the other rows of the tile. A window (Child et al. 2019) hides old positions in
-// the same way; what it hides from all rows of the tile is not read.
+// the same way; what it hides from all rows of the tile is not read. For the same reason rows of several
+// sequences may take the spans that these have in common in one tile, and go on alone (cascade attention; Hydragen,
+// Juravsky et al. 2024): what a row knows then is kept, and no bit is different.
 //
 // Layout of one block of one head, in bf16 (head_pad is head_dim rounded up to 32):
 //   K  [head_pad / 32][2 halves of 16 keys][16 pairs of dims][16 keys][2]
@@ -117,10 +119,6 @@ struct PlainAttend {
   }
 };
 
-struct SoftmaxState {
-  float top[kAttendRows], sum[kAttendRows];
-};
-
 // Zero if all scores are minus infinity, else not a number.
 static float none_seen(const float* s, int keys) {
   vf poison{};
@@ -225,11 +223,34 @@ static void add_block(const AttendTask& t, const AttendScratch& scratch, int blo
   span.count++;
 }
 
+// Where a row was when its earlier blocks paused, or the beginning.
+static void begin_rows(const AttendTask& t, float* acc, SoftmaxState* state) {
+  memset(acc, 0, size_t(t.rows) * t.head_pad * sizeof(float));
+  for (int r = 0; r < t.rows; r++) {
+    state[r] = {-std::numeric_limits<float>::infinity(), 0};
+    if (!t.resumes) continue;
+    state[r] = t.states[t.out_offset[r] / t.head_dim];
+    memcpy(acc + r * t.head_pad, t.out + t.out_offset[r], t.head_dim * sizeof(float));
+  }
+}
+
+static void end_rows(const AttendTask& t, const float* acc, const SoftmaxState* state) {
+  for (int r = 0; r < t.rows; r++) {
+    float* out = t.out + t.out_offset[r];
+    if (t.pauses) {
+      t.states[t.out_offset[r] / t.head_dim] = state[r];
+      memcpy(out, acc + r * t.head_pad, t.head_dim * sizeof(float));
+      continue;
+    }
+    const float inv = state[r].sum == 0 ? 0.0f : 1.0f / state[r].sum;
+    for (int d = 0; d < t.head_dim; d++) out[d] = acc[r * t.head_pad + d] * inv;
+  }
+}
+
 template <class Policy, bool Int8> static void attend_blocks(const AttendTask& t, const AttendScratch& scratch) {
-  SoftmaxState state;
-  for (int r = 0; r < t.rows; r++) state.top[r] = -std::numeric_limits<float>::infinity(), state.sum[r] = 0;
+  SoftmaxState state[kAttendRows];
   const Sight sight(t);
-  memset(scratch.acc, 0, size_t(t.rows) * t.head_pad * sizeof(float));
+  begin_rows(t, scratch.acc, state);
   for (int first = 0; first < t.num_blocks; first += kSpanBlocks) {
     SpanBlocks span{};
     // A block that no row sees adds zeros: it is left out, and its place in the span with it.
@@ -244,7 +265,7 @@ template <class Policy, bool Int8> static void attend_blocks(const AttendTask& t
     float alpha[kAttendRows];
     for (int r = 0; r < t.rows; r++)
       alpha[r] = softmax_row<Int8>(scratch.scores + r * kSpan, scratch.probs + r * kSpan, span, t.scale,
-                                   state.top[r], state.sum[r]);
+                                   state[r].top, state[r].sum);
     Policy::values(t, span, scratch.probs, scratch.span);
     for (int r = 0; r < t.rows; r++)
       for (int d = 0; d < t.head_pad; d += 16) {
@@ -252,11 +273,7 @@ template <class Policy, bool Int8> static void attend_blocks(const AttendTask& t
         store(a, load<vf>(a) * splat(alpha[r]) + load<vf>(scratch.span + r * t.head_pad + d));
       }
   }
-  for (int r = 0; r < t.rows; r++) {
-    const float inv = state.sum[r] == 0 ? 0.0f : 1.0f / state.sum[r];
-    float* out = t.out + t.out_offset[r];
-    for (int d = 0; d < t.head_dim; d++) out[d] = scratch.acc[r * t.head_pad + d] * inv;
-  }
+  end_rows(t, scratch.acc, state);
 }
 
 template <class Policy> static void attend(const AttendTask& t, const AttendScratch& scratch) {

@@ -116,7 +116,10 @@ struct RouterTask {
   float* logits;  // [rows][experts]
 };
 
-// Rows of one sequence against its blocks, for one KV head. A row is a (token, query head) pair.
+// What attention knows of a row between two parts of its blocks; the sum of its values is where its result will be.
+struct SoftmaxState { float top, sum; };
+
+// Rows against blocks that all of them list, for one KV head. A row is a (token, query head) pair.
 struct AttendTask {
   const uint16_t* q;         // [rows][head_pad] bf16, contiguous
   int rows;                  // 1..kAttendRows
@@ -132,6 +135,9 @@ struct AttendTask {
   int window;                // a row sees positions above its own less this many
   float* out;                // row r at out + out_offset[r], head_dim values
   const size_t* out_offset;
+  SoftmaxState* states = nullptr;  // row r at out_offset[r] / head_dim; null if all blocks are here
+  bool resumes = false;      // or else begins; blocks before these were whole spans
+  bool pauses = false;       // or else ends
 };
 
 struct AttendScratch {

@@ -201,6 +201,7 @@ class NativePlan {
     const mill::ExpertStats s = plan_.expert_stats();
     return {s.hits, s.misses, s.bytes_read, s.bytes_held, s.read_seconds};
   }
+  int num_shared_blocks() const { return plan_.num_shared_blocks(); }
   void time_ops() { plan_.time_ops(); }
   std::vector<int64_t> op_ns() const { return plan_.op_ns(); }
 
@@ -442,6 +443,7 @@ NB_MODULE(_native, m) {
            "data"_a, "scales"_a, "gated"_a)
       .def("add_combine", &NativePlan::add_combine)
       .def("expert_stats", &NativePlan::expert_stats)
+      .def("num_shared_blocks", &NativePlan::num_shared_blocks)
       .def("time_ops", &NativePlan::time_ops)
       .def("op_ns", &NativePlan::op_ns)
       .def("set_adapter", &NativePlan::set_adapter, "slot"_a, "ops"_a, "ranks"_a, "scales"_a, "downs"_a, "ups"_a,

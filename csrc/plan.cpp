@@ -83,7 +83,8 @@ Plan::Plan(const Shape& shape, const Kernels& kernels, int threads, int max_rows
     buffers_[b] = Array<float>(size_t(capacity_[b]) * widths[b] + 16);
   }
   const size_t rows = round_up(std::max(max_rows, max_outs), 16) + kSlackRows, inputs = round_up(max_inputs, 64);
-  q_ = Array<uint16_t>((size_t(max_rows) * shape.heads + kSlackRows) * head_pad_);
+  q_ = Array<uint16_t>(size_t(max_rows) * shape.heads * head_pad_);
+  states_ = Array<SoftmaxState>(size_t(max_rows) * shape.heads);
   kv_ = Array<uint8_t>(size_t(num_blocks) * block_bytes_);
   act_data_ = Array<uint8_t>(rows * inputs * 2);
   act_scale_ = Array<float>(rows * inputs / kGroup);
@@ -100,6 +101,7 @@ Plan::Plan(const Shape& shape, const Kernels& kernels, int threads, int max_rows
                         Array<float>(kAttendRows * head_pad_), Array<float>(kAttendRows * head_pad_),
                         Array<uint16_t>(kAttendRows * kSpan),
                         Array<uint16_t>(kv_int8 ? size_t(kSpanBlocks + 1) * kKvBlock * head_pad_ : 0),
+                        Array<uint16_t>(size_t(kAttendRows) * head_pad_),
                         Array<float>(max_adapters ? 4 * size_t(round_up(max_inputs, 16)) : 0)});
 }
 
@@ -177,7 +179,7 @@ void Plan::run(const Batch& batch, int first, int last) {
   require(!busy_.exchange(true), "an executor runs one step at a time");
   const Release release{busy_};
   if (first == 0 && poisoned_) wipe_new_blocks(batch);
-  plan_attention(batch);
+  attention_.plan(batch, shape_.heads / shape_.kv_heads);
   plan_adapters(batch);
   std::atomic<bool> fits{true};
   pool_.run([&](int thread) {
@@ -229,20 +231,6 @@ void Plan::wipe_new_blocks(const Batch& b) {
   for (int r = 0; r < b.rows; r++)
     if (b.kv_slots[r] % kKvBlock == 0)
       std::memset(block(b.kv_slots[r] / kKvBlock), 0, block_bytes_);
-}
-
-// Up to kAttendRows rows of one sequence each; the longest work first, so that threads end together.
-void Plan::plan_attention(const Batch& b) {
-  tasks_.clear();
-  const int group = shape_.heads / shape_.kv_heads;
-  for (int s = 0; s < b.sequences; s++) {
-    const int rows = (b.row_starts[s + 1] - b.row_starts[s]) * group;
-    for (int r = 0; r < rows; r += kAttendRows) tasks_.push_back({s, r, std::min(kAttendRows, rows - r)});
-  }
-  std::stable_sort(tasks_.begin(), tasks_.end(), [&](const Task& x, const Task& y) {
-    return b.block_starts[x.sequence + 1] - b.block_starts[x.sequence] >
-           b.block_starts[y.sequence + 1] - b.block_starts[y.sequence];
-  });
 }
 
 // Rows that share an adapter, so that its weights are read once for them.
@@ -408,32 +396,41 @@ void Plan::put_int8(const uint16_t* key, const float* value, int slot, uint8_t* 
 }
 
 void Plan::attend(const Batch& b, const Op& op, int thread) {
-  const int group = shape_.heads / shape_.kv_heads, count = int(tasks_.size()) * shape_.kv_heads;
+  if (!attention_.shared().empty()) {
+    attend_tasks(b, op, thread, attention_.shared(), next_shared_);
+    pool_.barrier();
+  }
+  attend_tasks(b, op, thread, attention_.own(), next_task_);
+  // The counters are ready for the next attention once everybody has left this one.
+  pool_.barrier();
+  if (thread == 0) next_shared_.store(0, std::memory_order_relaxed), next_task_.store(0, std::memory_order_relaxed);
+}
+
+void Plan::attend_tasks(const Batch& b, const Op& op, int thread, const std::vector<RowTile>& tasks,
+                        std::atomic<int>& next) {
+  const int group = shape_.heads / shape_.kv_heads, count = int(tasks.size()) * shape_.kv_heads;
   const Thread& own = threads_[thread];
   const AttendScratch scratch{own.scores.get(), own.probs.get(), own.acc.get(), own.span.get(), own.wide.get()};
   while (true) {
-    const int i = next_task_.fetch_add(1, std::memory_order_relaxed);
+    const int i = next.fetch_add(1, std::memory_order_relaxed);
     if (i >= count) break;
-    const Task& task = tasks_[i / shape_.kv_heads];
-    const int g = i % shape_.kv_heads, row0 = b.row_starts[task.sequence];
+    const RowTile& task = tasks[i / shape_.kv_heads];
+    const int g = i % shape_.kv_heads;
     int32_t positions[kAttendRows];
     size_t out_offset[kAttendRows];
     for (int r = 0; r < task.rows; r++) {
-      const int row = row0 + (task.first_row + r) / group, head = g * group + (task.first_row + r) % group;
+      const int row = attention_.order()[(task.first + r) / group], pair = (task.first + r) % group;
       positions[r] = b.positions[row];
-      out_offset[r] = size_t(row) * widths_[kZ] + size_t(head) * shape_.head_dim;
+      out_offset[r] = size_t(row) * widths_[kZ] + size_t(g * group + pair) * shape_.head_dim;
+      std::memcpy(own.q.get() + r * head_pad_,
+                  q_.get() + ((size_t(g) * max_rows_ + row) * group + pair) * head_pad_, head_pad_ * sizeof(uint16_t));
     }
-    const int block0 = b.block_starts[task.sequence];
-    const size_t q_row = (size_t(g) * max_rows_ + row0) * group + task.first_row;
-    kernels_.attend({q_.get() + q_row * head_pad_, task.rows, positions, b.block_starts[task.sequence + 1] - block0,
-                     b.block_list + size_t(block0) * 3, kv_.get() + kv_offset(op.layer, 0, g),
-                     kv_.get() + kv_offset(op.layer, 1, g), block_bytes_, kv_int8_, shape_.head_dim, head_pad_,
-                     shape_.softmax_scale * 1.44269504088896341f, op.window, buffers_[kZ].get(), out_offset},
+    kernels_.attend({own.q.get(), task.rows, positions, task.blocks, b.block_list + size_t(task.block) * 3,
+                     kv_.get() + kv_offset(op.layer, 0, g), kv_.get() + kv_offset(op.layer, 1, g), block_bytes_,
+                     kv_int8_, shape_.head_dim, head_pad_, shape_.softmax_scale * 1.44269504088896341f, op.window,
+                     buffers_[kZ].get(), out_offset, states_.get(), task.resumes, task.pauses},
                     scratch);
   }
-  // The counter is ready for the next attention once everybody has left this one.
-  pool_.barrier();
-  if (thread == 0) next_task_.store(0, std::memory_order_relaxed);
 }
 
 float* Plan::buffer(int id, int& rows, int& width) {
@@ -449,6 +446,7 @@ uint8_t* Plan::block(int index) {
 void Plan::copy_block(int from, int to) { std::memmove(block(to), block(from), block_bytes_); }
 
 template class Array<float>;
+template class Array<SoftmaxState>;
 template class Array<uint8_t>;
 template class Array<int32_t>;
 template class Array<uint16_t>;

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "array.h"
+#include "attention.h"
 #include "experts.h"
 #include "threads.h"
 #include "mill.h"
@@ -52,12 +53,6 @@ struct Shape {
   ExpertShape experts{};
 };
 
-struct Batch {
-  int rows, sequences, blocks, outs;
-  const int32_t *tokens, *positions, *kv_slots, *row_starts, *block_starts, *block_list, *out_rows;
-  const int32_t* adapters = nullptr;  // [sequences] slot or -1; null: none at all
-};
-
 class Plan {
  public:
   Plan(const Shape&, const Kernels&, int threads, int max_rows, int max_outs, int num_blocks, int max_inputs,
@@ -79,17 +74,17 @@ class Plan {
   // From now on `run` adds the nanoseconds of each operation, as thread 0 sees it, to `op_ns`; counted from 0.
   void time_ops() { op_ns_.assign(ops_.size(), 0); }
   const std::vector<int64_t>& op_ns() const { return op_ns_; }
+  // Entries of the last step's block list that were taken together with those of another sequence.
+  int num_shared_blocks() const { return attention_.num_shared_blocks(); }
   ExpertStats expert_stats() const { return experts_ ? experts_->stats() : ExpertStats{}; }
   Pool& pool() { return pool_; }
   const Kernels& kernels() const { return kernels_; }
 
  private:
-  struct Task { int sequence, first_row, rows; };
-  struct Thread { Array<float> row, scores, acc, span; Array<uint16_t> probs, wide; Array<float> inputs; };
+  struct Thread { Array<float> row, scores, acc, span; Array<uint16_t> probs, wide, q; Array<float> inputs; };
   struct AdapterRows { int slot, first, count; };
 
   void check(const Batch&, int first, int last) const;
-  void plan_attention(const Batch&);
   void plan_adapters(const Batch&);
   void wipe_new_blocks(const Batch&);
   void step(const Batch&, const Op&, int thread);
@@ -103,6 +98,7 @@ class Plan {
   const float* norm_heads(const HeadNorm&, float eps, const float* src, int heads, float* scratch) const;
   void put_int8(const uint16_t* key, const float* value, int slot, uint8_t* k_page, uint8_t* v_page) const;
   void attend(const Batch&, const Op&, int thread);
+  void attend_tasks(const Batch&, const Op&, int thread, const std::vector<RowTile>&, std::atomic<int>& next);
   static bool is_routed(const Op&);
   bool routed_step(const Batch&, const Op&, int thread);
   // Where the page of K (kind 0) or V (kind 1) of a layer and head lies inside a block, in bytes.
@@ -120,14 +116,15 @@ class Plan {
   std::vector<int64_t> op_ns_;  // empty: not timed
   Array<float> buffers_[kNumBuffers];
   int widths_[kNumBuffers], capacity_[kNumBuffers];
-  Array<uint16_t> q_;   // [kv_heads][max_rows * heads / kv_heads + slack][head_pad]
+  Array<uint16_t> q_;   // [kv_heads][max_rows * heads / kv_heads][head_pad]
   Array<uint8_t> kv_;   // [num_blocks][layers][K, V][kv_heads][page_bytes]; attend.h has the pages
   Array<uint8_t> act_data_;
   Array<float> act_scale_;
   Array<int32_t> act_sums_, act_groups_;
   Act act_{};
-  std::vector<Task> tasks_;  // attention row tiles of the current step
-  std::atomic<int> next_task_{0};
+  AttentionTiles attention_;     // of the current step
+  Array<SoftmaxState> states_;   // [max_rows][heads]
+  std::atomic<int> next_shared_{0}, next_task_{0};
   std::atomic<bool> busy_{false};
   // A value that is not finite was written in bf16: blocks are wiped before they serve the next sequence,
   // since a masked key counts as zero times its value. In int8 only the scale is not finite, and masked too.

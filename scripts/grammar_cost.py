@@ -2,10 +2,10 @@
 
 Answers to the same questions, which name the schema, are generated under no grammar, one of free text and
 a JSON schema in turn, several rounds, so that a busy machine disturbs all of them. Counted are decode steps
-of a full batch. The cost is the time from logits to appended tokens (masks, sampling, following the grammar)
-less that without a grammar: as wall time, and as processor time of the thread, which a busy machine disturbs
-less. Percentages are of a whole step without a grammar. Whole steps are not compared: on a busy machine they
-differ by more than this cost.
+of a full batch. The cost is the time of a step outside the model (planning, masks, sampling, following the
+grammar) less that without a grammar: as wall time, and as processor time of the thread, which a busy machine
+disturbs less. Percentages are of a whole step without a grammar. Whole steps are not compared: on a busy
+machine they differ by more than this cost.
 """
 
 import argparse
@@ -15,15 +15,18 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 from unittest.mock import patch
 
 from tokenmill.core import Grammar, Message, SamplingParams
 from tokenmill.engine import LLM, LLMConfig
+from tokenmill.engine.core import EngineCore
 from tokenmill.engine.llm import Progress
-from tokenmill.engine.outputs import take_logits
+from tokenmill.kernels.executor import NativeExecutor
 from tokenmill.models.store.directory import ModelDirectory
 from tokenmill.models.store.library import Library
+
+_T = TypeVar("_T")
 
 SCHEMA: Final = {
     "type": "object",
@@ -45,7 +48,7 @@ GRAMMARS: Final = {
 
 
 class Cost(NamedTuple):
-    """Medians of the decode steps of one run, in milliseconds: from logits to tokens, and the whole step."""
+    """Medians of the decode steps of one run, in milliseconds: outside the model, and the whole step."""
 
     wall_ms: float
     cpu_ms: float
@@ -56,14 +59,17 @@ def measure(llm: LLM, params: SamplingParams, batch: int) -> Cost:
     """Generate three batches of answers, the next begun where one ends, and time the steps that are full."""
     task = f"Answer with a JSON object of this schema: {json.dumps(SCHEMA)}"
     chats = [[Message(role="user", content=f"Tell me of town {i}. {task}")] for i in range(3 * batch)]
-    step, steps = [0.0, 0.0], list[Cost]()
+    step, model, steps = [0.0, 0.0], [0.0, 0.0], list[Cost]()
 
     def note(progress: Progress) -> None:
         if progress.step.num_rows == progress.step.num_sequences == batch:
-            steps.append(Cost(step[0], step[1], progress.step.seconds * 1e3))
-        step[:] = [0.0, 0.0]
+            steps.append(Cost(step[0] - model[0], step[1] - model[1], progress.step.seconds * 1e3))
+        step[:] = model[:] = [0.0, 0.0]
 
-    with patch("tokenmill.engine.core.take_logits", _timed(take_logits, step)):
+    with (
+        patch.object(EngineCore, "step", _timed(EngineCore.step, step)),
+        patch.object(NativeExecutor, "run", _timed(NativeExecutor.run, model)),
+    ):
         llm.chat(chats, params, on_progress=note)
     return Cost(*map(statistics.median, zip(*steps, strict=True)))
 
@@ -86,15 +92,16 @@ def _cells(extra_ms: Sequence[float], step_ms: float) -> str:
     return f"{middle:.2f} ({min(extra_ms):.2f}-{max(extra_ms):.2f}) | {middle / step_ms:.1%}"
 
 
-def _timed(function: Callable[..., None], total: list[float]) -> Callable[..., None]:
+def _timed(function: Callable[..., _T], total: list[float]) -> Callable[..., _T]:
     """The function, its wall and processor milliseconds added to `total`."""
 
     @wraps(function)
-    def timed(*args: object) -> None:
+    def timed(*args: object) -> _T:
         began = time.perf_counter(), time.thread_time()
-        function(*args)
+        result = function(*args)
         total[0] += (time.perf_counter() - began[0]) * 1e3
         total[1] += (time.thread_time() - began[1]) * 1e3
+        return result
 
     return timed
 

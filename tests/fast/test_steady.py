@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.fast.engine_fakes import EOS, FakeExecutor, FakeModel, fake_hash, fake_model
-from tokenmill.core import Completion, SamplingParams
+from tokenmill.core import Completion, Grammar, SamplingParams
 from tokenmill.engine import LLM, LLMConfig
 from tokenmill.engine.detokenizer import Detokenizer
 from tokenmill.engine.steady import SteadyRun
@@ -27,12 +27,17 @@ FORMS: Sequence[dict[str, Any]] = (
     {"min_tokens": 20},
     {"logit_bias": ((EOS, 5.0), (7, -3.0))},
 )
+GRAMMARS: Sequence[dict[str, Any]] = (
+    {"grammar": Grammar(kind="regex", source=r"[\s\S]*"), "ignore_eos": True},
+    {"grammar": Grammar(kind="regex", source="([a-f]{3,9} )+!")},
+)
 PLANNED: Sequence[dict[str, Any]] = (
     {"logprobs": 2},
     {"repetition_penalty": 1.3},
     {"n": 3, "temperature": 1.0, "seed": 2},
     {"bad_words": ("a", "xy")},
     {"prompt_logprobs": 1},
+    {"temperature": 1.0, "seed": 4, "grammar": Grammar(kind="regex", source="[a-z ]*")},
 )
 
 
@@ -98,6 +103,23 @@ def requests_of(
 def test_plain_requests(seed: int) -> None:
     sizes = assert_both_ways_agree(requests_of(seed, FORMS, 12))
     assert len(sizes) > 10 and max(sizes) > 4
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_grammars(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is guessed, which a grammar's forced tokens are as long as a tile has rows to spare."""
+    for module in ("steady", "speculation.speculator"):
+        monkeypatch.setattr(f"tokenmill.engine.{module}.ROW_TILE", 0)
+    sizes = assert_both_ways_agree(requests_of(seed, ({"ignore_eos": True}, *GRAMMARS), 12))
+    assert len(sizes) > 20 and max(sizes) > 4
+
+
+@pytest.mark.parametrize(("count", "is_steady"), [(15, False), (16, True)])
+def test_grammars_need_a_full_tile(count: int, is_steady: bool) -> None:
+    params = SamplingParams(max_tokens=20, **GRAMMARS[0])
+    with counted_steps() as sizes:
+        generate([([i] * 5, params) for i in range(count)], max_batch=count)
+    assert (count in sizes) == is_steady
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -5,7 +5,7 @@ stands if the token drawn at its place is the same; nothing else is needed to ve
 drawn depends on the sequence alone (`sampler.py`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,9 +16,9 @@ from tokenmill.engine.runner import HiddenRows, OutRows
 from tokenmill.engine.sampler import SamplingRow, logprobs_of, sample, top_logprobs
 from tokenmill.engine.sequence import GenerationState, ScoringState
 from tokenmill.engine.structured.grammar import GrammarState, U32Array
-from tokenmill.kernels import F32Array
+from tokenmill.kernels import F32Array, I32Array
 
-__all__ = ["append_token", "take_hidden", "take_logits"]
+__all__ = ["append_token", "replace_refused", "take_hidden", "take_logits"]
 
 _NOT_FINITE = "the model's logits are not finite numbers"
 _NOTHING_LEFT = "no token may come next: the grammar, bad words and biases leave none"
@@ -127,12 +127,31 @@ def _choose(out: OutRows, samples: Sequence[_Sample], clock: Callable[[], float]
     for a fraction of a mask's time. So rows that may wait get a mask only where it is not.
     """
     tokens = _draw(out, _with_masks(samples, clock))
-    refused = [i for i, each in enumerate(samples) if each.may_wait and not _allowed(each.state, tokens[i])]
-    if refused:
-        masked = _with_masks([samples[i]._replace(may_wait=False) for i in refused], clock)
-        for i, token in zip(refused, _draw(out, masked), strict=True):
-            tokens[i] = token
+    waiting = {i: each for i, each in enumerate(samples) if each.may_wait}
+    refused = {i: each for i, each in waiting.items() if not _allowed(each.state, tokens[i].token_id)}
+    for i, token in zip(refused, _draw_masked(out, list(refused.values()), clock), strict=True):
+        tokens[i] = token
     return tokens
+
+
+def _draw_masked(out: OutRows, samples: Sequence[_Sample], clock: Callable[[], float]) -> Sequence[_Token]:
+    """Tokens of rows that wait no longer."""
+    if not samples:
+        return []
+    return _draw(out, _with_masks([each._replace(may_wait=False) for each in samples], clock))
+
+
+def replace_refused(
+    states: Mapping[int, GenerationState], ids_R: I32Array, out: OutRows, clock: Callable[[], float]
+) -> None:
+    """Put tokens that the grammars allow where one was chosen from all: greedy rows of a plain step.
+
+    `states` are those with a grammar, by their row, which is also that of the logits.
+    """
+    refused = [row for row, state in states.items() if not _allowed(state, int(ids_R[row]))]
+    samples = [each for row in refused for each in _samples(states[row], states[row].num_total - 1, row)]
+    for row, token in zip(refused, _draw_masked(out, samples, clock), strict=True):
+        ids_R[row] = token.token_id
 
 
 def _draw(out: OutRows, samples: Sequence[_Sample]) -> list[_Token]:
@@ -140,9 +159,9 @@ def _draw(out: OutRows, samples: Sequence[_Sample]) -> list[_Token]:
     return list(map(_Token, result.token_ids.tolist(), result.logprobs))
 
 
-def _allowed(state: GenerationState, token: _Token) -> bool:
+def _allowed(state: GenerationState, token_id: int) -> bool:
     """True also where there is no token: a mask would not bring one."""
-    return token.token_id < 0 or state.grammar is None or state.grammar.allows(token.token_id)
+    return token_id < 0 or state.grammar is None or state.grammar.allows(token_id)
 
 
 def _with_masks(samples: Sequence[_Sample], clock: Callable[[], float]) -> list[_Sample]:

@@ -215,8 +215,8 @@ class GenerationState(SequenceState):
 
     @property
     def is_plain(self) -> bool:
-        """True if all further tokens are chosen from the logits alone, the next one from one row, and always
-        in the same way but for the position.
+        """True if all further tokens are chosen from the logits, the next one from one row, and always in the
+        same way but for the position; of a grammar, that the most likely token is tried without a mask.
         """
         params = self.params
         return not (
@@ -226,7 +226,7 @@ class GenerationState(SequenceState):
             or self.taps
             or self.drafts
             or self.bad_words
-            or self.grammar is not None
+            or (self.grammar is not None and not params.greedy)
             or params.logprobs is not None
             or params.penalises
             or self._scores_prompt
@@ -235,8 +235,8 @@ class GenerationState(SequenceState):
 
     @property
     def ends_by_text(self) -> bool:
-        """True if a stop string may end the sequence."""
-        return self._detokenizer.may_stop
+        """True if a stop string or a grammar may end the sequence."""
+        return self._detokenizer.may_stop or self.grammar is not None
 
     def num_confirmed(self, stop: int) -> int:
         """Rows up to the token before the last: what follows it was guessed wrongly."""
@@ -254,7 +254,7 @@ class GenerationState(SequenceState):
             self._read(len(self.tokens) - 1)
             self._num_read = len(self.tokens)
             self.finish("completed" if token_id in self._model_end_ids else "stopped", now_s=now_s)
-        elif self.ends_by_text and self._read_one(token_id):
+        elif self._detokenizer.may_stop and self._read_one(token_id):
             self.finish("stopped", now_s=now_s)
         elif self._follow_grammar(token_id, now_s):
             self.finish("completed", now_s=now_s)

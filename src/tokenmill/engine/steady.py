@@ -18,10 +18,12 @@ from dataclasses import replace
 import numpy as np
 
 from tokenmill.engine.batch import BatchRows, flat_batch
-from tokenmill.engine.outputs import append_token
+from tokenmill.engine.outputs import append_token, replace_refused
+from tokenmill.engine.runner import OutRows
 from tokenmill.engine.sampler import SamplingRow, choice_of
 from tokenmill.engine.scheduler import Chunk, Scheduler
 from tokenmill.engine.sequence import GenerationState
+from tokenmill.engine.step_time import ROW_TILE
 from tokenmill.kernels import KV_BLOCK, Choice, ChoiceTable, Executor, F32Array, I32Array, StepBatch
 from tokenmill.kvcache import BlockPool
 
@@ -45,6 +47,7 @@ class SteadyRun:
             (state, state.tokens, None if state.ends_by_text else state.end_token_ids | {-1})
             for state in states
         ]
+        self._grammars = {row: state for row, state in enumerate(states) if state.grammar is not None}
         self._max_steps = min(state.max_total - state.num_total for state in states)
         self._table = ChoiceTable([_choice(state, row) for row, state in enumerate(states)])
         parts = [BatchRows(state.tokens[-1:], state.num_computed, state.table) for state in states]
@@ -61,7 +64,12 @@ class SteadyRun:
         if not scheduler.only_decodes:
             return None
         states = [s for s in scheduler.running if isinstance(s, GenerationState) and s.is_plain]
-        if len(states) < len(scheduler.running) or not _extend(states, scheduler.pool):
+        if len(states) < len(scheduler.running):
+            return None
+        # With rows to spare the general path also takes the tokens that a grammar leaves no choice of.
+        if len(states) < ROW_TILE and any(state.grammar is not None for state in states):
+            return None
+        if not _extend(states, scheduler.pool):
             return None
         return cls(states, scheduler, executor)
 
@@ -92,6 +100,9 @@ class SteadyRun:
         self._executor.run(self._batch)
         logits_LV = self._executor.buffer("logits")
         ids_R = self._table.choose(logits_LV, self._executor)
+        if self._grammars:
+            out = OutRows(rows=(), logits_LV=logits_LV, executor=self._executor)
+            replace_refused(self._grammars, ids_R, out, clock)
         ended = self._append(ids_R.tolist(), logits_LV, clock())
         for state in self.states:
             state.num_computed += 1
@@ -107,7 +118,8 @@ class SteadyRun:
             if ends is not None and token_id not in ends and not last:
                 tokens.append(token_id)
                 continue
-            append_token(state, token_id, None, logits_LV[row], now_s)
+            if not state.finished:  # a grammar may have failed
+                append_token(state, token_id, None, logits_LV[row], now_s)
             if state.finished:
                 ended.append(state)
         return ended

@@ -43,7 +43,7 @@ Ask: TypeAlias = Generate | Choose | Read
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """One item. `id` is stable in its data set; `target` is what the scorer compares with, as JSON can hold it.
+    """One item. `id` is stable in its data set; `target` is what the scorer compares with, as JSON holds it.
 
     `slice` is the part of the data that it is reported under, such as a subject.
     """
@@ -56,7 +56,7 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a model answered: completions to `Generate` (as many as its `n`), scores to `Choose` and `Read`."""
+    """What a model answered: completions to `Generate` (as many as its `n`), scores to `Choose`, `Read`."""
 
     completions: tuple[Completion, ...] = ()
     scores: tuple[Score, ...] = ()

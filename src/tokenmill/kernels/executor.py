@@ -202,6 +202,11 @@ class NativeExecutor:
         """
         return tuple(each * 1e-9 for each in self._native.op_ns())
 
+    @property
+    def num_shared_blocks(self) -> int:
+        """Entries of the last step's block list that were attended to together with another sequence's."""
+        return int(self._native.num_shared_blocks())
+
     def expert_cache(self) -> ExpertCacheStats | None:
         """What the cache of experts did so far; None without a budget."""
         return ExpertCacheStats(*self._native.expert_stats()) if self._has_expert_cache else None
