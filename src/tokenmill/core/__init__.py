@@ -2,6 +2,7 @@
 
 from tokenmill.core.errors import (
     DownloadError,
+    EndpointError,
     ModelFormatError,
     NotFoundError,
     ResourceError,
@@ -26,6 +27,7 @@ from tokenmill.core.sampling import Grammar, SamplingParams
 __all__ = [
     "Completion",
     "DownloadError",
+    "EndpointError",
     "FinishReason",
     "Generator",
     "Grammar",

@@ -6,7 +6,8 @@
     ├── ModelFormatError          4   a model file that is damaged, hostile or not supported
     ├── StorageError              5   the disk: full, unwritable, or its content changed
     ├── DownloadError             6   a download that failed or did not match its hash
-    └── ResourceError             7   memory, time or a queue bound that was reached
+    ├── ResourceError             7   memory, time or a queue bound that was reached
+    └── EndpointError             8   a remote endpoint that is out of reach, failed or makes no sense
 
 Every error carries `hint`: what the reader should do next. The command line prints both and exits
 with the class's `exit_code`; the table above is the documentation of those codes.
@@ -14,6 +15,7 @@ with the class's `exit_code`; the table above is the documentation of those code
 
 __all__ = [
     "DownloadError",
+    "EndpointError",
     "ModelFormatError",
     "NotFoundError",
     "ResourceError",
@@ -85,3 +87,10 @@ class ResourceError(TokenmillError):
     """Memory, time or a queue bound was reached."""
 
     exit_code = 7
+
+
+class EndpointError(TokenmillError):
+    """A remote endpoint is out of reach, failed, or answered what makes no sense."""
+
+    exit_code = 8
+    default_hint = "look at the endpoint's log, its URL and whose API it speaks"

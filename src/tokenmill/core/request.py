@@ -157,7 +157,7 @@ class Completion:
     `index` counts the completions of one request (`n`). `ttft_s` is the time from submission to the first
     token, `total_s` to the last, in seconds. `logprobs` has one entry an output token, and
     `prompt_logprobs` one a prompt token but the first; both only if asked for. `error` says why a request
-    `failed`.
+    `failed`. `tool_calls` are those that an endpoint read out of the answer; of local models they are text.
     """
 
     request_id: str
@@ -171,6 +171,7 @@ class Completion:
     logprobs: tuple[TokenLogprobs, ...] | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     error: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,11 +179,15 @@ class Score:
     """Log-probabilities (natural logarithm) of a given text, one a scored token.
 
     `token_ids[i]` was scored as the continuation of everything before it; the first token of a text
-    without a prefix has no log-probability and is not in the list.
+    without a prefix has no log-probability and is not in the list. `num_input_tokens` were given to the model
+    for it, of which `num_cached_tokens` were found in the prefix cache; what several scores of a call share
+    is counted with one of them. Where nobody counts they are 0; they are no part of what is compared.
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
+    num_input_tokens: int = field(default=0, compare=False)
+    num_cached_tokens: int = field(default=0, compare=False)
 
     @property
     def total(self) -> float:
