@@ -36,7 +36,18 @@ from tokenmill.engine.mock import MockScript
 from tokenmill.engine.serving.async_engine import AsyncEngine
 from tokenmill.engine.serving.messages import EngineSpec, decode_to_engine
 
-__all__ = ["fuzz_frames", "listening", "ports_of_a_server", "run", "runs_naively", "unsafe_uses"]
+__all__ = [
+    "SANDBOX_WORKER",
+    "fuzz_frames",
+    "listening",
+    "ports_of_a_server",
+    "run",
+    "runs_naively",
+    "unsafe_uses",
+]
+
+SANDBOX_WORKER = "sandbox_worker.py"
+"""The one process that exists to run a program that a model wrote, after it has locked itself in."""
 
 _WHAT = "code in models: unsafe imports, payloads that ran, open ports, frames that broke the engine"
 _ROOT = Path(__file__).parents[2]
@@ -73,7 +84,8 @@ def run(*, cases: int, seed: int, guard: bool) -> Line:
     started = time.monotonic()
     is_short = cases < _SHORT_FORM
     payloads = sample(hostile_payloads(), 20 if is_short else 1000)
-    sources = [path.read_text() for path in sorted((_ROOT / "src").rglob("*.py"))] if guard else [_BAD_MODULE]
+    files = [path for path in sorted((_ROOT / "src").rglob("*.py")) if path.name != SANDBOX_WORKER]
+    sources = [path.read_text() for path in files] if guard else [_BAD_MODULE]
     unsafe = [use for source in sources for use in unsafe_uses(source)]
     if guard:
         with ImportProbe() as probe:

@@ -16,7 +16,8 @@ SOURCES = sorted((Path(__file__).parents[2] / "src").rglob("*.py"))
 def test_no_source_runs_data_as_code() -> None:
     assert len(SOURCES) > 50
     for path in SOURCES:
-        assert not list(s21.unsafe_uses(path.read_text(encoding="utf-8"))), path
+        uses = {use.partition(": ")[2] for use in s21.unsafe_uses(path.read_text(encoding="utf-8"))}
+        assert uses == ({"exec()", "compile()"} if path.name == s21.SANDBOX_WORKER else set()), path
 
 
 @pytest.mark.parametrize(

@@ -43,11 +43,14 @@ def test_every_instruction_set_is_measured(isa: str) -> None:
 def test_amx_multiplies_8_bits_faster_than_the_portable_kernels() -> None:
     if "amx" not in available_isas():
         pytest.skip("this machine has no AMX")
-    rates = [
-        measure_machine(isa=isa, num_threads=1, working_sets_mb=(1,), seconds=0.02).int8_tops
-        for isa in ("amx", "portable")
-    ]
-    assert rates[0] > 3 * rates[1]
+    best = {"amx": 0.0, "portable": 0.0}
+    for _ in range(20):  # whoever else runs takes rate away, so only the best of several says something
+        for isa in best:
+            limits = measure_machine(isa=isa, num_threads=1, working_sets_mb=(1,), seconds=0.02)
+            best[isa] = max(best[isa], limits.int8_tops)
+        if best["amx"] > 3 * best["portable"]:
+            return
+    pytest.fail(f"best of 20, int8 TOPS: {best}")
 
 
 def test_the_defaults_are_those_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,7 +65,7 @@ class Simulator:
                 assert position == chunk.sequence.num_total - 1
                 chunk.sequence.append(1, None, now_s=0.0)
             elif isinstance(chunk.sequence, ScoringState):
-                chunk.sequence.append(position, -1.0)
+                chunk.sequence.append(position, [-1.0])
 
 
 def simulator(num_blocks: int, limits: StepLimits = LIMITS) -> Simulator:

@@ -25,6 +25,7 @@ from tokenmill.engine.core import StepStats
 from tokenmill.engine.embedding import Pooling, embeddings
 from tokenmill.engine.local import LocalEngine
 from tokenmill.engine.sequence import GenerationState, ScoringState, SequenceState
+from tokenmill.engine.shared_prefix import SharedPrefixQueue
 from tokenmill.engine.taps.calibration import InputStats
 from tokenmill.engine.taps.routing import RoutingStats
 from tokenmill.engine.taps.tap import Tap
@@ -33,6 +34,9 @@ from tokenmill.models.packing.compile import ExecutorFactory, create_executor
 from tokenmill.models.store.directory import ModelDirectory
 
 __all__ = ["LLM", "Progress", "ProgressCallback"]
+
+# Steps' worth of rows that are under way where the order is chosen here: enough that no step is half empty.
+_STEPS_AHEAD = 3
 
 
 class Progress(NamedTuple):
@@ -180,20 +184,33 @@ class LLM:
     ) -> list[Score]:
         """Log-probability of each continuation after its context (which may be empty).
 
-        Context and continuation are tokenized apart, so that the border lies where it was given. Raises
-        `UsageError` for a pair that is empty or longer than the context of the model.
+        Context and continuation are tokenized apart, so that the border lies where it was given. What pairs
+        begin with in common is computed once, and pairs that differ in their last token only are one
+        computation. Raises `UsageError` for a pair that is empty or longer than the context of the model.
         """
         if len(contexts) != len(continuations):
             raise UsageError(
                 f"{len(contexts)} contexts and {len(continuations)} continuations", hint="give pairs"
             )
         tokenizer = self._engine.tokenizer
-        encoded = [
-            (self.encode(context), (tokenizer.encode_after if context else tokenizer.encode)(continuation))
+        before = {context: self.encode(context) for context in set(contexts)}
+        after = {
+            (bool(context), continuation): (tokenizer.encode_after if context else tokenizer.encode)(
+                continuation
+            )
+            for context, continuation in zip(contexts, continuations, strict=True)
+        }
+        pairs = [
+            ([*before[context], *after[bool(context), continuation]], len(before[context]))
             for context, continuation in zip(contexts, continuations, strict=True)
         ]
-        pairs = [([*before, *after], len(before)) for before, after in encoded]
         return self._score(pairs, on_progress)
+
+    def score_text(
+        self, text: str, *, window: int = 2048, on_progress: ProgressCallback | None = None
+    ) -> list[Score]:
+        """As `score_tokens`, for the tokens of a text."""
+        return self.score_tokens(self.encode(text), window=window, on_progress=on_progress)
 
     def score_tokens(
         self,
@@ -264,17 +281,23 @@ class LLM:
         self, pairs: Sequence[tuple[Sequence[int], int]], on_progress: ProgressCallback | None
     ) -> list[Score]:
         """Score pairs of (tokens, number of them that are context)."""
-        states = [self._scoring(ids, max(1, num_context)) for ids, num_context in pairs]
-        self._drive([state for state in states if state is not None], on_progress)
+        states: dict[tuple[tuple[int, ...], int], ScoringState] = {}
+        # Of each pair the state that scores it, and as which of its endings; None if no token can be scored.
+        places: list[tuple[ScoringState, int] | None] = []
+        for ids, num_context in pairs:
+            self._engine.check_tokens(ids, "text", room=0)
+            num_context = max(1, num_context)
+            if num_context >= len(ids):
+                places.append(None)
+            elif (state := states.get(key := (tuple(ids[:-1]), num_context))) is not None:
+                places.append((state, state.add_ending(ids[-1])))
+            else:
+                states[key] = self._engine.prepare_score(self._next_id(), ids, num_context)
+                places.append((states[key], 0))
+        queue = SharedPrefixQueue(states.values(), _STEPS_AHEAD * self.config.max_rows)
+        self._drive(list(states.values()), on_progress, queue.take)
         nothing = Score(token_ids=(), logprobs=())
-        return [nothing if state is None else _finite(state.score()) for state in states]
-
-    def _scoring(self, ids: Sequence[int], num_context: int) -> ScoringState | None:
-        """The state of a text to be scored, or None if no token of it can be."""
-        self._engine.check_tokens(ids, "text", room=0)
-        if num_context >= len(ids):
-            return None
-        return self._engine.prepare_score(self._next_id(), ids, num_context)
+        return [nothing if place is None else _finite(place[0].score(place[1])) for place in places]
 
     def _prepare(
         self, ids: Sequence[int], params: SamplingParams, adapter: str, taps: Sequence[Tap] = ()
@@ -298,13 +321,23 @@ class LLM:
             self._engine.abort(state)
         yield state.completion()
 
-    def _drive(self, states: Sequence[SequenceState], on_progress: ProgressCallback | None) -> None:
-        """Step until these sequences are finished. Whatever happens, none of them stays behind."""
+    def _drive(
+        self,
+        states: Sequence[SequenceState],
+        on_progress: ProgressCallback | None,
+        take: Callable[[], Sequence[SequenceState]] | None = None,
+    ) -> None:
+        """Step until these sequences are finished. Whatever happens, none of them stays behind.
+
+        `take` says before each step which of them are submitted next; by default all are at once.
+        """
         remaining = set(states)
         # The other completions of a request follow from the first.
-        queue = deque(s for s in states if not (isinstance(s, GenerationState) and s.index))
+        first = [s for s in states if not (isinstance(s, GenerationState) and s.index)]
+        queue = deque(() if take else first)
         try:
             while remaining:
+                queue.extend(take() if take else ())
                 self._feed(queue)
                 result = self._engine.step()
                 remaining.difference_update(result.finished)

@@ -13,7 +13,7 @@ import numpy as np
 from tokenmill.core import TokenLogprobs, TokenmillError
 from tokenmill.engine.embedding import EmbeddingState
 from tokenmill.engine.runner import HiddenRows, OutRows
-from tokenmill.engine.sampler import SamplingRow, logprobs_of, sample, top_logprobs
+from tokenmill.engine.sampler import SamplingRow, logprobs_of_all, sample, top_logprobs
 from tokenmill.engine.sequence import GenerationState, ScoringState
 from tokenmill.engine.structured.grammar import GrammarState, U32Array
 from tokenmill.kernels import F32Array, I32Array
@@ -194,10 +194,10 @@ def _masks(
 
 
 def _score(logits_LV: F32Array, rows: Sequence[tuple[int, int, ScoringState]]) -> None:
-    targets = [state.target(position) for _, position, state in rows]
-    logprobs = logprobs_of(_select(logits_LV, [index for index, _, _ in rows]), targets)
-    for (_, position, state), logprob in zip(rows, logprobs, strict=True):
-        state.append(position, logprob)
+    targets = [state.targets(position) for _, position, state in rows]
+    logprobs = logprobs_of_all(_select(logits_LV, [index for index, _, _ in rows]), targets)
+    for (_, position, state), each in zip(rows, logprobs, strict=True):
+        state.append(position, each)
 
 
 def _select(logits_LV: F32Array, indices: list[int]) -> F32Array:

@@ -12,6 +12,7 @@ Shape legend: L rows of logits, R sampled rows, V vocabulary, K most likely toke
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +30,7 @@ from tokenmill.kernels import (
     top_token_ids,
 )
 
-__all__ = ["Sampled", "SamplingRow", "choice_of", "logprobs_of", "sample", "top_logprobs"]
+__all__ = ["Sampled", "SamplingRow", "choice_of", "logprobs_of", "logprobs_of_all", "sample", "top_logprobs"]
 
 _GREEDY_BELOW = 1e-5
 """A temperature that leaves only differences below the precision of the logits to chance."""
@@ -83,9 +84,16 @@ def sample(logits_LV: F32Array, rows: Sequence[SamplingRow], executor: Executor 
 
 def logprobs_of(logits_LV: F32Array, token_ids: Sequence[int]) -> list[float]:
     """Natural log-probability of one given token in each row; the sum under the logarithm is in float64."""
-    wanted_L = logits_LV[np.arange(len(token_ids)), np.asarray(token_ids, dtype=np.int64)]
-    logprobs: list[float] = (wanted_L.astype(np.float64) - log_sum_exp_rows(logits_LV)).tolist()
-    return logprobs
+    return [logprob for (logprob,) in logprobs_of_all(logits_LV, [(token_id,) for token_id in token_ids])]
+
+
+def logprobs_of_all(logits_LV: F32Array, token_ids: Sequence[Sequence[int]]) -> list[list[float]]:
+    """As `logprobs_of`, for any number of tokens in each row."""
+    sizes = [len(ids) for ids in token_ids]
+    rows = np.repeat(np.arange(len(sizes)), sizes)
+    wanted_N = logits_LV[rows, np.fromiter(chain.from_iterable(token_ids), np.int64, len(rows))]
+    logprobs = iter((wanted_N.astype(np.float64) - log_sum_exp_rows(logits_LV)[rows]).tolist())
+    return [list(islice(logprobs, size)) for size in sizes]
 
 
 def top_logprobs(logits_LV: F32Array, token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:

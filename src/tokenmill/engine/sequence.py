@@ -350,7 +350,10 @@ class GenerationState(SequenceState):
 
 
 class ScoringState(SequenceState):
-    """A given text of which the tokens from `num_context` on are scored; `num_context` is at least 1."""
+    """A given text of which the tokens from `num_context` on are scored; `num_context` is at least 1.
+
+    Texts that differ in their last token only are one computation: `add_ending` names the others' last ones.
+    """
 
     def __init__(self, request_id: str, token_ids: Iterable[int], num_context: int) -> None:
         self._token_ids = tuple(token_ids)
@@ -358,7 +361,9 @@ class ScoringState(SequenceState):
         # The last token is only a target: nothing is computed from it.
         super().__init__(request_id, self._token_ids[:-1], len(self._token_ids) - 1)
         self.num_context = num_context
-        self._logprobs: list[float] = []
+        self._endings = [self._token_ids[-1]]
+        # For each position the targets' log-probabilities: one, but for the last.
+        self._logprobs: list[Sequence[float]] = []
 
     @property
     def first_logits(self) -> int:
@@ -370,21 +375,37 @@ class ScoringState(SequenceState):
         """True once every token is scored."""
         return bool(self.error) or self.first_logits == self.num_total
 
-    def target(self, position: int) -> int:
-        """The token that the logits at this position are to be scored on."""
-        return self._token_ids[position + 1]
+    def add_ending(self, token_id: int) -> int:
+        """Score this as the last token, too; gives the number of the ending. Only before it is submitted."""
+        self._endings.append(token_id)
+        return len(self._endings) - 1
 
-    def append(self, position: int, logprob: float) -> None:
-        """Take the log-probability of the token after this position; positions come in order."""
+    def targets(self, position: int) -> Sequence[int]:
+        """The tokens that the logits at this position are to be scored on."""
+        last = position == self.num_total - 1
+        return self._endings if last else self._token_ids[position + 1 : position + 2]
+
+    def append(self, position: int, logprobs: Sequence[float]) -> None:
+        """Take the log-probabilities of the targets of this position; positions come in order."""
         assert position == self.first_logits, f"{self.request_id} scores position {position} out of order"
-        self._logprobs.append(logprob)
+        self._logprobs.append(logprobs)
 
     def fail(self, error: str, *, now_s: float) -> None:
         """End without a score; `error` says why."""
         self.error = error
 
-    def score(self) -> Score:
-        """The scored tokens and their log-probabilities. Raises `ModelFormatError` if the sequence failed."""
+    def score(self, ending: int = 0) -> Score:
+        """The scored tokens and their log-probabilities with one of the endings.
+
+        What was computed once is counted once: with the first. Raises `ModelFormatError` if the sequence
+        failed.
+        """
         if self.error:
             raise ModelFormatError(f"{self.request_id} has no score: {self.error}")
-        return Score(token_ids=self._token_ids[self.num_context :], logprobs=tuple(self._logprobs))
+        shared = self._token_ids[self.num_context : -1]
+        return Score(
+            token_ids=(*shared, self._endings[ending]),
+            logprobs=(*(each[0] for each in self._logprobs[:-1]), self._logprobs[-1][ending]),
+            num_input_tokens=1 if ending else len(self._token_ids),
+            num_cached_tokens=0 if ending else self.num_cached,
+        )

@@ -8,7 +8,7 @@ items say together (`statistics`).
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from tokenmill.core import Completion, Message, SamplingParams, Score
 
@@ -69,6 +69,9 @@ class Task:
     `questions` reads the task's folder of data, whatever can be wrong with it named by file and line in a
     `UsageError`. `score` gives each metric of one item, usually 0 or 1. `metric` is the headline one, and
     `chance` what guessing reaches in it, None where that means nothing.
+
+    `aggregate` says how items become one figure: their mean, or, for a task that reads, the perplexity of all
+    scored tokens together.
     """
 
     name: str
@@ -79,14 +82,16 @@ class Task:
     chance: float | None
     questions: Callable[[Path], Iterator[Question]]
     score: Callable[[Question, Answer], Mapping[str, float]]
+    aggregate: Literal["mean", "perplexity"] = "mean"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ItemResult:
     """What became of one item: a line of a result file.
 
-    `answer` is what the model said, short enough to read: texts, or log-probabilities of choices. Tokens are
-    those of all calls for this item.
+    `answer` is what the model said, short enough to read: texts, log-probabilities of choices, or of windows
+    (scored tokens, log-probability). Tokens are those of all calls for this item. An item that was not
+    answered has an `error` and no metrics.
     """
 
     id: str
@@ -96,3 +101,4 @@ class ItemResult:
     num_input_tokens: int
     num_cached_tokens: int
     num_output_tokens: int
+    error: str = ""

@@ -17,7 +17,9 @@ _PIECE_BYTES: Final = 1 << 16
 _MAX_ANSWER_BYTES: Final = 256 << 20
 
 
-def exchange(child: "subprocess.Popen[bytes]", request: bytes, seconds: float) -> dict[str, Any] | None:
+def exchange(
+    child: "subprocess.Popen[bytes]", request: bytes, seconds: float, *, max_bytes: int = _MAX_ANSWER_BYTES
+) -> dict[str, Any] | None:
     """Send a line and receive one, a JSON object, within `seconds` together.
 
     None if the child ended, is late, or answers with something else. It is then of no more use.
@@ -31,7 +33,7 @@ def exchange(child: "subprocess.Popen[bytes]", request: bytes, seconds: float) -
         selector.register(child.stdout, selectors.EVENT_READ)
         while not received.endswith(b"\n"):
             ready = [key.fileobj for key, _ in selector.select(max(0.0, deadline - time.monotonic()))]
-            if not ready or len(received) > _MAX_ANSWER_BYTES:
+            if not ready or len(received) > max_bytes:
                 return None
             if child.stdin in ready:
                 unsent = unsent[os.write(child.stdin.fileno(), unsent[:_PIECE_BYTES]) :]

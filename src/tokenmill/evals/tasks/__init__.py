@@ -1,0 +1,3 @@
+"""The tasks, a module a family; each lists its own as `TASKS`."""
+
+__all__: list[str] = []
