@@ -45,9 +45,13 @@ def page() -> str:
 
 
 def commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    """The parsers of all commands by name."""
-    [action] = [each for each in parser._actions if isinstance(each, argparse._SubParsersAction)]
-    return dict(action.choices)
+    """The parsers of all commands by name; actions of a command follow it, as `plan estimate`."""
+    found: dict[str, argparse.ArgumentParser] = {}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, command in action.choices.items():
+                found |= {name: command} | {f"{name} {k}": each for k, each in commands(command).items()}
+    return found
 
 
 def _codes() -> Iterator[str]:

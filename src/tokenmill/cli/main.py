@@ -28,9 +28,16 @@ COMMANDS: Final = (
     "score",
     "embed",
     "bench",
+    "eval",
+    "compare",
+    "decontaminate",
+    "load",
+    "versus",
     "doctor",
     "models",
     "show",
+    "plan",
+    "prices",
     "export",
     "completion",
 )
@@ -87,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TokenmillError as error:
         if "--debug" in flags:
             out.stderr.write(traceback.format_exc())
-        return _fail(out, type(error).__name__, error.message, error.hint, error.exit_code)
+        return _fail(out, _kind(error), error.message, error.hint, error.exit_code)
     except Exception as error:
         message = f"{type(error).__name__}: {error}"
         if "--debug" in flags:
@@ -107,6 +114,11 @@ def _run(words: Sequence[str], out: Output) -> int:
         parser.error("no command")
     code: int = args.handler(args, out)
     return code
+
+
+def _kind(error: TokenmillError) -> str:
+    """The public name of an error: that of its nearest class in the tree of `core.errors`."""
+    return next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == TokenmillError.__module__)
 
 
 def _fail(out: Output, kind: str, message: str, hint: str, code: int) -> int:
