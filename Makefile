@@ -27,9 +27,10 @@ demo: $(VENV)/.package ## install, pull the default model, benchmark it shortly,
 	$(BIN)/tokenmill run $(MODEL) "$(PROMPT)"
 
 .PHONY: test
+# The longest file first, so that no worker ends alone with it.
 test: $(VENV)/.dev ## the suite without its long forms (under 12 minutes on 2 cores)
 	$(BIN)/tokenmill pull $(MODEL)
-	$(BIN)/python -m pytest -m "fast or server or stateful" -n 2 --dist loadfile --durations=10
+	$(BIN)/python -m pytest tests/stateful tests/server tests/fast -m "fast or server or stateful" -n 2 --dist loadfile --durations=10
 	$(BIN)/python -m pytest -m "model or train" -n 2 --dist loadfile --durations=15
 
 .PHONY: test-fast
