@@ -1,6 +1,7 @@
 """The formulas of a plan against the check values of their sources."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -166,6 +167,16 @@ def test_guesses_raise_the_tokens_of_a_step() -> None:
 def test_the_critical_batch() -> None:
     assert critical_batch(shape("Llama-3-8B"), 16, H100) == pytest.approx(295, abs=1)
     assert critical_batch(shape("Mixtral-8x7B"), 16, H100) == pytest.approx(4 * 295, abs=3)
+
+
+def test_only_the_last_token_of_a_prompt_needs_the_head() -> None:
+    known = shape("Llama-3-8B")
+    assert known.head_params == known.lookup_params > 5e8
+    parts = {
+        head: prefill_load(replace(known, head_params=head), bits=16, num_tokens=100, batch=3).flops
+        for head in (0.0, known.head_params)
+    }
+    assert parts[0.0] - parts[known.head_params] == pytest.approx(2 * known.head_params * 3 * 99)
 
 
 def test_cached_tokens_of_a_prompt_are_not_computed() -> None:

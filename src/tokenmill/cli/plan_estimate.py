@@ -151,7 +151,7 @@ def _notes(out: Output, target: Target, args: argparse.Namespace, problem: str) 
     calibration = machine.decode
     out.text(
         f"speed: {calibration.basis}; median error {calibration.median_error:.0%}, nine in ten within "
-        f"{calibration.p90_error:.0%}, of {calibration.num_points} points that it was not fitted to"
+        f"{calibration.p90_error:.0%}, of {calibration.num_points} points"
     )
     if machine.price is not None:
         out.text(f"price: {machine.price}, at work {machine.utilisation:.0%} of the time")

@@ -165,7 +165,7 @@ def architecture_shape(name: str, architecture: "Architecture") -> ModelShape:
     idle = architecture.num_params - architecture.num_active_params
     share = experts.num_experts / (experts.num_experts - experts.num_active) if experts and idle else 0.0
     windows = [layer.window for layer in architecture.layers if layer.window]
-    lookup = 0 if architecture.tied_embeddings else architecture.vocab_size * architecture.hidden_size
+    head = architecture.vocab_size * architecture.hidden_size
     return ModelShape(
         name=name,
         params=architecture.num_params,
@@ -179,7 +179,8 @@ def architecture_shape(name: str, architecture: "Architecture") -> ModelShape:
         nonexpert_params=architecture.num_params - share * idle if idle else 0.0,
         window_layers=len(windows),
         window=min(windows, default=0),
-        lookup_params=lookup,
+        lookup_params=0 if architecture.tied_embeddings else head,
+        head_params=head,
     )
 
 

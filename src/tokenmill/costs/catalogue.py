@@ -49,6 +49,7 @@ def _shape(row: Row) -> ModelShape:
     params: dict[str, Any] = {
         name: 1e9 * (optional_number(row, f"{name}_b", 0, 1e5) or 0.0) for name in _BILLIONS
     }
+    params["head_params"] = params["lookup_params"]  # a table of its own is as large as the head
     required(row, "source")
     if not params["params"] or not integers["num_layers"] or not integers["hidden_size"]:
         raise row.bad("parameters, layers and width are needed")

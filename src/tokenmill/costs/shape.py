@@ -43,7 +43,8 @@ class ModelShape:
     """The numbers of a decoder that decide its cost.
 
     `params`: all parameters. `lookup_params`: of them the table of embeddings if nothing streams it (not
-    tied to the head), of which a token reads one row. `num_experts` 0: dense; else `nonexpert_params` are
+    tied to the head), of which a token reads one row. `head_params`: of them the head, which a prompt needs for
+    its last token only; 0 where that is not known. `num_experts` 0: dense; else `nonexpert_params` are
     those that every token reads, and a token reads `num_active` experts in each routed layer.
     `latent_size` above 0: keys and values are one latent vector of so many values (MLA), and heads do not
     count. `window_layers` of the layers see the last `window` positions only.
@@ -64,12 +65,16 @@ class ModelShape:
     window_layers: int = 0
     window: int = 0
     lookup_params: float = 0.0
+    head_params: float = 0.0
 
     def __post_init__(self) -> None:
         assert self.params > 0 and self.num_layers > 0, f"{self.name}: no parameters or layers"
         assert 0 <= self.window_layers <= self.num_layers, f"{self.name}: window layers"
         assert 0 <= self.num_active <= self.num_experts, f"{self.name}: experts"
         assert 0 <= self.nonexpert_params <= self.params, f"{self.name}: parameters outside the experts"
+        assert 0 <= self.head_params <= self.params - self.lookup_params, (
+            f"{self.name}: parameters of the head"
+        )
 
     @property
     def active_params(self) -> float:

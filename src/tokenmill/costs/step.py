@@ -143,11 +143,13 @@ def prefill_load(
 ) -> StepLoad:
     """Computing `batch` prompts of `num_tokens`, of each of which the first `cached` are in the cache."""
     new = batch * (num_tokens - cached)
+    # Of a prompt only the last token has logits.
+    products = (shape.active_params - shape.head_params) * new + shape.head_params * batch
     return StepLoad(
         weight_bytes=weight_bytes(streamed_params(shape, new), bits),
         least_weight_bytes=weight_bytes(shape.active_params, bits),
         kv_bytes=batch * kv_bytes(shape, num_tokens, kv_value_bytes),
-        flops=2 * shape.active_params * new + batch * prefill_attention_flops(shape, num_tokens, cached),
+        flops=2 * products + batch * prefill_attention_flops(shape, num_tokens, cached),
         num_layers=shape.num_layers,
         num_rows=batch,
         num_devices=num_devices,
