@@ -43,8 +43,8 @@ class ModelShape:
     """The numbers of a decoder that decide its cost.
 
     `params`: all parameters. `lookup_params`: of them the table of embeddings if nothing streams it (not
-    tied to the head), of which a token reads one row. `head_params`: of them the head, which a prompt needs for
-    its last token only; 0 where that is not known. `num_experts` 0: dense; else `nonexpert_params` are
+    tied to the head), of which a token reads one row. `head_params`: of them the head, which a prompt needs
+    for its last token only; 0 where that is not known. `num_experts` 0: dense; else `nonexpert_params` are
     those that every token reads, and a token reads `num_active` experts in each routed layer.
     `latent_size` above 0: keys and values are one latent vector of so many values (MLA), and heads do not
     count. `window_layers` of the layers see the last `window` positions only.
