@@ -1,6 +1,7 @@
 """The nouns everything else speaks: messages, requests, completions, scores, and the error tree."""
 
 from tokenmill.core.errors import (
+    BudgetError,
     DownloadError,
     EndpointError,
     ModelFormatError,
@@ -25,6 +26,7 @@ from tokenmill.core.request import (
 from tokenmill.core.sampling import Grammar, SamplingParams
 
 __all__ = [
+    "BudgetError",
     "Completion",
     "DownloadError",
     "EndpointError",

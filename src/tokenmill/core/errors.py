@@ -7,6 +7,7 @@
     ├── StorageError              5   the disk: full, unwritable, or its content changed
     ├── DownloadError             6   a download that failed or did not match its hash
     ├── ResourceError             7   memory, time or a queue bound that was reached
+    │   └── BudgetError           7   money that is not left
     └── EndpointError             8   a remote endpoint that is out of reach, failed or makes no sense
 
 Every error carries `hint`: what the reader should do next. The command line prints both and exits
@@ -14,6 +15,7 @@ with the class's `exit_code`; the table above is the documentation of those code
 """
 
 __all__ = [
+    "BudgetError",
     "DownloadError",
     "EndpointError",
     "ModelFormatError",
@@ -87,6 +89,10 @@ class ResourceError(TokenmillError):
     """Memory, time or a queue bound was reached."""
 
     exit_code = 7
+
+
+class BudgetError(ResourceError):
+    """The budget of a key does not have what a request may come to."""
 
 
 class EndpointError(TokenmillError):

@@ -1,0 +1,3 @@
+"""Two thin HTTP adapters over one call, with limits, exact accounts and operations."""
+
+__all__: list[str] = []
