@@ -76,7 +76,7 @@ class HttpConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MachineConfig:
-    """What an hour of this machine costs in USD, and who says so: the measured cost of a token rests on it."""
+    """What an hour of this machine costs in USD, and who says so: measured costs rest on it."""
 
     usd_per_hour: float = 0.0
     source: str = ""

@@ -7,12 +7,10 @@ import contextlib
 import hashlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Final
 
-from tokenmill.core import NotFoundError, UsageError
 from tokenmill.engine.serving.messages import EngineSpec
 from tokenmill.models.store.directory import ModelDirectory
 from tokenmill.models.store.library import Library
@@ -104,7 +102,7 @@ def _directory(model: ModelConfig) -> ModelDirectory:
     return Library().find(model.model)
 
 
-def _finder(store: Store) -> Callable[[str], "Coroutine[None, None, Key | None]"]:
+def _finder(store: Store) -> Callable[[str], Coroutine[None, None, Key | None]]:
     async def find(secret: str) -> Key | None:
         return await store.find_key(hashlib.sha256(secret.encode()).digest())
 
