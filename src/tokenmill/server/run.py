@@ -63,6 +63,7 @@ def bind(config: HttpConfig) -> socket.socket:
         # Of an answer that nobody reads the system keeps no more than this, for every connection accepted.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
         listener.bind((config.host, config.port))
+        listener.listen(config.backlog)
     except OSError as error:
         listener.close()
         hint = "choose another --port (0: any that is free), or end what has it"
