@@ -53,7 +53,7 @@ async def _no_pair(pair: Pair) -> None:
 
 
 class Router:
-    """All routes and deployments of one server. Belongs to one event loop; `random` and `clock` are for tests.
+    """All routes and deployments of one server, in one event loop; `random` and `clock` are for tests.
 
     Raises UsageError for two deployments of a name, or a route to a deployment that is not there.
     """
