@@ -7,12 +7,10 @@ who calls, and closed here. The bounds of connections are those of `protocol.py`
 
 import asyncio
 import contextlib
-import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import Any, Final, cast
+from typing import Final
 
 import uvicorn
 
@@ -20,7 +18,6 @@ from tokenmill.core import UsageError
 from tokenmill.server.config import HttpConfig
 from tokenmill.server.edge import Asgi
 from tokenmill.server.gateway import Gateway
-from tokenmill.server.protocol import Connections, HttpLimits, protocol_factory
 
 __all__ = ["bind", "serve_until_told"]
 
@@ -94,7 +91,9 @@ async def serve_until_told(
             date_header=True,
             backlog=config.backlog,
             timeout_keep_alive=config.keep_alive_s,
-        )
+        ),
+        config.backlog,
+        lambda: None,
     )
     told = asyncio.Event()
     loop = asyncio.get_running_loop()
