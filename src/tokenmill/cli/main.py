@@ -38,6 +38,8 @@ COMMANDS: Final = (
     "show",
     "plan",
     "prices",
+    "keys",
+    "ledger",
     "export",
     "completion",
 )
