@@ -13,6 +13,7 @@ import msgspec
 
 from tokenmill.core import (
     EndpointError,
+    ExpiredError,
     NotFoundError,
     ResourceError,
     TokenmillError,
@@ -52,6 +53,7 @@ _STATUS_OF_TYPE: Final = {
 }
 _CLASS_STATUS: Final[tuple[tuple[type[TokenmillError], int], ...]] = (
     (UsageError, 400),
+    (ExpiredError, 504),
     (NotFoundError, 404),
     (ResourceError, 429),
     (EndpointError, 502),
