@@ -12,7 +12,15 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple, Protocol, TypeAlias
 
-from tokenmill.core import EndpointError, FinishReason, ResourceError, TokenmillError, Usage, UsageError
+from tokenmill.core import (
+    EndpointError,
+    ExpiredError,
+    FinishReason,
+    ResourceError,
+    TokenmillError,
+    Usage,
+    UsageError,
+)
 from tokenmill.router.backend import Attempt, Backend, Job, Prepared, Spent
 from tokenmill.router.breaker import Breaker, Permit
 from tokenmill.router.budget import RetryBudget
@@ -164,6 +172,12 @@ class Routed:
         Raises UsageError for what no deployment can answer, BusyError if none takes calls.
         """
         return self._pieces()
+
+    async def ready(self) -> None:
+        """Wait until more than the beginning of an answer is there. Raises what its pieces would raise."""
+        won = await asyncio.shield(self._asking)
+        if isinstance(won, Exception):
+            raise won
 
     def cancel(self) -> None:
         """Give it up: the attempt that runs ends, and no other begins."""
@@ -324,7 +338,7 @@ class Routed:
             return self.job
         left_s = self._due_s - asyncio.get_running_loop().time()
         if left_s <= 0.0:
-            raise ResourceError("the time of this request is over", hint="allow it more time")
+            raise ExpiredError("the time of this request is over", hint="allow it more time")
         return replace(self.job, timeout_s=left_s)
 
     def _failed(self, made: _Try, permit: Permit, error: TokenmillError) -> None:
