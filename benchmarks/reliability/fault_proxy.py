@@ -194,14 +194,13 @@ class _Answering:
 
     async def _drip(self, events: list[bytes], place: int) -> bool:
         """From here on byte by byte."""
-        if place:
-            self._head()
-            for event in events[:place]:
-                self._body(event)
+        self._head()
+        for event in events[:place]:
+            self._body(event)
         rest = b"".join(self._framed(event) for event in events[place:])
         for at in range(len(rest)):
-            if not place and not at:
-                self._head(drips=True)
+            if self._writer.is_closing():
+                break
             self._writer.write(rest[at : at + 1])
             await self._writer.drain()
             await asyncio.sleep(_DRIP_S)
@@ -221,18 +220,16 @@ class _Answering:
         name = b"event: error\n" if self._case.api == "anthropic" else b""
         return await self._send([*events[:place], name + b"data: " + body + b"\n\n", events[-1]])
 
-    def _head(self, kind: str = "text/event-stream", *, drips: bool = False) -> None:
+    def _head(self, kind: str = "text/event-stream") -> None:
         framing = "Transfer-Encoding: chunked" if self._is_chunked else "Connection: close"
-        head = f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\n{framing}\r\n\r\n".encode()
-        self._writer.write(head[:-1] if drips else head)
-        if drips:
-            self._writer.write(head[-1:])
+        self._writer.write(f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\n{framing}\r\n\r\n".encode())
 
     def _framed(self, data: bytes) -> bytes:
         return b"%x\r\n%s\r\n" % (len(data), data) if self._is_chunked else data
 
     def _body(self, data: bytes) -> None:
-        self._writer.write(self._framed(data))
+        if not self._writer.is_closing():
+            self._writer.write(self._framed(data))
 
     async def _finish(self) -> bool:
         if self._is_chunked:

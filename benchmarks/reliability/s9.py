@@ -115,7 +115,7 @@ def run_faults(cases: int, seed: int, *, guard: bool) -> tuple[_Found, int]:
 def _cases(cases: int, seed: int) -> list[Case]:
     """As many of each kind, in random order."""
     random = Random(seed)
-    made = []
+    made: list[Case] = []
     for repeat in range(math.ceil(cases / _KINDS)):
         for api in _APIS:
             for fault in FAULTS:

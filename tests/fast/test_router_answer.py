@@ -1,6 +1,7 @@
 """What counts as an answer of an upstream, piece by piece."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -40,7 +41,7 @@ def test_ends_come_last_and_names_are_ours() -> None:
         ([BEGIN, TEXT, Finish("failed", error="withheld (content_filter)"), TOTALS], 1, "content_filter"),
     ],
 )
-def test_what_is_no_answer(pieces: list[Piece], num_choices: int, words: str) -> None:
+def test_what_is_no_answer(pieces: list[Any], num_choices: int, words: str) -> None:
     with pytest.raises(EndpointError, match=words.replace("(", r"\(").replace(")", r"\)")):
         answer(pieces, num_choices)
 
@@ -50,7 +51,7 @@ def test_an_end_that_is_said_twice_is_one() -> None:
 
 
 def test_choices_end_in_order() -> None:
-    second = [TextPiece("b", 1), Finish("length", 1)]
+    second: list[Piece] = [TextPiece("b", 1), Finish("length", 1)]
     _, passed = answer([BEGIN, *second, TEXT, END, TOTALS], 2)
     assert passed[-3:] == [END, Finish("length", 1), TOTALS]
 

@@ -35,6 +35,10 @@ class Bench:
         assert permit is not None
         return permit
 
+    @property
+    def state(self) -> str:
+        return self.breaker.state
+
     def open(self) -> None:
         for _ in range(3):
             self.enter().fail()
@@ -68,7 +72,7 @@ def test_one_call_at_a_time_tries_it() -> None:
     assert bench.breaker.enter() is None
     bench.now_s += 0.2
     probe = bench.enter()
-    assert probe.is_probe and bench.breaker.state == "half-open"
+    assert probe.is_probe and bench.state == "half-open"
     bench.now_s += 1000.0
     assert bench.breaker.enter() is None, "the first try has not ended"
     probe.fail()
@@ -76,10 +80,10 @@ def test_one_call_at_a_time_tries_it() -> None:
     bench.now_s += 10.0
     probe = bench.enter()
     probe.first_token()
-    assert bench.breaker.state == "closed" and bench.breaker.enter() is not None
+    assert bench.state == "closed" and bench.breaker.enter() is not None
     probe.fail()
     bench.enter().fail()
-    assert bench.breaker.state == "closed"
+    assert bench.state == "closed"
     bench.enter().fail()
     assert bench.changes == ["open", "half-open", "open", "half-open", "closed", "open"]
 
@@ -94,7 +98,7 @@ def test_a_try_that_was_given_up_says_nothing_and_the_next_is_an_interval_later(
     assert bench.breaker.enter() is None and bench.breaker.wait_s == 6.0
     bench.now_s += 6.0
     bench.enter().succeed()
-    assert bench.breaker.state == "closed"
+    assert bench.state == "closed"
 
 
 def test_results_of_calls_from_before_are_not_counted() -> None:
@@ -103,12 +107,12 @@ def test_results_of_calls_from_before_are_not_counted() -> None:
     bench.open()
     for permit in old[:5]:
         permit.succeed()
-    assert bench.breaker.state == "open"
+    assert bench.state == "open"
     bench.now_s += 10.0
     bench.enter().succeed()
     for permit in old[5:]:
         permit.fail()
-    assert bench.breaker.state == "closed"
+    assert bench.state == "closed"
 
 
 def test_a_permit_counts_once() -> None:
@@ -118,7 +122,7 @@ def test_a_permit_counts_once() -> None:
         permit.fail()
     permit.succeed()
     permit.leave()
-    assert bench.breaker.state == "closed"
+    assert bench.state == "closed"
 
 
 def test_it_waits_as_long_as_the_endpoint_asks() -> None:

@@ -8,10 +8,18 @@ from typing import Any
 
 import pytest
 
-from benchmarks.reliability.scripted_backend import ScriptedBackend
+from benchmarks.reliability.scripted_backend import Script, ScriptedBackend
 from benchmarks.reliability.virtual_time import run_virtual
 from tests.fast.router_tools import HI, Bench, text_of
-from tokenmill.core import BudgetError, EndpointError, ExpiredError, NotFoundError, ResourceError, UsageError
+from tokenmill.core import (
+    BudgetError,
+    EndpointError,
+    ExpiredError,
+    NotFoundError,
+    ResourceError,
+    TokenmillError,
+    UsageError,
+)
 from tokenmill.router import (
     Backend,
     BreakerConfig,
@@ -168,7 +176,7 @@ def test_the_same_is_asked_again_within_the_budget_and_after_a_wait() -> None:
 
 
 def test_a_deployment_that_asks_for_time_gets_it() -> None:
-    script = [(BusyError("slow down", wait_s=3.0),), ("ok",)]
+    script: list[Script] = [(BusyError("slow down", wait_s=3.0),), ("ok",)]
     backend = ScriptedBackend("a", lambda number: script[number - 1])
     bench = Bench([backend])
 
@@ -202,6 +210,19 @@ def test_each_attempt_has_what_is_left_of_the_time() -> None:
         bench.backends[0].script = lambda number: (11.0, DOWN)
         with pytest.raises(ExpiredError):
             await bench.ask(timeout_s=10.0)
+
+    run_virtual(run())
+
+
+def test_a_request_that_fails_by_itself_closes_no_engine() -> None:
+    bench = Bench([failing("a", TokenmillError("the request failed: a row is not a number"))])
+
+    async def run() -> None:
+        bench.open()
+        for _ in range(20):
+            with pytest.raises(TokenmillError):
+                await bench.ask()
+        assert bench.router.breaker_state("a") == "closed"
 
     run_virtual(run())
 

@@ -16,7 +16,6 @@ from tokenmill.core import (
     EndpointError,
     ExpiredError,
     FinishReason,
-    ResourceError,
     TokenmillError,
     Usage,
     UsageError,
@@ -314,7 +313,7 @@ class Routed:
             return await self._first(made, made.attempt, permit)
         except TokenmillError as error:
             self._failed(made, permit, error)
-            if isinstance(error, UsageError):
+            if isinstance(error, UsageError | ExpiredError):
                 raise
             self._last = error
             return None
@@ -354,15 +353,18 @@ class Routed:
 
 
 def blame(permit: Permit, error: TokenmillError) -> None:
-    """What an error says about the deployment: it failed, it works, or nothing."""
+    """What an error says about the deployment: it failed, it works, or nothing.
+
+    An engine here that fails a request fails that one alone, and says itself when it takes no more.
+    """
     if isinstance(error, BusyError):
         permit.fail(error.wait_s)
     elif isinstance(error, UsageError):
         permit.succeed()
-    elif isinstance(error, ResourceError):
-        permit.leave()
-    else:
+    elif isinstance(error, EndpointError):
         permit.fail()
+    else:
+        permit.leave()
 
 
 async def no_before(number: int, backend: Backend, prepared: Prepared) -> None:
