@@ -13,7 +13,7 @@ from tokenmill.engine import LLMConfig
 from tokenmill.engine.local import LocalEngine
 from tokenmill.engine.meter import Meter, row_share
 from tokenmill.engine.mock import MockClock, MockFault, MockModel, MockScript
-from tokenmill.engine.scheduler import Chunk
+from tokenmill.engine.schedule import Chunk
 from tokenmill.engine.sequence import GenerationState, SequenceState
 from tokenmill.engine.steady import SteadyRun
 from tokenmill.engine.step_time import StepTimeModel
@@ -87,7 +87,9 @@ def requests_of(seed: int, count: int) -> list[Request]:
     ]
 
 
-def run(seed: int, *, fault: int = 0, **config: Any) -> tuple[list[GenerationState], Meter, Twin, MockClock]:
+def run(
+    seed: int, *, fault: int = 0, **config: Any
+) -> tuple[list[GenerationState], LocalEngine, Twin, MockClock]:
     """Serve requests that come and go at odd moments, to the end."""
     clock, twin, drawn = MockClock(), Twin(), Random(seed)
     faults = (MockFault(kind="raise", at_step=fault),) if fault else ()
@@ -104,12 +106,20 @@ def run(seed: int, *, fault: int = 0, **config: Any) -> tuple[list[GenerationSta
         if engine.has_work:
             engine.step()
         clock.sleep(0.003 * drawn.random())
-    return states, engine.meter, twin, clock
+    return states, engine, twin, clock
 
 
-def assert_exact(states: Sequence[SequenceState], meter: Meter, clock: MockClock) -> None:
+def assert_exact(states: Sequence[GenerationState], engine: LocalEngine, clock: MockClock) -> None:
+    meter, counts = engine.meter, engine.counts
     assert sum(state.charge.total()[0] for state in states) == meter.busy_ns > 0
     assert meter.busy_ns + meter.idle_ns(clock()) == round(clock() * 1e9)
+    assert counts.num_output_tokens == sum(state.num_output for state in states) > 0
+    assert counts.num_draft_tokens == sum(state.num_drafted for state in states)
+    assert counts.num_accepted_tokens == sum(state.num_accepted for state in states)
+    assert counts.num_preempted == sum(state.num_preemptions for state in states)
+    assert counts.num_hit_tokens == sum(state.num_cached for state in states) > 0
+    begun = sum(state.num_prompt for state in states if state.num_computed and state.index == 0)
+    assert begun <= counts.num_prompt_tokens == counts.num_queried_tokens
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -123,9 +133,9 @@ def assert_exact(states: Sequence[SequenceState], meter: Meter, clock: MockClock
     ],
 )
 def test_all_of_the_time_is_charged_and_as_a_twin_does(seed: int, config: dict[str, Any]) -> None:
-    states, meter, twin, clock = run(seed, **config)
-    assert_exact(states, meter, clock)
-    assert meter.idle_ns(clock()) > 0
+    states, engine, twin, clock = run(seed, **config)
+    assert_exact(states, engine, clock)
+    assert engine.idle_ns > 0
     for state in states:
         mine, plainly = state.charge, twin.charges.get(str(id(state)), Charge())
         assert abs(mine.input[0] - plainly.input[0]) <= twin.num_steps
@@ -136,8 +146,8 @@ def test_all_of_the_time_is_charged_and_as_a_twin_does(seed: int, config: dict[s
 @pytest.mark.parametrize("seed", range(3))
 def test_without_steady_steps_it_is_the_twin_to_the_nanosecond(seed: int) -> None:
     with patch.object(SteadyRun, "begin", lambda scheduler, executor: None):
-        states, meter, twin, clock = run(seed)
-    assert_exact(states, meter, clock)
+        states, engine, twin, clock = run(seed)
+    assert_exact(states, engine, clock)
     assert {str(id(s)): s.charge for s in states if s.charge != Charge()} == {
         name: charge for name, charge in twin.charges.items() if charge != Charge()
     }
@@ -158,8 +168,8 @@ def test_steady_steps_are_shared_out_together() -> None:
 
 
 def test_a_step_that_breaks_off_is_charged() -> None:
-    states, meter, _, clock = run(2, fault=30)
-    assert_exact(states, meter, clock)
+    states, engine, _, clock = run(2, fault=30)
+    assert_exact(states, engine, clock)
 
 
 def serve(engine: LocalEngine, requests: Sequence[Request]) -> list[GenerationState]:

@@ -22,7 +22,7 @@ import numpy as np
 
 from tokenmill.costs.metering import F64Array, RowShare, StepPrices, split, step_weights
 from tokenmill.costs.power import EnergyMeter, PowerCounters
-from tokenmill.engine.scheduler import Chunk
+from tokenmill.engine.schedule import Chunk
 from tokenmill.engine.sequence import SequenceState
 from tokenmill.engine.step_time import ROW_TILE, StepTimeModel
 from tokenmill.kernels import KV_BLOCK

@@ -22,9 +22,10 @@ from typing import Annotated, TypeAlias
 
 import msgspec
 
-from tokenmill.core import Completion, FinishReason, Request, ResourceError, TokenLogprobs, UsageError
+from tokenmill.core import Completion, FinishReason, Request, ResourceError, Tier, TokenLogprobs, UsageError
 from tokenmill.costs.metering import Charge
 from tokenmill.engine.config import LLMConfig
+from tokenmill.engine.counts import EngineCounts
 from tokenmill.engine.embedding import EmbeddingRequest
 from tokenmill.engine.mock import MockScript
 
@@ -167,7 +168,8 @@ class Refused(_Message, frozen=True, kw_only=True):
 
 class Beat(_Message, frozen=True, kw_only=True):
     """The process is alive. Whether it also works shows in `num_steps`, which grows while there is work,
-    and `num_pauses`, which grows while there is none but to check grammars.
+    and `num_pauses`, which grows while there is none but to check grammars. `busy_ns` and `busy_nj` were
+    charged to requests, `idle_ns` passed without any. Counts by tier may be as old as a beat.
     """
 
     num_steps: _Count = 0
@@ -176,6 +178,9 @@ class Beat(_Message, frozen=True, kw_only=True):
     num_running: _Count = 0
     num_blocks: _Count = 0
     num_blocks_in_use: _Count = 0
+    running_by_tier: dict[Tier, _Count] = {}
+    waiting_by_tier: dict[Tier, _Count] = {}
+    counts: EngineCounts = msgspec.field(default_factory=EngineCounts)
     busy_ns: _Count = 0
     idle_ns: _Count = 0
     busy_nj: _Count = 0
