@@ -8,6 +8,7 @@ An exception in a step is nobody's and everybody's: the sequences of that step a
 that the one it belongs to fails alone.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -127,6 +128,7 @@ class EngineCore:
         self._suspects: deque[SequenceState] = deque()
         self._guesses = proposer is not None
         self._steady: SteadyRun | None = None
+        self.step_bound_s = math.inf
 
     @property
     def has_work(self) -> bool:
@@ -162,6 +164,7 @@ class EngineCore:
         if run is not None:
             if not run.num_steps:
                 self.meter.begin(run.chunks)
+                self.step_bound_s = self.step_time.bound(len(run.states), run.num_kv_tokens, len(run.states))
             finished += self._step_steadily(run)
             stats = StepStats(
                 num_rows=len(run.states), num_out_rows=len(run.states), num_sequences=len(run.states)
@@ -183,6 +186,9 @@ class EngineCore:
         """A step of any kind; adds to what has finished."""
         schedule = self._plan()
         self.meter.begin(schedule.chunks, self._speculator.costs)
+        self.step_bound_s = self.step_time.bound(
+            schedule.num_rows, schedule.num_kv_tokens, schedule.num_out_rows
+        )
         # If this fails, blocks are without their content, and nobody can go on.
         self._move(schedule.moves)
         every = [each for c in schedule.chunks for each in (c.sequence, *c.sequence.siblings)]

@@ -105,6 +105,11 @@ class LocalEngine:
         return self._core.scheduler.pool.num_in_use
 
     @property
+    def step_bound_s(self) -> float:
+        """Seconds after which the step that runs now must be hanging. May be read from another thread."""
+        return self._core.step_bound_s
+
+    @property
     def counts(self) -> EngineCounts:
         """What was done since the start; it goes on counting."""
         return self._core.scheduler.counts

@@ -15,6 +15,7 @@ cannot reach another request.
         ◄──────── Draining, when it was told to end: no new requests
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
@@ -168,10 +169,12 @@ class Refused(_Message, frozen=True, kw_only=True):
 
 class Beat(_Message, frozen=True, kw_only=True):
     """The process is alive. Whether it also works shows in `num_steps`, which grows while there is work,
-    and `num_pauses`, which grows while there is none but to check grammars. `busy_ns` and `busy_nj` were
+    and `num_pauses`, which grows while there is none but to check grammars; a step that takes more than
+    `patience_s` hangs. `busy_ns` and `busy_nj` were
     charged to requests, `idle_ns` passed without any. Counts by tier may be as old as a beat.
     """
 
+    patience_s: Annotated[float, msgspec.Meta(ge=0)] = math.inf
     num_steps: _Count = 0
     num_pauses: _Count = 0
     num_waiting: _Count = 0

@@ -28,6 +28,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
+
 from tokenmill.core import Request, ResourceError, TokenmillError
 from tokenmill.costs.power import Unmeasured, find_counters
 from tokenmill.engine.local import LocalEngine, guide
@@ -282,7 +284,8 @@ class EngineServer:
     def _send_beats(self, stop: threading.Event) -> None:
         with contextlib.suppress(OSError):  # the front end is gone: the other thread ends the process
             while not stop.wait(self._beat_s):
-                self._link.send([self._beat])
+                beat = msgspec.structs.replace(self._beat, patience_s=self._engine.step_bound_s)
+                self._link.send([beat])
 
     def _drained(self) -> bool:
         if not self._told_to_end:
