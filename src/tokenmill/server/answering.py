@@ -117,7 +117,7 @@ class EventStream:
         await send({"type": "http.response.body", "body": data, "more_body": not is_last})
 
     async def _keep_alive(self, send: Send, api: Api) -> None:
-        """What keeps proxies waiting. A ping of Anthropic's follows its first event, as a comment may not."""
+        """What keeps proxies from giving up while nothing comes."""
         await asyncio.sleep(_FIRST_S)
         if not self._has_begun:
             await self._send(send, _PINGS["openai"])
@@ -129,11 +129,12 @@ class EventStream:
 
 
 def _headers_of(answer: Answer) -> tuple[tuple[bytes, bytes], ...]:
-    return ((b"x-tokenmill-deployment", answer.backend.name.encode()),)
+    name = answer.deployment
+    return ((b"x-tokenmill-deployment", name.encode()),) if name else ()
 
 
 async def _cancel_when_gone(answer: Answer, receive: Receive) -> None:
     """Wait for the client to leave, then give the call up."""
     while (await receive())["type"] != "http.disconnect":
         pass
-    answer.attempt.cancel()
+    answer.cancel()

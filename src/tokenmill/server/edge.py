@@ -1,8 +1,8 @@
 """What every request passes before a route sees it: names, sizes, encodings and keys, on the raw ASGI path.
 
-Default deny: a path that is in no list, or is not written plainly, needs a key with the scope `admin`, with or
-without a route there, so that a new route is closed until somebody says otherwise. What a header says of the
-path decides nothing.
+Default deny: a path that is in no list, or is not written plainly, needs a key with the scope `admin`, be there
+a route or not, so that a new route is closed until somebody says otherwise. What a header says of the path
+decides nothing.
 
 On loopback without keys, inference and metrics need none, but the Host must be a name of this machine and an
 Origin, if there is one, too: a page of the web cannot reach the server through somebody's browser.

@@ -1,8 +1,8 @@
 """Keys by their secrets, without a question to the store for each request.
 
 What is kept is found by the whole SHA-256 of a secret, never by a part of it. It is good while the store's
-count of changes stands still, which whichever request comes asks for, if nobody has for a quarter of a second:
-a key that is revoked anywhere is refused everywhere within that time. If the store cannot be asked, nobody
+count of changes stands still. Whichever request comes asks for that, if nobody has for a quarter of a second,
+so a key that is revoked anywhere is refused everywhere within that time. If the store cannot be asked, nobody
 gets in.
 """
 
