@@ -1,7 +1,7 @@
 """What every request passes before a route sees it: names, sizes, encodings and keys, on the raw ASGI path.
 
-Default deny: a path that is in no list, or is not written plainly, needs a key with the scope `admin`, be there
-a route or not, so that a new route is closed until somebody says otherwise. What a header says of the path
+Default deny: a path that is in no list, or is not written plainly, needs a key with the scope `admin`, with a
+route or without, so that a new route is closed until somebody says otherwise. What a header says of the path
 decides nothing.
 
 On loopback without keys, inference and metrics need none, but the Host must be a name of this machine and an
@@ -101,7 +101,8 @@ class Edge:
             scope["tokenmill.caller"] = caller
             await self._app(scope, _Bounded(receive, headers, limit), reply)
         except _Refused as refused:
-            await _answer(reply, refused, api, request_id, _is_short(headers))
+            is_kept = refused.status != 413 and _is_short(headers)
+            await _answer(reply, refused, api, request_id, is_kept)
         except Exception as failure:
             # Not its message, which may hold what a user wrote.
             frames = "".join(traceback.format_tb(failure.__traceback__))
