@@ -51,22 +51,25 @@ class _Routes:
             await _send_error(send, caller, error)
 
     def _find(self, scope: Scope_) -> Route:
-        found = NotFoundError(f"there is nothing at {scope['path'][:80]!r}", hint="see docs/serving.md")
+        methods: set[str] = set()
         for route in self.routes:
             match, child = route.matches(scope)
             if match == Match.FULL:
                 scope.update(child)
                 return route
             if match == Match.PARTIAL:
-                found = _MethodError(route)
-        raise found
+                methods |= route.methods or set()
+        if methods:
+            raise _MethodError(methods)
+        raise NotFoundError(f"there is nothing at {scope['path'][:80]!r}", hint="see docs/serving.md")
 
 
 class _MethodError(NotFoundError):
     """A path that has another method."""
 
-    def __init__(self, route: Route) -> None:
-        super().__init__("this path has another method", hint=f"use {', '.join(sorted(route.methods or ()))}")
+    def __init__(self, methods: set[str]) -> None:
+        self.allowed = ", ".join(sorted(methods))
+        super().__init__("this path has another method", hint=f"use {self.allowed}")
 
 
 async def _send_error(send: Send, caller: Caller, error: TokenmillError) -> None:
@@ -74,6 +77,8 @@ async def _send_error(send: Send, caller: Caller, error: TokenmillError) -> None
     headers: tuple[tuple[bytes, bytes], ...] = ()
     if isinstance(error, LimitError):
         headers = ((b"retry-after", str(max(1, round(error.wait_s))).encode()),)
+    elif isinstance(error, _MethodError):
+        headers = ((b"allow", error.allowed.encode()),)
     elif status in (429, 503):
         headers = ((b"retry-after", b"1"),)
     body = write_error(caller.api, error, status=status, request_id=caller.request_id)

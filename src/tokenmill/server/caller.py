@@ -12,10 +12,11 @@ ANONYMOUS = Key(
     id="anonymous",
     name="no key, on this machine",
     project="default",
+    scopes=("inference", "metrics"),
     tiers=("standard", "fast", "batch"),
     created_s=0.0,
 )
-"""Stands for everybody on this machine where a server asks for no key. It opens nothing but inference."""
+"""Stands for everybody on this machine where a server asks for no key: inference and metrics."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,8 @@ from tokenmill.core import NotFoundError, StorageError, Tier, UsageError
 from tokenmill.engine import LLMConfig
 from tokenmill.engine.mock import MockScript
 from tokenmill.router.config import Price, RouteConfig, UpstreamConfig
+from tokenmill.server.edge import is_loopback
+from tokenmill.server.protocol import HttpLimits
 
 __all__ = ["Deployment", "HttpConfig", "MachineConfig", "ModelConfig", "read_deployment"]
 
@@ -47,6 +49,7 @@ class HttpConfig:
     drain_s: float = 30.0
     keep_alive_s: int = 75
     backlog: int = 4096
+    limits: HttpLimits = field(default_factory=HttpLimits)
     max_calls: int = 1024
     fast_s: float = 120.0
     standard_s: float = 600.0
@@ -67,7 +70,7 @@ class HttpConfig:
     @property
     def is_loopback(self) -> bool:
         """Whether only this machine reaches it."""
-        return self.host in ("localhost", "::1") or self.host.startswith("127.")
+        return is_loopback(self.host)
 
     @property
     def asks_for_keys(self) -> bool:

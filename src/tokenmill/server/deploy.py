@@ -4,10 +4,9 @@ Whatever is opened here is closed here, in the reverse order and also if a later
 """
 
 import contextlib
-import hashlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -20,11 +19,12 @@ from tokenmill.router import Backend, Price, Router, UpstreamBackend
 from tokenmill.router.local import LocalBackend, LocalConfig
 from tokenmill.server.app import create_app
 from tokenmill.server.config import Deployment, ModelConfig
-from tokenmill.server.edge import Edge, EdgeConfig
+from tokenmill.server.edge import Edge, EdgeConfig, check_exposure
 from tokenmill.server.gateway import Gateway, GatewayConfig
+from tokenmill.server.keys import KeyCache
 from tokenmill.server.pricing import PriceList
 from tokenmill.server.run import bind, serve_until_told
-from tokenmill.store import Accounts, Key, Store, open_store
+from tokenmill.store import Accounts, Store, open_store
 
 __all__ = ["check_deployment", "opened_gateway", "serve"]
 
@@ -39,14 +39,15 @@ async def serve(deployment: Deployment, *, on_ready: Callable[[str], None] = lam
     store raises.
     """
     http = deployment.http
+    edge = EdgeConfig(
+        keyless=not http.asks_for_keys,
+        hosts=(*_LOOPBACK, *http.hosts) if http.hosts or http.is_loopback else (),
+    )
     listener = bind(http)
     with contextlib.closing(listener):
+        check_exposure(listener.getsockname()[0], edge)
         async with opened_gateway(deployment) as (gateway, store):
-            edge = EdgeConfig(
-                keyless=not http.asks_for_keys,
-                hosts=(*_LOOPBACK, *http.hosts) if http.hosts or http.is_loopback else (),
-            )
-            app: Edge = create_app(gateway, edge, _finder(store))
+            app: Edge = create_app(gateway, edge, KeyCache(store))
             await serve_until_told(app, gateway, http, listener, on_ready=on_ready)
 
 
@@ -120,10 +121,3 @@ async def _local(model: ModelConfig, deployment: Deployment) -> LocalBackend:
 
 def _directory(model: ModelConfig) -> ModelDirectory:
     return Library().find(model.model) if model.mock is None else MockModel(model.mock)
-
-
-def _finder(store: Store) -> Callable[[str], Coroutine[None, None, Key | None]]:
-    async def find(secret: str) -> Key | None:
-        return await store.find_key(hashlib.sha256(secret.encode()).digest())
-
-    return find
