@@ -10,29 +10,18 @@ import contextlib
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Final
 
 import uvicorn
 
 from tokenmill.core import UsageError
+from tokenmill.server.config import HttpConfig
 from tokenmill.server.edge import Asgi
 from tokenmill.server.gateway import Gateway
 
-__all__ = ["HttpConfig", "bind", "serve_until_told"]
+__all__ = ["bind", "serve_until_told"]
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
-
-
-@dataclass(frozen=True, kw_only=True)
-class HttpConfig:
-    """Where to listen (port 0: any free one), how long to drain, how long an idle connection stays."""
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    drain_s: float = 30.0
-    keep_alive_s: int = 75
-    backlog: int = 4096
 
 
 class _Server(uvicorn.Server):
@@ -50,6 +39,7 @@ def bind(config: HttpConfig) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((config.host, config.port))
+        listener.listen(config.backlog)
     except OSError as error:
         listener.close()
         hint = "choose another --port (0: any that is free), or end what has it"
