@@ -140,6 +140,15 @@ class Gateway:
         task.add_done_callback(self._settling.discard)
         return answer
 
+    async def count_prompt_tokens(self, call: Call) -> int:
+        """The tokens of a call's prompt, with its template. Raises what `open` does; nothing is charged."""
+        backend = self.backend(call.model)
+        self._enter()
+        try:
+            return (await backend.prepare(call)).num_prompt_tokens
+        finally:
+            self._leave()
+
     def backend(self, model: str) -> Backend:
         """Who answers for a model. Raises NotFoundError naming those that are served."""
         if model not in self._backends:
