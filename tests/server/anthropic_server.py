@@ -8,6 +8,7 @@ or fail as their names say. The keys: `tm_good`, and those whose names say what 
 
 import asyncio
 import json
+import sys
 import tempfile
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -28,6 +29,7 @@ from tokenmill.engine.serving.messages import EngineSpec
 from tokenmill.router import BackendState, Embedded, Job, Prepared, Spent
 from tokenmill.router.config import Price
 from tokenmill.router.local import LocalBackend, LocalConfig
+from tokenmill.server import anthropic_api
 from tokenmill.server.app import create_app
 from tokenmill.server.config import HttpConfig
 from tokenmill.server.edge import EdgeConfig
@@ -35,7 +37,20 @@ from tokenmill.server.gateway import Gateway, GatewayConfig
 from tokenmill.server.pricing import PriceList
 from tokenmill.server.run import bind, serve_until_told
 from tokenmill.store import Accounts, Budget, Key, Limits, open_store
-from tokenmill.wire import Begin, Call, Finish, Piece, Prompt, TextPiece, ToolPiece, Totals
+from tokenmill.wire import (
+    AnthropicHead,
+    Begin,
+    Call,
+    Finish,
+    Piece,
+    Prompt,
+    TextPiece,
+    ToolPiece,
+    Totals,
+    anthropic_answer,
+    encode_sse,
+)
+from tokenmill.wire.fields import encode_json
 
 TEMPLATE = (
     "{% if tools %}<tools>{{ tools | tojson }}{% endif %}"
@@ -193,6 +208,16 @@ async def main(folder: Path) -> None:
     await store.close()
 
 
+def break_shapes() -> None:
+    """The control: ids, pings, tiers, and the reason at the window as the wire has them without the server."""
+    anthropic_api._head = lambda answer: AnthropicHead()  # type: ignore[assignment]
+    anthropic_answer._event = lambda name, **fields: (  # type: ignore[assignment]
+        b"" if name == "ping" else encode_sse(encode_json({"type": name, **fields}), name)
+    )
+
+
 if __name__ == "__main__":
+    if "--broken" in sys.argv:
+        break_shapes()
     with tempfile.TemporaryDirectory() as name:
         asyncio.run(main(Path(name)))

@@ -1,9 +1,11 @@
 """The Anthropic API: messages, the count of their tokens, models. Thin: a body to a call, an answer to bytes.
 
-`anthropic-beta` is passed over. Requests without `anthropic-version` are taken as of the only version; but
-GET /v1/models, which both APIs have, is answered in this shape only to those that send the header.
+`anthropic-beta` is passed over. `anthropic-version` may be any date, for clients send the one that they were
+made for, and changes nothing; but GET /v1/models, which both APIs have, is answered in this shape only to
+those that send the header.
 """
 
+import re
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -26,11 +28,9 @@ from tokenmill.wire import (
 )
 from tokenmill.wire.fields import encode_json
 
-__all__ = ["VERSIONS", "AnthropicApi"]
+__all__ = ["AnthropicApi"]
 
-VERSIONS: Final = ("2023-06-01", "2023-01-01")
-"""Values of `anthropic-version` that are taken; all mean the first."""
-
+_VERSION: Final = re.compile(r"20[0-9]{2}-[01][0-9]-[0-3][0-9]")
 _DEFAULTS: Final = SamplingParams(temperature=1.0)
 _MAX_PAGE: Final = 1000
 
@@ -121,9 +121,9 @@ class _Json:
 
 
 def _check_version(request: Request) -> None:
-    version = request.headers.get("anthropic-version", VERSIONS[0])
-    if version not in VERSIONS:
-        raise FieldError("anthropic-version", f"it is {version[:40]!r}", hint=f"use {VERSIONS[0]}")
+    version = request.headers.get("anthropic-version", "2023-06-01")
+    if not _VERSION.fullmatch(version):
+        raise FieldError("anthropic-version", f"it is {version[:40]!r}", hint="use 2023-06-01")
 
 
 def _check_turn(call: Call) -> None:
