@@ -16,6 +16,7 @@ from tokenmill.server.edge import Asgi, Edge, EdgeConfig, Receive, Scope_, Send
 from tokenmill.server.gateway import Gateway
 from tokenmill.server.limits import LimitError
 from tokenmill.server.openai_api import OpenAIApi
+from tokenmill.server.openapi import OpenApi
 from tokenmill.store import Key
 from tokenmill.wire import status_of, write_error
 
@@ -28,6 +29,7 @@ def create_app(gateway: Gateway, edge: EdgeConfig, find_key: Callable[[str], Awa
     """Everything that is served over HTTP. `find_key` gives the key of a secret."""
     started = int(time.time())
     routes = [*AnthropicApi(gateway, started).routes(), *OpenAIApi(gateway, started).routes()]
+    routes += OpenApi(routes, gateway.models, keyless=edge.keyless).routes
     return Edge(_Routes(routes), edge, find_key)
 
 
