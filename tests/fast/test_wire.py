@@ -217,7 +217,7 @@ def test_openai_requests_that_cannot_be_used(fields: dict[str, Any], field: str)
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": None}, "max_tokens"),
         ({"seed": 1}, "seed"),
-        ({"stop_sequences": [""]}, "stop_sequences"),
+        ({"stop_sequences": [""]}, "stop_sequences[0]"),
         ({"thinking": {"type": "enabled"}}, "thinking.type"),
         ({"service_tier": "priority"}, "service_tier"),
         ({"messages": [{"role": "system", "content": "x"}]}, "messages[0].role"),
@@ -228,7 +228,7 @@ def test_openai_requests_that_cannot_be_used(fields: dict[str, Any], field: str)
             "messages[0].content[0].tool_use_id",
         ),
         (
-            {"messages": [{"role": "assistant", "content": [{"type": "thinking", "thinking": "x"}]}]},
+            {"messages": [{"role": "assistant", "content": [{"type": "document", "title": "x"}]}]},
             "messages[0].content[0].type",
         ),
         (

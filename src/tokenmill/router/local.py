@@ -351,7 +351,7 @@ def _finish(end: Completion, index: int) -> Finish:
             + (f": {end.error}" if end.error else ""),
             hint="try again",
         )
-    return Finish(end.finish_reason, index)
+    return Finish(end.finish_reason, index, end.stop)
 
 
 def _worst(reasons: Iterable[FinishReason]) -> FinishReason:

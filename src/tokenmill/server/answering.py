@@ -91,7 +91,8 @@ class EventStream:
         except TokenmillError as error:
             if not self._has_begun:
                 raise
-            last = write_stream_error(api, error)
+            name = self._answer.caller.request_id
+            last = write_stream_error(api, error, request_id=name)
         finally:
             for helper in helpers:
                 helper.cancel()

@@ -16,6 +16,7 @@ from tokenmill.server.edge import Asgi, Edge, EdgeConfig, Receive, Scope_, Send
 from tokenmill.server.gateway import Gateway
 from tokenmill.server.limits import LimitError
 from tokenmill.server.openai_api import OpenAIApi
+from tokenmill.server.openapi import OpenApi
 from tokenmill.store import Key
 from tokenmill.wire import status_of, write_error
 
@@ -26,7 +27,9 @@ _LOG = logging.getLogger(__name__)
 
 def create_app(gateway: Gateway, edge: EdgeConfig, find_key: Callable[[str], Awaitable[Key | None]]) -> Edge:
     """Everything that is served over HTTP. `find_key` gives the key of a secret."""
-    routes = [*OpenAIApi(gateway, int(time.time())).routes(), *AnthropicApi(gateway).routes()]
+    started = int(time.time())
+    routes = [*AnthropicApi(gateway, started).routes(), *OpenAIApi(gateway, started).routes()]
+    routes += OpenApi(routes, gateway.models, keyless=edge.keyless).routes
     return Edge(_Routes(routes), edge, find_key)
 
 
@@ -73,13 +76,13 @@ class _MethodError(NotFoundError):
 
 
 async def _send_error(send: Send, caller: Caller, error: TokenmillError) -> None:
-    status = 405 if isinstance(error, _MethodError) else status_of(error)
+    status = 405 if isinstance(error, _MethodError) else status_of(error, caller.api)
     headers: tuple[tuple[bytes, bytes], ...] = ()
-    if isinstance(error, LimitError):
-        headers = ((b"retry-after", str(max(1, round(error.wait_s))).encode()),)
-    elif isinstance(error, _MethodError):
+    if isinstance(error, _MethodError):
         headers = ((b"allow", error.allowed.encode()),)
-    elif status in (429, 503):
+    elif isinstance(error, LimitError):
+        headers = ((b"retry-after", str(max(1, round(error.wait_s))).encode()),)
+    elif status in (429, 503, 529):
         headers = ((b"retry-after", b"1"),)
     body = write_error(caller.api, error, status=status, request_id=caller.request_id)
     await send_json(send, status, body, headers)

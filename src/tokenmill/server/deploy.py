@@ -30,6 +30,12 @@ __all__ = ["check_deployment", "opened_gateway", "serve"]
 
 _LOG: Final = logging.getLogger(__name__)
 _LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
+_MOCK_TEMPLATE: Final = (
+    "{% if tools %}<tools>{{ tools | tojson }}{% endif %}"
+    "{% for message in messages %}<{{ message.role }}>{{ message.content or '' }}"
+    "{% for call in message.tool_calls or [] %}<call>{{ call | tojson }}{% endfor %}{% endfor %}<assistant>"
+)
+"""How a mock is shown a conversation: it has no template of its own."""
 
 
 async def serve(deployment: Deployment, *, on_ready: Callable[[str], None] = lambda _: None) -> None:
@@ -120,4 +126,6 @@ async def _local(model: ModelConfig, deployment: Deployment) -> LocalBackend:
 
 
 def _directory(model: ModelConfig) -> ModelDirectory:
-    return Library().find(model.model) if model.mock is None else MockModel(model.mock)
+    return (
+        Library().find(model.model) if model.mock is None else MockModel(model.mock, template=_MOCK_TEMPLATE)
+    )

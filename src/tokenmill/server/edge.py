@@ -227,7 +227,7 @@ def needed_scope(path: str) -> Scope | None:
         return "admin"
     if path in _METRICS or path.startswith(("/dashboard/", "/health/")):
         return "metrics"
-    if path.startswith("/v1/"):
+    if path.startswith("/v1/") or path == "/openapi.json":
         return "inference"
     return "admin"
 

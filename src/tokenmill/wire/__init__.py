@@ -1,7 +1,7 @@
 """OpenAI and Anthropic shapes to and from `core`: one codec for what calls endpoints and for what is one."""
 
-from tokenmill.wire.anthropic_answer import AnthropicWriter, write_anthropic_reply
-from tokenmill.wire.anthropic_parse import parse_anthropic_call
+from tokenmill.wire.anthropic_answer import AnthropicHead, AnthropicWriter, write_anthropic_reply
+from tokenmill.wire.anthropic_parse import parse_anthropic_call, parse_anthropic_count
 from tokenmill.wire.anthropic_read import AnthropicReader, read_anthropic_reply
 from tokenmill.wire.anthropic_write import write_anthropic_call
 from tokenmill.wire.call import Api, Call, Prompt, ToolChoice
@@ -36,6 +36,7 @@ from tokenmill.wire.reply import (
 from tokenmill.wire.sse import SseEvent, SseParser, encode_sse
 
 __all__ = [
+    "AnthropicHead",
     "AnthropicReader",
     "AnthropicWriter",
     "Api",
@@ -61,6 +62,7 @@ __all__ = [
     "encode_sse",
     "error_of",
     "parse_anthropic_call",
+    "parse_anthropic_count",
     "parse_openai_chat",
     "parse_openai_completion",
     "quoted",

@@ -12,6 +12,7 @@ from typing import Any, Final
 import msgspec
 
 from tokenmill.core import (
+    BudgetError,
     EndpointError,
     ExpiredError,
     NotFoundError,
@@ -60,8 +61,15 @@ _CLASS_STATUS: Final[tuple[tuple[type[TokenmillError], int], ...]] = (
 )
 
 
-def status_of(error: TokenmillError) -> int:
-    """The HTTP status that an error is answered with."""
+def status_of(error: TokenmillError, api: Api = "openai") -> int:
+    """The HTTP status that an error is answered with.
+
+    To Anthropic's clients a server that is full is 529, money that is not left 402: neither is a rate limit.
+    """
+    if api == "anthropic":
+        own: dict[type[TokenmillError], int] = {BudgetError: 402, ResourceError: 529}
+        if type(error) in own:
+            return own[type(error)]
     return next((status for kind, status in _CLASS_STATUS if isinstance(error, kind)), 500)
 
 
@@ -69,7 +77,7 @@ def write_error(
     api: Api, error: TokenmillError, *, status: int = 0, code: str | None = None, request_id: str = ""
 ) -> bytes:
     """The body of an error, in the shape of the API. `status` and `code` where the class does not say it."""
-    status = status or status_of(error)
+    status = status or status_of(error, api)
     if api == "anthropic":
         kind = _ANTHROPIC.get(status, "invalid_request_error" if status < 500 else "api_error")
         name = {"request_id": request_id} if request_id else {}
@@ -81,9 +89,10 @@ def write_error(
     return encode_json({"error": inner})
 
 
-def write_stream_error(api: Api, error: TokenmillError) -> bytes:
+def write_stream_error(api: Api, error: TokenmillError, *, request_id: str = "") -> bytes:
     """The event of an error after a stream has begun."""
-    return encode_sse(write_error(api, error), "error" if api == "anthropic" else "")
+    body = write_error(api, error, request_id=request_id)
+    return encode_sse(body, "error" if api == "anthropic" else "")
 
 
 def error_of(status: int, body: bytes, *, key_name: str = "") -> TokenmillError:

@@ -14,7 +14,7 @@ from tokenmill.wire.call import Call, Prompt, ToolChoice
 from tokenmill.wire.fields import FieldError, decode_request, encode_json, named_fields
 from tokenmill.wire.parts import arguments_text, filled, text_of, tool_name, whole_tool
 
-__all__ = ["parse_openai_chat", "parse_openai_completion"]
+__all__ = ["CHAT_REQUEST", "COMPLETION_REQUEST", "parse_openai_chat", "parse_openai_completion"]
 
 _TIERS: Final[dict[str, Tier]] = {
     "auto": "standard",
@@ -344,3 +344,9 @@ def _tokens(ids: Sequence[object]) -> tuple[int, ...]:
     if not tokens or len(tokens) != len(ids):
         raise FieldError("prompt", "has token ids that cannot be", hint="use whole numbers from 0")
     return tokens
+
+
+CHAT_REQUEST: Final = _ChatRequest
+"""The type of a body of POST /v1/chat/completions, for the OpenAPI document."""
+COMPLETION_REQUEST: Final = _CompletionRequest
+"""The type of a body of POST /v1/completions, for the OpenAPI document."""

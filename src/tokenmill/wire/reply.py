@@ -155,6 +155,7 @@ class Reply:
             index=choice.index,
             error=error,
             tool_calls=calls,
+            stop=choice.stop,
         )
 
 
@@ -179,6 +180,7 @@ def reply_of(completions: Sequence[Completion], begin: Begin, token_text: Callab
             index=each.index,
             text=each.text,
             finish_reason=each.finish_reason,
+            stop=each.stop,
             tool_calls=tuple(CallText(call.id, call.name, call.arguments) for call in each.tool_calls),
             logprobs=None if each.logprobs is None else tuple(_token_texts(each.logprobs, token_text)),
         )
