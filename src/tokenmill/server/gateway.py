@@ -15,13 +15,13 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from tokenmill.core import NotFoundError, ResourceError, Tier
+from tokenmill.core import ResourceError, Tier
 from tokenmill.router import Attempt, Backend, Job, Prepared, Spent
 from tokenmill.server.caller import Caller
 from tokenmill.server.limits import KeyLimits, Permit
 from tokenmill.server.pricing import PriceList
 from tokenmill.store import Entry, Key, Ticket
-from tokenmill.wire import Call, Piece, Reply, ReplyBuilder, TextPiece, ToolPiece
+from tokenmill.wire import Call, Piece, Reply, ReplyBuilder, TextPiece, ToolPiece, UnknownModelError
 
 __all__ = ["Answer", "Gateway", "GatewayConfig", "Money", "Settled"]
 
@@ -144,7 +144,7 @@ class Gateway:
         """Who answers for a model. Raises NotFoundError naming those that are served."""
         if model not in self._backends:
             known = ", ".join(self.models)
-            raise NotFoundError(f"the model {model[:80]!r} is not served", hint=f"use {known}")
+            raise UnknownModelError(f"the model {model[:80]!r} is not served", hint=f"use {known}")
         return self._backends[model]
 
     async def drain(self, deadline_s: float) -> None:
