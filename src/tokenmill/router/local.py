@@ -127,6 +127,11 @@ class LocalBackend:
         """The most tokens of a prompt and its answer together."""
         return self._architecture.max_positions
 
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Tokens with which the model ends an answer."""
+        return frozenset(self._architecture.eos_token_ids)
+
     def token_text(self, token_id: int) -> str:
         """A token as text; bytes that are no character are lone surrogates (`surrogateescape`)."""
         return self._tokenizer.token_bytes(token_id).decode("utf-8", "surrogateescape")
@@ -391,7 +396,8 @@ class LocalAttempt:
                 each.cancel()
 
     def _token_texts(self, delta: StreamDelta) -> list[TokenText]:
-        texts = self._backend.token_text
+        """The tokens that are part of the text: not the one that ends it."""
+        texts, ends = self._backend.token_text, self._backend.end_tokens
         return [
             TokenText(
                 texts(each.token_id),
@@ -399,6 +405,7 @@ class LocalAttempt:
                 tuple((texts(token), logprob) for token, logprob in each.top),
             )
             for each in delta.logprobs
+            if each.token_id not in ends
         ]
 
     def _sum(self) -> Spent:

@@ -72,9 +72,17 @@ class JsonAnswer:
 class EventStream:
     """Answers event by event."""
 
-    def __init__(self, answer: Answer, writer: PieceWriter) -> None:
+    def __init__(
+        self,
+        answer: Answer,
+        writer: PieceWriter,
+        *,
+        fail: Callable[[TokenmillError], bytes] | None = None,
+    ) -> None:
+        """`fail` writes an error as the stream's last event, where it is another one than usual."""
         self._answer = answer
         self._writer = writer
+        self._fail = fail
         self._has_begun = False
         self._has_sent = False
 
@@ -92,7 +100,9 @@ class EventStream:
         except TokenmillError as error:
             if not self._has_begun:
                 raise
-            await self._send(send, write_stream_error(api, error))
+            name = self._answer.caller.request_id
+            event = self._fail(error) if self._fail else write_stream_error(api, error, request_id=name)
+            await self._send(send, event)
         finally:
             for helper in helpers:
                 helper.cancel()
@@ -131,11 +141,12 @@ class EventStream:
 
 
 def _headers_of(answer: Answer) -> tuple[tuple[bytes, bytes], ...]:
-    return ((b"x-tokenmill-deployment", answer.backend.name.encode()),)
+    name = answer.deployment
+    return ((b"x-tokenmill-deployment", name.encode()),) if name else ()
 
 
 async def _cancel_when_gone(answer: Answer, receive: Receive) -> None:
     """Wait for the client to leave, then give the call up."""
     while (await receive())["type"] != "http.disconnect":
         pass
-    answer.attempt.cancel()
+    answer.cancel()

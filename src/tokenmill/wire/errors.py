@@ -107,9 +107,10 @@ def write_error(
     return encode_json({"error": inner})
 
 
-def write_stream_error(api: Api, error: TokenmillError) -> bytes:
+def write_stream_error(api: Api, error: TokenmillError, *, request_id: str = "") -> bytes:
     """The event of an error after a stream has begun."""
-    return encode_sse(write_error(api, error), "error" if api == "anthropic" else "")
+    body = write_error(api, error, request_id=request_id)
+    return encode_sse(body, "error" if api == "anthropic" else "")
 
 
 def error_of(status: int, body: bytes, *, key_name: str = "") -> TokenmillError:
