@@ -13,10 +13,12 @@ from tokenmill.server.answering import send_json
 from tokenmill.server.anthropic_api import AnthropicApi
 from tokenmill.server.caller import Caller
 from tokenmill.server.edge import Asgi, Edge, EdgeConfig, Receive, Scope_, Send
+from tokenmill.server.embeddings import EmbeddingsApi
 from tokenmill.server.gateway import Gateway
 from tokenmill.server.limits import LimitError
 from tokenmill.server.openai_api import OpenAIApi
 from tokenmill.server.openapi import OpenApi
+from tokenmill.server.responses import ResponsesApi
 from tokenmill.store import Key
 from tokenmill.wire import status_of, write_error
 
@@ -28,7 +30,12 @@ _LOG = logging.getLogger(__name__)
 def create_app(gateway: Gateway, edge: EdgeConfig, find_key: Callable[[str], Awaitable[Key | None]]) -> Edge:
     """Everything that is served over HTTP. `find_key` gives the key of a secret."""
     started = int(time.time())
-    routes = [*AnthropicApi(gateway, started).routes(), *OpenAIApi(gateway, started).routes()]
+    routes = [
+        *AnthropicApi(gateway, started).routes(),
+        *ResponsesApi(gateway).routes(),
+        *EmbeddingsApi(gateway).routes(),
+        *OpenAIApi(gateway, started).routes(),
+    ]
     routes += OpenApi(routes, gateway.models, keyless=edge.keyless).routes
     return Edge(_Routes(routes), edge, find_key)
 

@@ -127,5 +127,7 @@ async def _local(model: ModelConfig, deployment: Deployment) -> LocalBackend:
 
 def _directory(model: ModelConfig) -> ModelDirectory:
     return (
-        Library().find(model.model) if model.mock is None else MockModel(model.mock, template=_MOCK_TEMPLATE)
+        Library().find(model.model)
+        if model.mock is None
+        else MockModel(model.mock, template=model.mock.template or _MOCK_TEMPLATE)
     )

@@ -149,11 +149,19 @@ class Gateway:
             undo.pop_all()
         return answer
 
-    async def embed(self, model: str, texts: Sequence[Prompt], caller: Caller, user: str = "") -> Embedded:
+    async def embed(
+        self,
+        model: str,
+        texts: Sequence[Prompt],
+        caller: Caller,
+        *,
+        user: str = "",
+        tier: Tier | None = None,
+    ) -> Embedded:
         """Vectors of texts. Raises what `open` and reading its answer raise."""
         self.router.resolve(model)
         self._enter()
-        work = asyncio.create_task(self._embed(model, texts, caller, user))
+        work = asyncio.create_task(self._embed(model, texts, caller, user, caller.tier(tier)))
         self._settling.add(work_done := asyncio.create_task(_quiet(work)))
         work_done.add_done_callback(self._settling.discard)
         return await asyncio.shield(work)
@@ -243,9 +251,11 @@ class Gateway:
             )
         )
 
-    async def _embed(self, model: str, texts: Sequence[Prompt], caller: Caller, user: str) -> Embedded:
+    async def _embed(
+        self, model: str, texts: Sequence[Prompt], caller: Caller, user: str, tier: Tier
+    ) -> Embedded:
         started_s = time.monotonic()
-        tier, money = caller.tier("standard"), self._money_of(caller)
+        money = self._money_of(caller)
         try:
             permit = self._permit(caller, 0)
             try:

@@ -50,7 +50,7 @@ def parse_anthropic_call(body: bytes, defaults: SamplingParams) -> Call:
         call,
         stream=bool(request.stream),
         include_usage=bool(request.stream),
-        tier="fast" if request.speed == "fast" else "standard",
+        tier="fast" if request.speed == "fast" else None,
         user=(request.metadata and request.metadata.user_id) or "",
     )
 
