@@ -11,7 +11,7 @@ middle, and if the server drains. Both APIs, batches and the playground come thr
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -85,6 +85,7 @@ class Gateway:
         self._wall_s = wall_s
         self._limits = KeyLimits()
         self._settling: set[asyncio.Task[None]] = set()
+        self._answers: set[Answer] = set()
         self._num_calls = 0
         self._is_draining = False
 
@@ -97,6 +98,21 @@ class Gateway:
     def num_calls(self) -> int:
         """Calls that are admitted and not settled."""
         return self._num_calls
+
+    @property
+    def answers(self) -> Collection["Answer"]:
+        """Calls that are being answered, for whoever counts them."""
+        return self._answers
+
+    @property
+    def num_unsettled(self) -> int:
+        """Calls whose end is not yet in the ledger."""
+        return len(self._settling)
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether it admits no more."""
+        return self._is_draining
 
     async def open(self, call: Call, caller: Caller) -> "Answer":
         """Admit a call and begin to answer it.
@@ -124,6 +140,7 @@ class Gateway:
             )
             answer = Answer(backend.start(prepared, job), backend, prepared, caller, tier)
             undo.pop_all()
+        self._answers.add(answer)
         task = asyncio.create_task(self._settle(answer, permit))
         self._settling.add(task)
         task.add_done_callback(self._settling.discard)
@@ -156,6 +173,8 @@ class Gateway:
     async def _settle(self, answer: "Answer", permit: Permit) -> None:
         """Wait for the end of a call, whoever still listens, and write what it came to."""
         spent = await answer.attempt.spent()
+        total_s = time.monotonic() - answer.started_s
+        self._answers.discard(answer)
         permit.leave(spent.usage.num_total_tokens)
         self._leave()
         entry = self._entry(answer, spent)
@@ -167,7 +186,7 @@ class Gateway:
                 entry=entry,
                 spent=spent,
                 ttft_s=answer.ttft_s,
-                total_s=time.monotonic() - answer.started_s,
+                total_s=total_s,
             )
         )
 
