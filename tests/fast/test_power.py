@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenmill.costs.metering import Charge, RowShare, StepUse, add_charges, meter_step, split
+from tokenmill.costs.metering import (
+    Charge,
+    RowShare,
+    StepPrices,
+    StepUse,
+    add_charges,
+    meter_step,
+    split,
+)
 from tokenmill.costs.power import (
     EnergyMeter,
     NvmlCounters,
@@ -138,30 +146,37 @@ def test_parts_are_whole_and_sum_to_the_amount(amount: int, weights: list[float]
 
 
 @given(
-    st.lists(st.tuples(COUNTS, st.integers(0, 1), COUNTS, COUNTS), min_size=1, max_size=20),
+    st.lists(st.tuples(COUNTS, st.integers(0, 1), COUNTS, COUNTS, st.booleans()), min_size=1, max_size=20),
     AMOUNTS,
     AMOUNTS,
     AMOUNTS,
-    st.floats(0, 1),
+    st.tuples(*[st.floats(0, 1)] * 4),
 )
 def test_charges_sum_exactly_to_the_step(
-    counts: list[tuple[int, int, int, int]], ns: int, nj: int, nd: int, kv_share: float
+    counts: list[tuple[int, int, int, int, bool]],
+    ns: int,
+    nj: int,
+    nd: int,
+    parts: tuple[float, float, float, float],
 ) -> None:
     shares = [
-        RowShare(request=str(at), prefill_rows=p, decode_rows=d, fresh_kv_tokens=f, cached_kv_tokens=c)
-        for at, (p, d, f, c) in enumerate(counts)
+        RowShare(str(at), prefill_rows=p, decode_rows=d, fresh_kv_tokens=f, cached_kv_tokens=c, fills=fills)
+        for at, (p, d, f, c, fills) in enumerate(counts)
     ]
-    use = StepUse(nanoseconds=ns, nanojoules=nj, nanodollars=nd, kv_share=kv_share)
-    totals = [charge.total() for charge in meter_step(use, shares).values()]
+    base, row, out_row, kv_token = parts
+    prices = StepPrices(base=base, row=row, out_row=out_row, kv_token=kv_token)
+    use = StepUse(nanoseconds=ns, nanojoules=nj, nanodollars=nd)
+    totals = [charge.total() for charge in meter_step(use, prices, shares).values()]
     assert tuple(map(sum, zip(*totals, strict=True))) == (ns, nj, nd)
 
 
 def test_prefill_is_input_decode_output_and_cached_input_only_its_reads() -> None:
     shares = [
-        RowShare(request="new", prefill_rows=30, fresh_kv_tokens=30),
-        RowShare(request="old", decode_rows=10, fresh_kv_tokens=10, cached_kv_tokens=60),
+        RowShare("new", prefill_rows=30, fresh_kv_tokens=30),
+        RowShare("old", decode_rows=10, fresh_kv_tokens=10, cached_kv_tokens=60),
     ]
-    found = meter_step(StepUse(nanoseconds=1000, kv_share=0.4), shares)
+    prices = StepPrices(row=15, kv_token=4)
+    found = meter_step(StepUse(nanoseconds=1000), prices, shares)
     assert found["new"] == Charge(input=(570, 0, 0))
     assert found["old"] == Charge(cached=(240, 0, 0), output=(190, 0, 0))
     twice = add_charges(add_charges({}, found), found)
@@ -170,7 +185,28 @@ def test_prefill_is_input_decode_output_and_cached_input_only_its_reads() -> Non
 
 def test_a_step_that_reads_nothing_is_shared_by_rows() -> None:
     found = meter_step(
-        StepUse(nanoseconds=90, kv_share=0.9),
-        [RowShare(request="a", prefill_rows=2), RowShare(request="b", decode_rows=1)],
+        StepUse(nanoseconds=90),
+        StepPrices(base=1, kv_token=9),
+        [RowShare("a", prefill_rows=2), RowShare("b", decode_rows=1)],
     )
     assert (found["a"].input[0], found["b"].output[0]) == (60, 30)
+
+
+def test_who_only_fills_what_is_idle_is_charged_what_it_adds() -> None:
+    prices = StepPrices(base=60, row=5, out_row=5)
+    urgent, filler = RowShare("a", decode_rows=1, out_rows=1), RowShare("b", decode_rows=2, out_rows=2)
+    found = meter_step(StepUse(nanoseconds=90), prices, [urgent, filler._replace(fills=True)])
+    assert (found["a"].output[0], found["b"].output[0]) == (70, 20)
+    alone = meter_step(StepUse(nanoseconds=90), prices, [filler._replace(fills=True)])
+    assert alone["b"].output[0] == 90
+    equal = meter_step(StepUse(nanoseconds=90), prices, [urgent, filler])
+    assert (equal["a"].output[0], equal["b"].output[0]) == (30, 60)
+
+
+def test_logits_are_paid_by_the_rows_that_want_them_and_guessing_by_who_guesses() -> None:
+    shares = [
+        RowShare("prompt", prefill_rows=10, out_rows=1),
+        RowShare("guesses", decode_rows=3, out_rows=3, own=6),
+    ]
+    found = meter_step(StepUse(nanoseconds=31), StepPrices(row=1, out_row=3), shares)
+    assert (found["prompt"].input[0], found["guesses"].output[0]) == (13, 18)

@@ -1,52 +1,75 @@
 """Gives each request its seconds, joules and dollars, so that the parts sum to the whole step.
 
-A step's time is split by what caused it. Work on new rows, prompt or output, is shared by rows; reading
-the cache is shared by the tokens of it that each request sees. What a request caused while its prompt was
-computed is input, while it decoded output. Tokens that were found in the cache cost what keeping them
-read costs, and nothing else. Amounts are integers of nanoseconds, nanojoules or nanodollars, and the
-parts lie between rounded running sums, so nothing is lost or counted twice.
+A step's time is split by what caused it: by the rows that a request computed, the rows it wanted logits of,
+and the tokens of the cache it read, at `StepPrices`. What a step takes anyhow (the weights are read once) is
+borne by the rows for whose sake it is made: a request that only fills rows which would stand idle is charged
+what it adds. What a request caused with rows of its prompt is input, with rows of its answer output; a row of
+guesses is its own, right or wrong. Tokens that were found in the cache cost what reading them costs, and
+nothing else.
+
+Amounts are integers of nanoseconds, nanojoules or nanodollars, and the parts lie between rounded running
+sums, so nothing is lost or counted twice, and each part is within one unit of its exact share.
 """
 
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-__all__ = ["Charge", "RowShare", "StepUse", "add_charges", "meter_step", "split"]
+__all__ = [
+    "Charge",
+    "RowShare",
+    "StepPrices",
+    "StepUse",
+    "add_charges",
+    "meter_step",
+    "split",
+    "step_weights",
+]
 
 
-@dataclass(frozen=True, kw_only=True)
-class RowShare:
-    """What one request did in one step.
+class RowShare(NamedTuple):
+    """What one request did in one step; no count is negative.
 
-    `prefill_rows` of its prompt and `decode_rows` of its output were computed; attention read
-    `fresh_kv_tokens` that this request had computed and `cached_kv_tokens` found in the prefix cache.
+    `prefill_rows` of its prompt and `decode_rows` of its output were computed, and `out_rows` of them, the
+    last ones, had logits; attention read `fresh_kv_tokens` that this request had computed and
+    `cached_kv_tokens` found in the prefix cache. Tokens that several requests read together count in parts.
+    `own` is what else was done for it alone, in the unit of the prices. `fills` says that it only takes what
+    others leave idle.
     """
 
     request: str
     prefill_rows: int = 0
     decode_rows: int = 0
-    fresh_kv_tokens: int = 0
-    cached_kv_tokens: int = 0
+    out_rows: int = 0
+    fresh_kv_tokens: float = 0.0
+    cached_kv_tokens: float = 0.0
+    own: float = 0.0
+    fills: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPrices:
+    """What the parts of a step take, as an estimate of its time says. The unit is free: only ratios count."""
+
+    base: float = 0.0
+    row: float = 0.0
+    out_row: float = 0.0
+    kv_token: float = 0.0
 
     def __post_init__(self) -> None:
-        counts = (self.prefill_rows, self.decode_rows, self.fresh_kv_tokens, self.cached_kv_tokens)
-        assert min(counts) >= 0, f"a negative count in {self}"
+        assert min(self.base, self.row, self.out_row, self.kv_token) >= 0, f"a negative price in {self}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepUse:
-    """What a whole step took: nanoseconds, nanojoules, nanodollars.
-
-    `kv_share` of it was reading the cache, from 0 to 1, as the estimate of the step says.
-    """
+    """What a whole step took: nanoseconds, nanojoules, nanodollars."""
 
     nanoseconds: int
     nanojoules: int = 0
     nanodollars: int = 0
-    kv_share: float = 0.0
 
     def __post_init__(self) -> None:
-        assert 0 <= self.kv_share <= 1, f"the share of the cache is {self.kv_share}"
         assert min(self.nanoseconds, self.nanojoules, self.nanodollars) >= 0, "a negative amount"
 
 
@@ -62,6 +85,13 @@ class Charge:
         """All three kinds together."""
         return _add(_add(self.input, self.cached), self.output)
 
+    def __add__(self, other: "Charge") -> "Charge":
+        return Charge(
+            input=_add(self.input, other.input),
+            cached=_add(self.cached, other.cached),
+            output=_add(self.output, other.output),
+        )
+
 
 def split(amount: int, weights: Sequence[float]) -> list[int]:
     """Whole parts in proportion to `weights`, each within one of its exact share, that sum to `amount`.
@@ -76,10 +106,10 @@ def split(amount: int, weights: Sequence[float]) -> list[int]:
     return [end - start for start, end in itertools.pairwise([0, *ends])]
 
 
-def meter_step(use: StepUse, shares: Sequence[RowShare]) -> dict[str, Charge]:
+def meter_step(use: StepUse, prices: StepPrices, shares: Sequence[RowShare]) -> dict[str, Charge]:
     """Every request's part of a step; they sum exactly to `use`. Requests must differ."""
     assert len({share.request for share in shares}) == len(shares), "a request twice in one step"
-    weights = _weights(shares, use.kv_share)
+    weights = step_weights(prices, shares)
     amounts = (use.nanoseconds, use.nanojoules, use.nanodollars)
     parts = [split(amount, weights) for amount in amounts]
     charges = {}
@@ -92,34 +122,28 @@ def meter_step(use: StepUse, shares: Sequence[RowShare]) -> dict[str, Charge]:
 
 def add_charges(sums: Mapping[str, Charge], step: Mapping[str, Charge]) -> dict[str, Charge]:
     """Charges of several steps, by request."""
-    added = dict(sums)
-    for request, charge in step.items():
-        old = added.get(request, Charge())
-        added[request] = Charge(
-            input=_add(old.input, charge.input),
-            cached=_add(old.cached, charge.cached),
-            output=_add(old.output, charge.output),
-        )
-    return added
+    return {**sums, **{request: sums.get(request, Charge()) + charge for request, charge in step.items()}}
 
 
-def _weights(shares: Sequence[RowShare], kv_share: float) -> list[float]:
-    """Three for each request: input, cached input, output."""
-    num_rows = sum(share.prefill_rows + share.decode_rows for share in shares)
-    num_read = sum(share.fresh_kv_tokens + share.cached_kv_tokens for share in shares)
-    # A step without rows, or without anything read, has one cause only.
-    kv_share = 0.0 if not num_read else 1.0 if not num_rows else kv_share
-    by_row = (1 - kv_share) / num_rows if num_rows else 0.0
-    by_token = kv_share / num_read if num_read else 0.0
+def step_weights(prices: StepPrices, shares: Sequence[RowShare]) -> list[float]:
+    """What each request has part in a step: three numbers each, for input, cached input and output."""
+    rows_urgent = sum(share.prefill_rows + share.decode_rows for share in shares if not share.fills)
+    rows_all = sum(share.prefill_rows + share.decode_rows for share in shares)
+    base = prices.base / (rows_urgent or rows_all or 1)
     weights = []
     for share in shares:
+        pays_base = not share.fills or not rows_urgent
+        row = prices.row + (base if pays_base else 0.0)
         rows = share.prefill_rows + share.decode_rows
         decodes = share.decode_rows / rows if rows else 1.0
-        fresh = share.fresh_kv_tokens * by_token
+        out_decodes = min(share.out_rows, share.decode_rows)
+        fresh = share.fresh_kv_tokens * prices.kv_token
         weights += [
-            share.prefill_rows * by_row + (1 - decodes) * fresh,
-            share.cached_kv_tokens * by_token,
-            share.decode_rows * by_row + decodes * fresh,
+            share.prefill_rows * row
+            + (share.out_rows - out_decodes) * prices.out_row
+            + (1 - decodes) * fresh,
+            share.cached_kv_tokens * prices.kv_token,
+            share.decode_rows * row + out_decodes * prices.out_row + decodes * fresh + share.own,
         ]
     return weights
 

@@ -16,6 +16,8 @@ from heapq import heapify, heappop, heappush
 from typing import NamedTuple
 
 from tokenmill.core import FinishReason
+from tokenmill.costs.power import PowerCounters
+from tokenmill.engine.meter import Meter
 from tokenmill.engine.outputs import take_hidden, take_logits
 from tokenmill.engine.runner import HiddenRows, OutRows, Runner, TapFailure
 from tokenmill.engine.scheduler import BlockMoves, Chunk, Schedule, Scheduler, StepLimits
@@ -84,7 +86,8 @@ class StepResult(NamedTuple):
 class EngineCore:
     """Runs sequences on one executor that has `num_blocks` KV blocks. `clock` returns seconds.
 
-    With a `swap` file preempted sequences keep what was computed; with a `proposer` tokens are guessed.
+    With a `swap` file preempted sequences keep what was computed; with a `proposer` tokens are guessed; with
+    `counters` sequences are charged for energy, too.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class EngineCore:
         swap: SwapFile | None = None,
         proposer: Proposer | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        counters: PowerCounters | None = None,
     ) -> None:
         limits = StepLimits(
             max_rows=executor.max_rows,
@@ -110,6 +114,7 @@ class EngineCore:
             prefer_swap=self._swap_is_cheaper,
         )
         self.step_time = StepTimeModel()
+        self.meter = Meter(self.step_time, self.scheduler.pool, now_s=clock(), counters=counters)
         self._swap = swap
         self._swap_s = 0.0 if swap is None else measure_swap(swap)
         self._speculator = Speculator(proposer, self.step_time, clock=clock)
@@ -136,6 +141,7 @@ class EngineCore:
         for each in (sequence, *sequence.siblings):
             each.chain = self._chain(each)
         self._watch(sequence)
+        self.meter.wake(self.clock())
 
     def abort(self, sequence: SequenceState, reason: FinishReason = "cancelled") -> None:
         """End a sequence between two steps: its blocks are free at once. No-op if it is finished.
@@ -153,17 +159,21 @@ class EngineCore:
         finished = self._expire(began)
         run = self._steady_run()
         if run is not None:
+            if not run.num_steps:
+                self.meter.begin(run.chunks)
             finished += self._step_steadily(run)
             stats = StepStats(
                 num_rows=len(run.states), num_out_rows=len(run.states), num_sequences=len(run.states)
             )
         else:
             stats = self._step_planned(finished)
+        ended = self.clock()
+        self._charge(ended, is_settled=bool(finished) or self._steady is None)
         if not self.has_work:
             self.check_integrity()
         stats = stats._replace(
             num_waiting=len(self.scheduler.waiting),
-            seconds=self.clock() - began,
+            seconds=ended - began,
             experts=self._expert_reads(cached),
         )
         return StepResult(stats=stats, finished=tuple(finished))
@@ -171,6 +181,7 @@ class EngineCore:
     def _step_planned(self, finished: list[SequenceState]) -> StepStats:
         """A step of any kind; adds to what has finished."""
         schedule = self._plan()
+        self.meter.begin(schedule.chunks, self._speculator.costs)
         # If this fails, blocks are without their content, and nobody can go on.
         self._move(schedule.moves)
         every = [each for c in schedule.chunks for each in (c.sequence, *c.sequence.siblings)]
@@ -216,6 +227,14 @@ class EngineCore:
         if learns or (seconds > _LONG_STEP_S and not self.step_time.is_calm):
             self.step_time.observe(num_rows, run.num_kv_tokens - num_rows, num_rows, seconds)
         return finished
+
+    def _charge(self, now_s: float, *, is_settled: bool) -> None:
+        """Charge the step that ends now, at the latest before anybody reads what has ended in it."""
+        self.meter.tick(now_s)
+        if is_settled:
+            self.meter.settle()
+        if not self.has_work:
+            self.meter.rest()
 
     @property
     def expert_cache(self) -> ExpertCacheStats | None:
@@ -263,6 +282,7 @@ class EngineCore:
 
     def _end(self, sequence: SequenceState, reason: FinishReason) -> None:
         """End a sequence from outside; with it those that would begin where it was going to."""
+        self.meter.settle()
         self._remove(sequence)
         for each in (sequence, *sequence.siblings):
             if isinstance(each, GenerationState) and not each.finished:

@@ -5,21 +5,53 @@ the head, never for logits. Models trained to embed say which pooling they want;
 fair start.
 """
 
+import math
 from collections.abc import Iterable, Sequence
-from typing import Literal, TypeAlias, get_args
+from dataclasses import dataclass
+from typing import Final, Literal, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from tokenmill.core import ModelFormatError, UsageError
+from tokenmill.core import ModelFormatError, Tier, UsageError
 from tokenmill.engine.sequence import SequenceState
 from tokenmill.kernels import F32Array
 
-__all__ = ["POOLINGS", "EmbeddingState", "Pooling", "embeddings"]
+__all__ = ["MAX_TEXTS", "POOLINGS", "EmbeddingRequest", "EmbeddingState", "Pooling", "embeddings"]
 
 Pooling: TypeAlias = Literal["mean", "last"]
 
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
+
+MAX_TEXTS: Final = 2048
+"""Texts of one request, as many as the OpenAI API takes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingRequest:
+    """Texts to be embedded, as token ids, with the same fields as a `core.Request` where they mean the same.
+
+    Raises UsageError for no text, too many, or a pooling or tier that does not exist.
+    """
+
+    request_id: str
+    prompts: tuple[tuple[int, ...], ...]
+    pooling: Pooling = "mean"
+    normalize: bool = True
+    tier: Tier = "standard"
+    tenant: str = ""
+    timeout_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.prompts) <= MAX_TEXTS:
+            raise UsageError(f"{len(self.prompts)} texts are to be embedded", hint=f"give 1 to {MAX_TEXTS}")
+        for name, allowed in (("pooling", POOLINGS), ("tier", get_args(Tier))):
+            if getattr(self, name) not in allowed:
+                raise UsageError(
+                    f"{name} is {getattr(self, name)!r}", hint=f"use one of {', '.join(allowed)}"
+                )
+        if self.timeout_s is not None and not 0.0 < self.timeout_s < math.inf:
+            raise UsageError(f"timeout_s is {self.timeout_s}", hint="use seconds above 0, or none")
 
 
 class EmbeddingState(SequenceState):

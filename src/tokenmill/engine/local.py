@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tokenmill.core import Grammar, Message, Request, SamplingParams, UsageError
+from tokenmill.costs.power import PowerCounters
 from tokenmill.engine.adapters import AdapterSlots
 from tokenmill.engine.config import LLMConfig
 from tokenmill.engine.core import CoreConfig, EngineCore, StepResult
 from tokenmill.engine.detokenizer import Detokenizer
-from tokenmill.engine.embedding import EmbeddingState, Pooling
-from tokenmill.engine.sequence import GenerationState, ScoringState, SequenceState
+from tokenmill.engine.embedding import EmbeddingRequest, EmbeddingState, Pooling
+from tokenmill.engine.meter import Meter
+from tokenmill.engine.sequence import TIER_DELAY_S, GenerationState, ScoringState, SequenceState
 from tokenmill.engine.speculation.draft_model import DraftModel
 from tokenmill.engine.speculation.history import SuffixProposer
 from tokenmill.engine.speculation.ngram import NgramProposer
@@ -39,7 +41,8 @@ __all__ = ["LocalEngine", "guide"]
 class LocalEngine:
     """A compiled model and its step loop. `clock` returns seconds and never goes back.
 
-    `draft` is a small model with the same vocabulary that guesses for this one.
+    `draft` is a small model with the same vocabulary that guesses for this one. `counters` are those of the
+    machine's energy, by which requests are charged.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class LocalEngine:
         create: ExecutorFactory = create_executor,
         draft: ModelDirectory | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        counters: PowerCounters | None = None,
     ) -> None:
         self.config = config or LLMConfig()
         self.num_blocks = self.config.num_blocks(model.architecture)
@@ -70,6 +74,7 @@ class LocalEngine:
             swap=self._swap_file(executor),
             proposer=self._proposer(create, draft),
             clock=clock,
+            counters=counters,
         )
 
     @property
@@ -96,6 +101,16 @@ class LocalEngine:
     def num_blocks_in_use(self) -> int:
         """KV blocks that sequences hold; 0 without work."""
         return self._core.scheduler.pool.num_in_use
+
+    @property
+    def meter(self) -> Meter:
+        """What the engine's time and energy were charged for."""
+        return self._core.meter
+
+    @property
+    def idle_ns(self) -> int:
+        """Nanoseconds in which the engine had no work."""
+        return self._core.meter.idle_ns(self._core.clock())
 
     def encode_chat(
         self,
@@ -198,6 +213,18 @@ class LocalEngine:
         self._core.scheduler.check_fits(state)
         return state
 
+    def prepare_embeddings(self, request: EmbeddingRequest) -> tuple[EmbeddingState, ...]:
+        """The states of a request's texts, checked and not submitted. Who drives them keeps the deadline."""
+        now_s = self._core.clock()
+        prepared = [
+            self.prepare_embedding(request.request_id, ids, request.pooling) for ids in request.prompts
+        ]
+        for state in prepared:
+            state.tenant, state.tier = request.tenant, request.tier
+            state.rank_s = now_s + TIER_DELAY_S[request.tier]
+            state.expires_s = None if request.timeout_s is None else now_s + request.timeout_s
+        return tuple(prepared)
+
     def calibrate(
         self, windows: Iterable[Sequence[int]], points: Sequence[str], *, second_moment: bool = False
     ) -> Mapping[str, InputStats]:
@@ -228,8 +255,8 @@ class LocalEngine:
         """
         self._core.abort(state, reason)
 
-    def is_late(self, state: GenerationState) -> bool:
-        """True if its time is up. What is submitted ends by itself then."""
+    def is_late(self, state: SequenceState) -> bool:
+        """True if its time is up. A generation that is submitted ends by itself then."""
         return state.expires_s is not None and state.expires_s <= self._core.clock()
 
     def close(self) -> None:

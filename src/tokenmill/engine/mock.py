@@ -13,7 +13,7 @@ or shared with another history, gives other tokens than `reference_tokens`, whic
 A `MockScript` sets exact answers, the duration of a step, and faults: rows that are not finite, a step that
 raises or hangs, a process that exits. Tokens are bytes (`ByteTokenizer`), and text is rarely readable.
 
-Not covered: taps (there is one operation before the head), adapters, speed of any real model.
+Not covered: taps (there is one operation before the final norm), adapters, speed of any real model.
 """
 
 import hashlib
@@ -37,6 +37,7 @@ from tokenmill.kernels import (
     BufferName,
     F32Array,
     KvDtype,
+    Norm,
     Op,
     PackedAdapter,
     PlanShape,
@@ -73,6 +74,8 @@ _PADDING_LOGIT = -32.0
 _CERTAIN_LOGIT = 1e4
 _HANG_S = 1e9
 _EXIT_CODE = 70
+_HIDDEN_SIZE = 8
+_FINAL_NORM = "ln_final.hook_normalized"
 _BAD_ROWS: dict[str, float] = {"nan": math.nan, "inf": math.inf, "minus_inf": -math.inf}
 
 _U64Array = npt.NDArray[np.uint64]
@@ -149,7 +152,8 @@ class MockExecutor:
         max_out_rows: int,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.plan = mock_plan()
+        final = Norm(src="y", weight=np.ones(_HIDDEN_SIZE, np.float32), eps=1e-5, act=None, name=_FINAL_NORM)
+        self.plan = mock_plan(ops=(Attend(layer=0), Select(), final))
         self.kv_dtype: KvDtype = "bf16"
         self.script = script
         self.max_rows = max_rows
@@ -160,9 +164,12 @@ class MockExecutor:
         # Of each slot: its token + 1 (0 is a slot never written), and the digest of the tokens up to it.
         self._kv = np.zeros((num_blocks, KV_BLOCK, 2), np.uint64)
         self._logits = np.zeros((max_out_rows, MOCK_VOCAB_SIZE), np.float32)
+        self._hidden = np.zeros((max_out_rows, _HIDDEN_SIZE), np.float32)
 
     def run(self, batch: StepBatch, first: int = 0, last: int | None = None) -> None:
-        """Run operations [first, last) of the plan: the first fills the cache, the second makes logits."""
+        """Run operations [first, last) of the plan: the first fills the cache, the head makes logits, or only
+        the final norm where it ends before them.
+        """
         self._logits[:] = np.nan
         view = _View.of(batch)
         if first == 0:
@@ -173,11 +180,14 @@ class MockExecutor:
         self._fail(batch, view)
         if last is None:
             self._head(batch, view)
+        elif last == len(self.plan.ops):
+            keys = self._keys(batch, view)
+            self._hidden[: len(keys)] = _logits_of(keys, self.script.seed)[:, :_HIDDEN_SIZE]
 
     def buffer(self, name: BufferName) -> F32Array:
-        """The logits [max_out_rows, V]; there is no other buffer."""
-        assert name == "logits", f"the mock has no {name}"
-        return self._logits
+        """The logits [max_out_rows, V], or as y the final norm [max_out_rows, D]; both say what rows see."""
+        assert name in ("logits", "y"), f"the mock has no {name}"
+        return self._logits if name == "logits" else self._hidden
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy KV blocks (source, destination), in order."""
@@ -210,15 +220,23 @@ class MockExecutor:
         flat[batch.kv_slots, 1] = (digests - sums_before)[sequences] + sums
 
     def _head(self, batch: StepBatch, view: "_View") -> None:
+        keys = self._keys(batch, view)
+        self._logits[: len(keys)] = _logits_of(keys, self.script.seed)
+        seen = self._kv.reshape(-1, 2)[view.slots]
+        starts = view.starts[view.sequences_of(batch, batch.out_rows)]
+        stops = starts + batch.positions[batch.out_rows] + 1
+        for index, (start, stop) in enumerate(zip(starts, stops, strict=True)):
+            _script_row(self._logits[index], seen[start:stop], self.script, self.num_steps)
+
+    def _keys(self, batch: StepBatch, view: "_View") -> _U64Array:
+        """What each row that goes through the head sees through the cache, as one number."""
         assert 0 < len(batch.out_rows) <= self.max_out_rows, f"{len(batch.out_rows)} rows with logits"
         starts = view.starts[view.sequences_of(batch, batch.out_rows)]
         stops = starts + batch.positions[batch.out_rows] + 1
-        seen = self._kv.reshape(-1, 2)[view.slots]
-        sums = np.cumsum(_mix(seen[:, 1], view.positions))
-        keys = np.concatenate([np.zeros(1, np.uint64), sums])
-        self._logits[: len(stops)] = _logits_of(keys[stops] - keys[starts], self.script.seed)
-        for index, (start, stop) in enumerate(zip(starts, stops, strict=True)):
-            _script_row(self._logits[index], seen[start:stop], self.script, self.num_steps)
+        digests = self._kv.reshape(-1, 2)[view.slots][:, 1]
+        sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(_mix(digests, view.positions))])
+        keys: _U64Array = sums[stops] - sums[starts]
+        return keys
 
     def _fail(self, batch: StepBatch, view: "_View") -> None:
         """Do what the script says must go wrong in this step as a whole."""
@@ -432,7 +450,7 @@ def mock_plan(
 ) -> StepPlan:
     """A plan of the smallest sizes; by default a body of one operation and a head of one."""
     shape = PlanShape(
-        hidden_size=8,
+        hidden_size=_HIDDEN_SIZE,
         num_heads=1,
         num_kv_heads=1,
         head_dim=8,

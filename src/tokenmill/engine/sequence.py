@@ -23,6 +23,7 @@ from tokenmill.core import (
     TokenmillError,
     Usage,
 )
+from tokenmill.costs.metering import Charge
 from tokenmill.engine.adapters import NO_ADAPTER
 from tokenmill.engine.detokenizer import Detokenizer
 from tokenmill.engine.structured.grammar import GrammarState
@@ -49,8 +50,11 @@ class SequenceState(ABC):
     tier: Tier = "standard"
     rank_s: float = 0.0
     tenant: str = ""
+    expires_s: float | None = None
     siblings: "tuple[GenerationState, ...]" = ()
     taps: tuple[Tap, ...] = ()
+    num_prompt: int = _NEVER
+    """Positions before this one are input; of a text that is only read, all."""
     wants_logits: bool = True
     """False if the rows from `first_logits` on are wanted as the final norm gives them, without logits."""
 
@@ -72,6 +76,15 @@ class SequenceState(ABC):
         self.num_published = 0
         self.adapter = NO_ADAPTER
         self.error = ""
+        # What it was charged so far for input, cached input and output (`meter.py`).
+        self.nanoseconds = [0, 0, 0]
+        self.nanojoules = [0, 0, 0]
+
+    @property
+    def charge(self) -> Charge:
+        """What the steps took that it had a part in, as far as that is settled: at its end all of it."""
+        kinds = [(ns, nj, 0) for ns, nj in zip(self.nanoseconds, self.nanojoules, strict=True)]
+        return Charge(input=kinds[0], cached=kinds[1], output=kinds[2])
 
     @property
     def place(self) -> tuple[float, int]:

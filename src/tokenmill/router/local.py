@@ -23,6 +23,7 @@ from tokenmill.core import (
     Usage,
     UsageError,
 )
+from tokenmill.costs.metering import Charge
 from tokenmill.engine.serving.async_engine import AsyncEngine
 from tokenmill.engine.serving.handle import RequestHandle, StreamDelta
 from tokenmill.engine.serving.messages import EngineSpec
@@ -228,7 +229,6 @@ class LocalAttempt:
         call = prepared.call
         self._backend = backend
         self._call = call
-        self._started_s = time.monotonic()
         self._created = int(time.time())
         self._id = job.request_id
         self.requests = tuple(
@@ -319,7 +319,7 @@ class LocalAttempt:
     def _sum(self) -> Spent:
         ends = [end for request in self.requests for end in self._ends[request.request_id]]
         firsts = [self._ends[request.request_id][0].usage for request in self.requests]
-        nanoseconds = int((time.monotonic() - self._started_s) * _NANO)
+        charge = sum((handle.charge for handle in self.handles), Charge()).total()
         return Spent(
             usage=Usage(
                 num_prompt_tokens=sum(usage.num_prompt_tokens for usage in firsts),
@@ -329,8 +329,9 @@ class LocalAttempt:
                 num_accepted_tokens=sum(end.usage.num_accepted_tokens for end in ends),
             ),
             finish=_worst(end.finish_reason for end in ends),
-            nanoseconds=nanoseconds,
-            cost_nano_usd=self._backend.cost_of(nanoseconds),
+            nanoseconds=charge[0],
+            nanojoules=charge[1],
+            cost_nano_usd=self._backend.cost_of(charge[0]),
         )
 
 

@@ -23,6 +23,7 @@ import yaml
 
 from tokenmill.core import NotFoundError, StorageError, Tier, UsageError
 from tokenmill.engine import LLMConfig
+from tokenmill.engine.mock import MockScript
 from tokenmill.router.config import Price, RouteConfig, UpstreamConfig
 
 __all__ = ["Deployment", "HttpConfig", "MachineConfig", "ModelConfig", "read_deployment"]
@@ -76,7 +77,7 @@ class HttpConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MachineConfig:
-    """What an hour of this machine costs in USD, and who says so: the measured cost of a token rests on it."""
+    """What an hour of this machine costs in USD, and who says so: measured costs rest on it."""
 
     usd_per_hour: float = 0.0
     source: str = ""
@@ -89,14 +90,22 @@ class MachineConfig:
 class ModelConfig:
     """A model on this machine: `name` is what clients ask for, `model` a name of the store or a folder.
 
-    `price` by tier; a tier without one has that of standard, and what has none is free.
+    `price` by tier; a tier without one has that of standard, and what has none is free. A `mock` has no
+    weights and answers at the speed that it is told: for tests of clients and of the server itself.
     """
 
-    model: str
+    model: str = ""
     name: str = ""
     draft: str = ""
+    mock: MockScript | None = None
     engine: LLMConfig = field(default_factory=LLMConfig)
     price: Mapping[Tier, Price] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if bool(self.model) == (self.mock is not None):
+            raise UsageError("a model has a model or a mock", hint="give one of the two")
+        if self.mock is not None and not self.name:
+            raise UsageError("a mock has no name", hint="give it one (name:)")
 
     @property
     def served_name(self) -> str:

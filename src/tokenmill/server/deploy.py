@@ -7,12 +7,11 @@ import contextlib
 import hashlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Final
 
-from tokenmill.core import NotFoundError, UsageError
+from tokenmill.engine.mock import MockModel
 from tokenmill.engine.serving.messages import EngineSpec
 from tokenmill.models.store.directory import ModelDirectory
 from tokenmill.models.store.library import Library
@@ -76,7 +75,8 @@ def check_deployment(deployment: Deployment) -> list[str]:
     lines = []
     for model in deployment.models:
         directory = _directory(model)
-        lines.append(f"{model.served_name}: {directory.path}, {model.engine.weights}")
+        what = "a mock" if model.mock else f"{directory.path}, {model.engine.weights}"
+        lines.append(f"{model.served_name}: {what}")
     lines += [f"{each.name}: {each.model} at {each.url}" for each in deployment.upstreams]
     return lines
 
@@ -92,7 +92,11 @@ async def _local(model: ModelConfig, deployment: Deployment) -> LocalBackend:
     )
     draft = str(Library().find(model.draft).path) if model.draft else ""
     spec = EngineSpec(
-        model=str(directory.path), draft=draft, config=model.engine, drain_s=deployment.http.drain_s
+        model="" if model.mock else str(directory.path),
+        mock=model.mock,
+        draft=draft,
+        config=model.engine,
+        drain_s=deployment.http.drain_s,
     )
     begun_s = time.monotonic()
     backend = await LocalBackend.open(config, directory, spec)
@@ -101,10 +105,10 @@ async def _local(model: ModelConfig, deployment: Deployment) -> LocalBackend:
 
 
 def _directory(model: ModelConfig) -> ModelDirectory:
-    return Library().find(model.model)
+    return Library().find(model.model) if model.mock is None else MockModel(model.mock)
 
 
-def _finder(store: Store) -> Callable[[str], "Coroutine[None, None, Key | None]"]:
+def _finder(store: Store) -> Callable[[str], Coroutine[None, None, Key | None]]:
     async def find(secret: str) -> Key | None:
         return await store.find_key(hashlib.sha256(secret.encode()).digest())
 

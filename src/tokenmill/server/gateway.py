@@ -20,7 +20,7 @@ from tokenmill.router import Attempt, Backend, Job, Prepared, Spent
 from tokenmill.server.caller import Caller
 from tokenmill.server.limits import KeyLimits, Permit
 from tokenmill.server.pricing import PriceList
-from tokenmill.store import Entry, Key
+from tokenmill.store import Entry, Key, Ticket
 from tokenmill.wire import Call, Piece, Reply, ReplyBuilder, TextPiece, ToolPiece
 
 __all__ = ["Answer", "Gateway", "GatewayConfig", "Money", "Settled"]
@@ -29,11 +29,21 @@ __all__ = ["Answer", "Gateway", "GatewayConfig", "Money", "Settled"]
 class Money(Protocol):
     """The accounts, as the gateway needs them (`store.Accounts`)."""
 
-    async def reserve(self, key: Key, request_id: str, attempt: int, nano_usd: int, *, durable: bool) -> None:
+    def now_s(self) -> float:
+        """The time of a line of the ledger."""
+        ...
+
+    async def reserve(
+        self, key: Key, request_id: str, attempt: int, nano_usd: int, *, durable: bool
+    ) -> Ticket:
         """Set the most that an attempt can come to aside. Raises BudgetError."""
         ...
 
-    async def settle(self, entries: Sequence[Entry]) -> None:
+    async def release(self, ticket: Ticket) -> None:
+        """Give back what was set aside for an attempt that never began."""
+        ...
+
+    async def settle(self, entries: Sequence[Entry]) -> int:
         """Write what attempts came to, and give back what was set aside for them."""
         ...
 
@@ -75,14 +85,12 @@ class Gateway:
         config: GatewayConfig,
         *,
         on_settled: Callable[[Settled], None] = lambda _: None,
-        wall_s: Callable[[], float] = time.time,
     ) -> None:
         self._backends = {backend.model: backend for backend in backends}
         self._money = money
         self._prices = prices
         self._config = config
         self._on_settled = on_settled
-        self._wall_s = wall_s
         self._limits = KeyLimits()
         self._settling: set[asyncio.Task[None]] = set()
         self._answers: set[Answer] = set()
@@ -122,16 +130,19 @@ class Gateway:
         """
         backend = self.backend(call.model)
         self._enter()
-        with contextlib.ExitStack() as undo:
+        async with contextlib.AsyncExitStack() as undo:
             undo.callback(self._leave)
             prepared = await backend.prepare(call)
             permit = self._limits.enter(caller.key, prepared.num_prompt_tokens + prepared.max_output_tokens)
             undo.callback(permit.leave, 0)
             tier = caller.tier(call.tier)
-            worst = self._prices.of(call.model, tier).worst_nano_usd(
-                prepared.num_prompt_tokens, prepared.max_output_tokens
+            worst = self._prices.worst_nano_usd(
+                call.model, tier, prepared.num_prompt_tokens, prepared.max_output_tokens
             )
-            await self._money.reserve(caller.key, caller.request_id, 0, worst, durable=not backend.is_local)
+            ticket = await self._money.reserve(
+                caller.key, caller.request_id, 0, worst, durable=not backend.is_local
+            )
+            undo.push_async_callback(self._money.release, ticket)
             job = Job(
                 request_id=caller.request_id,
                 tenant=caller.key.project,
@@ -196,7 +207,7 @@ class Gateway:
             request_id=caller.request_id,
             attempt=0,
             kind="local" if answer.backend.is_local else "upstream",
-            at_s=self._wall_s(),
+            at_s=self._money.now_s(),
             key_id=caller.key.id,
             project=caller.key.project,
             feature=caller.feature,
@@ -211,7 +222,7 @@ class Gateway:
             nanoseconds=spent.nanoseconds,
             nanojoules=spent.nanojoules,
             cost_nano_usd=spent.cost_nano_usd,
-            price_nano_usd=self._prices.of(answer.call.model, answer.tier).nano_usd(usage),
+            price_nano_usd=self._prices.nano_usd(answer.call.model, answer.tier, usage),
         )
 
 

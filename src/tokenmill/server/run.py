@@ -39,6 +39,7 @@ def bind(config: HttpConfig) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((config.host, config.port))
+        listener.listen(config.backlog)
     except OSError as error:
         listener.close()
         hint = "choose another --port (0: any that is free), or end what has it"

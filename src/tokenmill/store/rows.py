@@ -136,7 +136,7 @@ def _lines_between(key_id: str, since_s: float, until_s: float, mark: str) -> Qu
 
 
 def sums_question(query: LedgerQuery, by: Sequence[SumBy], dialect: Dialect) -> Question:
-    """Groups, the number of lines, and of each figure the upper and lower 32 bits, so that no sum overflows."""
+    """Groups, the number of lines, and of each figure upper and lower 32 bits, so that no sum overflows."""
     groups = [dialect.by(name) for name in by]
     halves = (f"sum({name} >> 32), sum({name} & {_HALF - 1})" for name in _SUMMED)
     where, values = _where(query, dialect)

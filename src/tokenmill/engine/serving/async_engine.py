@@ -21,14 +21,25 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Literal, Self, TypeAlias
+
+import numpy as np
 
 from tokenmill.core import Completion, FinishReason, Request, ResourceError, TokenmillError, UsageError
 from tokenmill.core import errors as error_tree
-from tokenmill.engine.serving.handle import RequestHandle, RequestRecord
+from tokenmill.engine.embedding import EmbeddingRequest
+from tokenmill.engine.serving.handle import (
+    Embedding,
+    EmbeddingHandle,
+    EmbeddingRecord,
+    RequestHandle,
+    RequestRecord,
+)
 from tokenmill.engine.serving.messages import (
     Advance,
     Cancel,
+    Embed,
+    Embedded,
     End,
     EngineSpec,
     FromEngine,
@@ -47,6 +58,8 @@ EngineState = Literal["live", "ready", "drained"]
 has nothing to do and takes nothing."""
 
 OnEnd = Callable[[Request, tuple[Completion, ...]], None]
+
+_Record: TypeAlias = RequestRecord | EmbeddingRecord
 
 _MIN_TIMEOUT_S = 0.001
 _MAX_TRIES = 2
@@ -72,6 +85,9 @@ class EngineStats:
     num_running: int
     num_blocks: int
     num_blocks_in_use: int
+    busy_ns: int
+    idle_ns: int
+    busy_nj: int
 
 
 class AsyncEngine:
@@ -85,7 +101,7 @@ class AsyncEngine:
         self._max_requests = max_requests
         self._on_end = on_end
         self._loop = asyncio.get_running_loop()
-        self._records: dict[int, RequestRecord] = {}
+        self._records: dict[int, _Record] = {}
         self._ids: set[str] = set()
         self._num_submitted = 0
         self._num_ended: Counter[FinishReason] = Counter()
@@ -159,6 +175,9 @@ class AsyncEngine:
             num_running=0 if beat is None else beat.num_running,
             num_blocks=0 if beat is None else beat.num_blocks,
             num_blocks_in_use=0 if beat is None else beat.num_blocks_in_use,
+            busy_ns=0 if beat is None else beat.busy_ns,
+            idle_ns=0 if beat is None else beat.idle_ns,
+            busy_nj=0 if beat is None else beat.busy_nj,
         )
 
     def submit(self, request: Request) -> RequestHandle:
@@ -167,18 +186,21 @@ class AsyncEngine:
         Raises ResourceError if there are too many, or the engine drains or is closed; UsageError if its id is
         that of a request in flight. What the model must decide, the handle raises.
         """
-        self._check(request)
+        self._check(request.request_id)
         record = RequestRecord(key=self._num_submitted, request=request, submitted_s=self._loop.time())
-        frame = self._submission(record)
-        self._num_submitted += 1
-        self._records[record.key] = record
-        self._ids.add(request.request_id)
-        self._idle.clear()
-        if request.timeout_s is not None:
-            record.timer = self._loop.call_later(request.timeout_s, self._expire, record.key)
-        if self._takes_requests:
-            self._send(record, frame)
+        self._admit(record)
         return RequestHandle(record, self._cancel, self._loop)
+
+    def embed(self, request: EmbeddingRequest) -> EmbeddingHandle:
+        """Take a request for embeddings, on the same terms as `submit` takes one for completions.
+
+        It counts as one in flight, however many texts it has. `on_end` is not called for it: who holds the
+        handle gets all of it at once.
+        """
+        self._check(request.request_id)
+        record = EmbeddingRecord(key=self._num_submitted, request=request, submitted_s=self._loop.time())
+        self._admit(record)
+        return EmbeddingHandle(record, self._cancel, self._loop)
 
     async def drain(self, deadline_s: float) -> None:
         """Take no more requests, and wait until all have ended.
@@ -207,23 +229,38 @@ class AsyncEngine:
         process = self._process
         return process is not None and process.is_ready and not process.is_draining
 
-    def _check(self, request: Request) -> None:
+    def _admit(self, record: _Record) -> None:
+        """Keep it until its end, and send it if there is a process. Raises as `encode` does; then it is not
+        kept.
+        """
+        request, frame = record.request, self._submission(record)
+        self._num_submitted += 1
+        self._records[record.key] = record
+        self._ids.add(request.request_id)
+        self._idle.clear()
+        if request.timeout_s is not None:
+            record.timer = self._loop.call_later(request.timeout_s, self._expire, record.key)
+        if self._takes_requests:
+            self._send(record, frame)
+
+    def _check(self, request_id: str) -> None:
         if self._closed_why:
             raise ResourceError(self._closed_why, hint="send the request to another engine")
         if len(self._records) >= self._max_requests:
             raise ResourceError(f"{self._max_requests} requests are in flight", hint="try again later")
-        if request.request_id in self._ids:
-            raise UsageError(f"request {request.request_id!r} is in flight", hint="use an id of its own")
+        if request_id in self._ids:
+            raise UsageError(f"request {request_id!r} is in flight", hint="use an id of its own")
 
-    def _submission(self, record: RequestRecord) -> bytes:
+    def _submission(self, record: _Record) -> bytes:
         """The frame that submits a request with the time it has left."""
-        request = record.request
-        if request.timeout_s is not None:
-            left_s = record.submitted_s + request.timeout_s - self._loop.time()
-            request = replace(request, timeout_s=max(left_s, _MIN_TIMEOUT_S))
-        return encode(Submit(key=record.key, request=request))
+        timeout_s = record.request.timeout_s
+        if timeout_s is not None:
+            timeout_s = max(record.submitted_s + timeout_s - self._loop.time(), _MIN_TIMEOUT_S)
+        if isinstance(record, RequestRecord):
+            return encode(Submit(key=record.key, request=replace(record.request, timeout_s=timeout_s)))
+        return encode(Embed(key=record.key, request=replace(record.request, timeout_s=timeout_s)))
 
-    def _send(self, record: RequestRecord, frame: bytes) -> None:
+    def _send(self, record: _Record, frame: bytes) -> None:
         assert self._process is not None
         record.sent = True
         self._num_resubmitted += record.num_tries > 0
@@ -240,7 +277,7 @@ class AsyncEngine:
         else:
             self._end_rest(record, "cancelled")
 
-    def _tell_cancelled(self, record: RequestRecord) -> None:
+    def _tell_cancelled(self, record: _Record) -> None:
         if record.sent and self._process is not None:
             self._process.send(encode(Cancel(key=record.key)))
 
@@ -265,6 +302,17 @@ class AsyncEngine:
             return
         if self._on_end is not None:
             self._loop.call_soon(self._on_end, record.request, completions)
+        self._forget(record)
+
+    def _end_embedding(self, record: EmbeddingRecord, embedding: Embedding) -> None:
+        """Write the terminal state of a request for embeddings; nobody else does."""
+        assert record.embedding is None, f"{embedding.request_id} ends twice"
+        record.embedding = embedding
+        self._num_ended[embedding.finish_reason] += 1
+        self._forget(record)
+
+    def _forget(self, record: _Record) -> None:
+        """It has ended."""
         record.done.set()
         if record.timer is not None:
             record.timer.cancel()
@@ -273,11 +321,14 @@ class AsyncEngine:
         if not self._records:
             self._idle.set()
 
-    def _end_rest(self, record: RequestRecord, reason: FinishReason, error: str = "") -> None:
+    def _end_rest(self, record: _Record, reason: FinishReason, error: str = "") -> None:
         """End what has not ended, with what has come so far. Who has cancelled is not told of failures."""
         now_s = self._loop.time()
         if record.cancelled and reason == "failed":
             reason, error = "cancelled", ""
+        if isinstance(record, EmbeddingRecord):
+            self._end_embedding(record, record.ended(reason, error=error))
+            return
         for choice in record.choices:
             if choice.completion is None:
                 self._end(record, choice.so_far(record, reason, error, now_s))
@@ -288,15 +339,24 @@ class AsyncEngine:
             self._begin()
         elif isinstance(message, StartFailed):
             self._start_error = _rebuilt(message)
-        elif isinstance(message, Advance | End | Refused) and (record := self._records.get(message.key)):
-            if not record.sent:
-                raise ValueError(f"news of {record.request.request_id}, which it does not have")
-            if isinstance(message, Advance):
-                self._advance(record, message)
-            elif isinstance(message, End):
-                self._take_end(record, message.completion)
-            else:
-                self._refuse(record, message)
+        elif isinstance(message, Advance | End | Embedded | Refused) and (
+            record := self._records.get(message.key)
+        ):
+            self._take_news(record, message)
+
+    def _take_news(self, record: _Record, message: Advance | End | Embedded | Refused) -> None:
+        if not record.sent:
+            raise ValueError(f"news of {record.request.request_id}, which it does not have")
+        if isinstance(message, Refused):
+            self._refuse(record, message)
+        elif isinstance(record, EmbeddingRecord) and isinstance(message, Embedded):
+            self._take_embedded(record, message)
+        elif isinstance(record, RequestRecord) and isinstance(message, Advance):
+            self._advance(record, message)
+        elif isinstance(record, RequestRecord) and isinstance(message, End):
+            self._take_end(record, message)
+        else:
+            raise ValueError(f"a {type(message).__name__} for a request of another kind")
 
     def _begin(self) -> None:
         """A process is ready: send it what waits, the oldest first."""
@@ -314,7 +374,8 @@ class AsyncEngine:
         choices[index].add(message.text, message.token_ids, message.logprobs)
         record.changed.set()
 
-    def _take_end(self, record: RequestRecord, completion: Completion) -> None:
+    def _take_end(self, record: RequestRecord, message: End) -> None:
+        completion = message.completion
         choices, index = record.choices, completion.index
         if not 0 <= index < len(choices) or choices[index].completion is not None:
             raise ValueError(f"an end of completion {index}, which is not being made")
@@ -322,9 +383,24 @@ class AsyncEngine:
             raise ValueError("an end with other tokens than were sent")
         if completion.request_id != record.request.request_id:
             raise ValueError("an end with the id of another request")
+        record.charge += message.charge
         self._end(record, completion)
 
-    def _refuse(self, record: RequestRecord, message: Refused) -> None:
+    def _take_embedded(self, record: EmbeddingRecord, message: Embedded) -> None:
+        rows, is_done = len(record.request.prompts), message.finish_reason == "completed"
+        if len(message.data) % (4 * rows) or bool(message.data) != is_done:
+            raise ValueError(f"{len(message.data)} bytes of vectors of {rows} texts")
+        vectors_ND = np.frombuffer(message.data, np.dtype("<f4")).reshape(rows, -1) if is_done else None
+        embedding = record.ended(
+            message.finish_reason,
+            vectors_ND=vectors_ND,
+            num_cached=message.num_cached_tokens,
+            charge=message.charge,
+            error=message.error,
+        )
+        self._end_embedding(record, embedding)
+
+    def _refuse(self, record: _Record, message: Refused) -> None:
         if message.again:
             record.sent = False
             record.num_tries -= 1

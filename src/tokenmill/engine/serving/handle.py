@@ -10,9 +10,14 @@ import contextlib
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
-from tokenmill.core import Completion, FinishReason, Request, TokenLogprobs, TokenmillError, Usage
+import numpy as np
 
-__all__ = ["RequestHandle", "RequestRecord", "StreamDelta"]
+from tokenmill.core import Completion, FinishReason, Request, TokenLogprobs, TokenmillError, Usage
+from tokenmill.costs.metering import Charge
+from tokenmill.engine.embedding import EmbeddingRequest
+from tokenmill.kernels import F32Array
+
+__all__ = ["Embedding", "EmbeddingHandle", "EmbeddingRecord", "RequestHandle", "RequestRecord", "StreamDelta"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,24 +91,79 @@ class _Choice:
         )
 
 
-@dataclass(eq=False)
-class RequestRecord:
-    """A request between its submission and its end. Times are seconds of the event loop's clock.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Embedding:
+    """What a request for embeddings ended with: `vectors_ND`, a row for each text, if it is `completed`.
+
+    `charge` is what it took, as far as the engine could say; `error` why it `failed`.
+    """
+
+    request_id: str
+    vectors_ND: F32Array
+    finish_reason: FinishReason
+    usage: Usage
+    charge: Charge = field(default_factory=Charge)
+    error: str = ""
+
+
+@dataclass(eq=False, kw_only=True)
+class _Record:
+    """Anything between its submission and its end. Times are seconds of the event loop's clock.
 
     `sent` says that the present engine process has it; `num_tries` how many have had it.
     """
 
     key: int
-    request: Request
     submitted_s: float
-    choices: list[_Choice] = field(default_factory=list)
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
     done: asyncio.Event = field(default_factory=asyncio.Event)
     sent: bool = False
     num_tries: int = 0
     cancelled: bool = False
     refusal: TokenmillError | None = None
     timer: asyncio.TimerHandle | None = None
+
+
+@dataclass(eq=False, kw_only=True)
+class EmbeddingRecord(_Record):
+    """A request for embeddings."""
+
+    request: EmbeddingRequest
+    embedding: Embedding | None = None
+
+    @property
+    def has_output(self) -> bool:
+        """False: nobody sees a part of it."""
+        return False
+
+    def ended(
+        self,
+        reason: FinishReason,
+        *,
+        vectors_ND: F32Array | None = None,
+        num_cached: int = 0,
+        charge: Charge | None = None,
+        error: str = "",
+    ) -> Embedding:
+        """Its terminal state."""
+        num_tokens = sum(map(len, self.request.prompts))
+        return Embedding(
+            request_id=self.request.request_id,
+            vectors_ND=np.zeros((0, 0), np.float32) if vectors_ND is None else vectors_ND,
+            finish_reason=reason,
+            usage=Usage(num_prompt_tokens=num_tokens, num_cached_tokens=num_cached, num_output_tokens=0),
+            charge=charge or Charge(),
+            error=error,
+        )
+
+
+@dataclass(eq=False, kw_only=True)
+class RequestRecord(_Record):
+    """A request for completions. `charge` is what those took that have ended."""
+
+    request: Request
+    choices: list[_Choice] = field(default_factory=list)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    charge: Charge = field(default_factory=Charge)
 
     def __post_init__(self) -> None:
         self.choices = [_Choice() for _ in range(self.request.params.n)]
@@ -122,7 +182,66 @@ class RequestRecord:
         return tuple(choice.completion for choice in self.choices if choice.completion is not None)
 
 
-class RequestHandle:
+class _Handle:
+    """The caller's grip: what is dropped before its end is cancelled."""
+
+    def __init__(
+        self,
+        record: RequestRecord | EmbeddingRecord,
+        cancel: Callable[[int], None],
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self._handled = record
+        self._cancel = cancel
+        self._loop = loop
+
+    @property
+    def request_id(self) -> str:
+        """The request's id."""
+        return self._handled.request.request_id
+
+    @property
+    def done(self) -> bool:
+        """True once all of it has ended."""
+        return self._handled.done.is_set()
+
+    def cancel(self) -> None:
+        """Give the request up. It ends, soon, as `cancelled`, unless it ends by itself before. No-op then."""
+        if not self.done:
+            self._cancel(self._handled.key)
+
+    def __del__(self) -> None:
+        if not self.done:
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and the engine with it
+                self._loop.call_soon_threadsafe(self._cancel, self._handled.key)
+
+    async def _end(self) -> None:
+        """Wait for it; who no longer waits has given it up. Raises what the engine refused it with."""
+        try:
+            await self._handled.done.wait()
+        finally:
+            self.cancel()
+        if self._handled.refusal is not None:
+            raise self._handled.refusal
+
+
+class EmbeddingHandle(_Handle):
+    """A submitted request for embeddings. Keep it: a handle that is dropped cancels its request."""
+
+    def __init__(
+        self, record: EmbeddingRecord, cancel: Callable[[int], None], loop: asyncio.AbstractEventLoop
+    ) -> None:
+        super().__init__(record, cancel, loop)
+        self._record = record
+
+    async def result(self) -> Embedding:
+        """Wait for the end, whatever it is. Raises the UsageError or ResourceError of what is refused."""
+        await self._end()
+        assert self._record.embedding is not None
+        return self._record.embedding
+
+
+class RequestHandle(_Handle):
     """A submitted request. Keep it: a handle that is dropped cancels its request.
 
         async for news in handle:                    # StreamDelta ..., then the Completion of each choice
@@ -136,33 +255,19 @@ class RequestHandle:
     def __init__(
         self, record: RequestRecord, cancel: Callable[[int], None], loop: asyncio.AbstractEventLoop
     ) -> None:
+        super().__init__(record, cancel, loop)
         self._record = record
-        self._cancel = cancel
-        self._loop = loop
 
     @property
-    def request_id(self) -> str:
-        """The request's id."""
-        return self._record.request.request_id
-
-    @property
-    def done(self) -> bool:
-        """True once every completion has ended."""
-        return self._record.done.is_set()
-
-    def cancel(self) -> None:
-        """Give the request up. It ends, soon, as `cancelled`, unless it ends by itself before. No-op then."""
-        if not self.done:
-            self._cancel(self._record.key)
+    def charge(self) -> Charge:
+        """What it took of the engine's time and energy: once it is `done` all of it, as far as the engine
+        could say. What a process computed that died then is not in it.
+        """
+        return self._record.charge
 
     async def result(self) -> tuple[Completion, ...]:
         """Wait for the end; the completions in order of index, however they ended."""
-        try:
-            await self._record.done.wait()
-        finally:
-            self.cancel()
-        if self._record.refusal is not None:
-            raise self._record.refusal
+        await self._end()
         return self._record.completions()
 
     async def __aiter__(self) -> AsyncGenerator[StreamDelta | Completion, None]:
@@ -181,8 +286,3 @@ class RequestHandle:
             self.cancel()
         if record.refusal is not None:
             raise record.refusal
-
-    def __del__(self) -> None:
-        if not self.done:
-            with contextlib.suppress(RuntimeError):  # the loop is closed, and the engine with it
-                self._loop.call_soon_threadsafe(self._cancel, self._record.key)

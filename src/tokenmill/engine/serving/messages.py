@@ -8,8 +8,9 @@ cannot reach another request.
     front end                                   engine process
         Start (which model) ─────────────────────► opens it
         ◄───────────────────────── Ready, or StartFailed
-        Submit, Cancel ──────────────────────────► between two steps
+        Submit, Embed, Cancel ───────────────────► between two steps
         ◄───────────── Advance ..., then one End  a completion; or Refused
+        ◄──────────────────────────── Embedded    all texts of a request; or Refused
         ◄──────────────────────── Beat, all the time
         ◄──────── Draining, when it was told to end: no new requests
 """
@@ -21,8 +22,10 @@ from typing import Annotated, TypeAlias
 
 import msgspec
 
-from tokenmill.core import Completion, Request, ResourceError, TokenLogprobs, UsageError
+from tokenmill.core import Completion, FinishReason, Request, ResourceError, TokenLogprobs, UsageError
+from tokenmill.costs.metering import Charge
 from tokenmill.engine.config import LLMConfig
+from tokenmill.engine.embedding import EmbeddingRequest
 from tokenmill.engine.mock import MockScript
 
 __all__ = [
@@ -31,6 +34,8 @@ __all__ = [
     "Beat",
     "Cancel",
     "Draining",
+    "Embed",
+    "Embedded",
     "End",
     "EngineSpec",
     "FrameReader",
@@ -89,6 +94,13 @@ class Submit(_Message, frozen=True, kw_only=True):
     request: Request
 
 
+class Embed(_Message, frozen=True, kw_only=True):
+    """Embed these texts; `request.timeout_s` is what is left of it."""
+
+    key: _Count
+    request: EmbeddingRequest
+
+
 class Cancel(_Message, frozen=True, kw_only=True):
     """Give it up; its completions come nevertheless. Unknown keys are ignored: it may just have ended."""
 
@@ -121,10 +133,26 @@ class Advance(_Message, frozen=True, kw_only=True):
 
 
 class End(_Message, frozen=True, kw_only=True):
-    """A completion's terminal state, after all of its `Advance`."""
+    """A completion's terminal state, after all of its `Advance`, and what it took."""
 
     key: _Count
     completion: Completion
+    charge: Charge = Charge()
+
+
+class Embedded(_Message, frozen=True, kw_only=True):
+    """The terminal state of a request for embeddings, and what it took.
+
+    `data` are the vectors as little-endian float32, one after the other, where it is `completed`; else it is
+    empty. `error` says why it `failed`.
+    """
+
+    key: _Count
+    finish_reason: FinishReason
+    num_cached_tokens: _Count
+    data: bytes = b""
+    charge: Charge = Charge()
+    error: str = ""
 
 
 class Refused(_Message, frozen=True, kw_only=True):
@@ -148,14 +176,17 @@ class Beat(_Message, frozen=True, kw_only=True):
     num_running: _Count = 0
     num_blocks: _Count = 0
     num_blocks_in_use: _Count = 0
+    busy_ns: _Count = 0
+    idle_ns: _Count = 0
+    busy_nj: _Count = 0
 
 
 class Draining(_Message, frozen=True, kw_only=True):
     """The process was told to end: it finishes what it has, and takes no more."""
 
 
-ToEngine: TypeAlias = Start | Submit | Cancel
-FromEngine: TypeAlias = Ready | StartFailed | Advance | End | Refused | Beat | Draining
+ToEngine: TypeAlias = Start | Submit | Embed | Cancel
+FromEngine: TypeAlias = Ready | StartFailed | Advance | End | Embedded | Refused | Beat | Draining
 
 
 def _say_path(value: object) -> str:

@@ -29,15 +29,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tokenmill.core import Request, ResourceError, TokenmillError
+from tokenmill.costs.power import Unmeasured, find_counters
 from tokenmill.engine.local import LocalEngine, guide
 from tokenmill.engine.mock import MockModel
 from tokenmill.engine.sequence import GenerationState
+from tokenmill.engine.serving.embeddings import EmbeddingJobs
 from tokenmill.engine.serving.grammar_checks import GrammarChecks
 from tokenmill.engine.serving.messages import (
     Advance,
     Beat,
     Cancel,
     Draining,
+    Embed,
+    Embedded,
     End,
     EngineSpec,
     FrameReader,
@@ -112,7 +116,7 @@ class _Open:
                 logprobs=delta.logprobs,
             )
         if state.finished:
-            yield End(key=self.key, completion=state.completion())
+            yield End(key=self.key, completion=state.completion(), charge=state.charge)
 
 
 class EngineServer:
@@ -125,6 +129,7 @@ class EngineServer:
         self._drain_s = drain_s
         self._open: dict[int, list[_Open]] = {}
         self._beat = Beat()
+        self._embeddings = EmbeddingJobs(engine)
         self._checks = GrammarChecks(engine.check_grammar)
         self._checking: dict[int, tuple[GenerationState, ...]] = {}
         self._num_steps = 0
@@ -163,9 +168,15 @@ class EngineServer:
         return self._engine.has_work or bool(self._checking)
 
     def _take(self, message: ToEngine) -> None:
-        if isinstance(message, Submit):
+        if isinstance(message, Submit | Embed) and self._ends_at is not None:
+            self._link.send([Refused(key=message.key, kind="", message="", hint="", again=True)])
+        elif isinstance(message, Submit):
             self._submit(message.key, message.request)
+        elif isinstance(message, Embed):
+            with self._refusing(message.key):
+                self._embeddings.put(message.key, message.request)
         elif isinstance(message, Cancel):
+            self._embeddings.cancel(message.key)
             for each in self._open.get(message.key, ()):
                 self._engine.abort(each.state)
         else:
@@ -178,9 +189,6 @@ class EngineServer:
         return _CHECK_POLL_S if self._checking else self._beat_s
 
     def _submit(self, key: int, request: Request) -> None:
-        if self._ends_at is not None:
-            self._link.send([Refused(key=key, kind="", message="", hint="", again=True)])
-            return
         with self._refusing(key):
             states = self._engine.prepare_unguided(request)
             grammar = request.params.grammar
@@ -239,6 +247,7 @@ class EngineServer:
                 self._open[each.key].remove(each)
                 if not self._open[each.key]:
                     del self._open[each.key]
+        messages += self._embeddings.collect()
         self._count()
         if messages and not self._has_work:
             self._engine.check_integrity()
@@ -255,6 +264,9 @@ class EngineServer:
             num_running=engine.num_running,
             num_blocks=engine.num_blocks,
             num_blocks_in_use=engine.num_blocks_in_use,
+            busy_ns=engine.meter.busy_ns,
+            idle_ns=engine.idle_ns,
+            busy_nj=engine.meter.busy_nj,
         )
 
     def _send_beats(self, stop: threading.Event) -> None:
@@ -272,12 +284,17 @@ class EngineServer:
 
 
 def open_engine(spec: EngineSpec) -> LocalEngine:
-    """Open the model that the spec names. Errors as of `ModelDirectory.open` and the engine."""
+    """Open the model that the spec names, and the energy counters that may be read.
+
+    Errors as of `ModelDirectory.open` and the engine.
+    """
+    found = find_counters()
+    counters = None if isinstance(found, Unmeasured) else found
     if spec.mock is not None:
         model = MockModel(spec.mock)
-        return LocalEngine(model, spec.config, create=model.create)
+        return LocalEngine(model, spec.config, create=model.create, counters=counters)
     draft = ModelDirectory.open(Path(spec.draft)) if spec.draft else None
-    engine = LocalEngine(ModelDirectory.open(Path(spec.model)), spec.config, draft=draft)
+    engine = LocalEngine(ModelDirectory.open(Path(spec.model)), spec.config, draft=draft, counters=counters)
     for name, folder in spec.adapters:
         engine.load_adapter(name, Path(folder))
     return engine
@@ -324,7 +341,7 @@ def _frame(message: FromEngine) -> bytes:
     try:
         return encode(message)
     except ResourceError as error:
-        if not isinstance(message, Advance | End):
+        if not isinstance(message, Advance | End | Embedded):
             raise
         return encode(_refusal(message.key, error))
 

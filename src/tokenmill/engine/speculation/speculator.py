@@ -46,10 +46,16 @@ class Speculator:
         self._attached: dict[int, _Attached] = {}
         self._propose_s = 0.0
         self._is_idle = False
+        self._asked: list[GenerationState] = []
+
+    @property
+    def costs(self) -> dict[SequenceState, float]:
+        """Seconds that guessing took before this step, by those that were guessed for."""
+        return dict.fromkeys(self._asked, self._propose_s / max(1, len(self._asked)))
 
     def guess(self, scheduler: Scheduler) -> None:
         """Attach drafts to running sequences, where they are expected to pay."""
-        self._attached, self._propose_s, self._is_idle = {}, 0.0, False
+        self._attached, self._propose_s, self._is_idle, self._asked = {}, 0.0, False, []
         decoding = [s for s in scheduler.running if isinstance(s, GenerationState) and s.num_pending == 1]
         # What a grammar forces is asked for where rows are free: in a tile that is not full.
         asks_grammars = len(decoding) < ROW_TILE
@@ -58,7 +64,7 @@ class Speculator:
         self._is_idle = bool(states) and not self._controller.active
         if not states or self._is_idle:
             return
-        began_s = self._clock()
+        began_s, self._asked = self._clock(), states
         # Also those that want nothing now: a proposer learns from what it sees.
         rows = [self._row(state) for state in states]
         drafts = [
