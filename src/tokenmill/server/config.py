@@ -25,6 +25,7 @@ from tokenmill.core import NotFoundError, StorageError, Tier, UsageError
 from tokenmill.engine import LLMConfig
 from tokenmill.engine.mock import MockScript
 from tokenmill.router.config import Price, RouteConfig, UpstreamConfig
+from tokenmill.server.observer import ObserverConfig
 
 __all__ = ["Deployment", "HttpConfig", "MachineConfig", "ModelConfig", "read_deployment"]
 
@@ -122,6 +123,7 @@ class Deployment:
     routes: tuple[RouteConfig, ...] = ()
     http: HttpConfig = field(default_factory=HttpConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
+    observe: ObserverConfig = field(default_factory=ObserverConfig)
     store: str = ""
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Final
 
+from tokenmill.costs.prices import load_prices
 from tokenmill.engine.mock import MockModel
 from tokenmill.engine.serving.messages import EngineSpec
 from tokenmill.models.store.directory import ModelDirectory
@@ -19,8 +20,10 @@ from tokenmill.router import Backend
 from tokenmill.router.local import LocalBackend, LocalConfig
 from tokenmill.server.app import create_app
 from tokenmill.server.config import Deployment, ModelConfig
+from tokenmill.server.dashboard import Ledger
 from tokenmill.server.edge import Edge, EdgeConfig
 from tokenmill.server.gateway import Gateway, GatewayConfig
+from tokenmill.server.observer import Observer
 from tokenmill.server.pricing import PriceList
 from tokenmill.server.run import bind, serve_until_told
 from tokenmill.store import Accounts, Key, Store, open_store
@@ -40,18 +43,19 @@ async def serve(deployment: Deployment, *, on_ready: Callable[[str], None] = lam
     http = deployment.http
     listener = bind(http)
     with contextlib.closing(listener):
-        async with opened_gateway(deployment) as (gateway, store):
+        observer = Observer(deployment.observe, prices=load_prices())
+        async with opened_gateway(deployment, observer) as (gateway, store), observer.looking():
             edge = EdgeConfig(
                 keyless=not http.asks_for_keys,
                 hosts=(*_LOOPBACK, *http.hosts) if http.hosts or http.is_loopback else (),
             )
-            app: Edge = create_app(gateway, edge, _finder(store))
-            await serve_until_told(app, gateway, http, listener, on_ready=on_ready)
+            app: Edge = create_app(gateway, edge, _finder(store), observer.routes)
+            await serve_until_told(observer.wrap(app), gateway, http, listener, on_ready=on_ready)
 
 
 @asynccontextmanager
-async def opened_gateway(deployment: Deployment) -> AsyncIterator[tuple[Gateway, Store]]:
-    """The gateway of a deployment with everything behind it."""
+async def opened_gateway(deployment: Deployment, observer: Observer) -> AsyncIterator[tuple[Gateway, Store]]:
+    """The gateway of a deployment with everything behind it, watched."""
     async with contextlib.AsyncExitStack() as stack:
         store = open_store(deployment.store or str(Library().home / "server.db"))
         stack.push_async_callback(store.close)
@@ -67,7 +71,9 @@ async def opened_gateway(deployment: Deployment) -> AsyncIterator[tuple[Gateway,
             max_calls=http.max_calls, fast_s=http.fast_s, standard_s=http.standard_s, batch_s=http.batch_s
         )
         prices = PriceList(prices={each.served_name: each.price for each in deployment.models})
-        yield Gateway(backends, accounts, prices, config), store
+        gateway = Gateway(backends, accounts, prices, config, on_settled=observer.settled)
+        observer.watch(gateway, backends, Ledger(store, accounts.remaining))
+        yield gateway, store
 
 
 def check_deployment(deployment: Deployment) -> list[str]:

@@ -2,9 +2,10 @@
 
     observer = Observer(ObserverConfig(slo=...), prices=load_prices())
     gateway = Gateway(..., on_settled=observer.settled)
-    routes = observer.watch(gateway, backends, ledger)          # for `create_app(..., more=routes)`
-    app = observer.wrap(app)                                    # outside of the edge: sees what it refuses
-    task = asyncio.create_task(observer.run())                  # looks once a second; cancel it at the end
+    observer.watch(gateway, backends, ledger)
+    app = create_app(..., more=observer.routes)
+    async with observer.looking():                  # once a second
+        serve(observer.wrap(app))                   # outside of the edge: sees what that refuses
 
 What watches must not disturb: nothing here raises into a call, waits for a disk, or keeps text of a client.
 """
@@ -13,7 +14,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, Final, get_args
@@ -85,6 +86,7 @@ class Observer:
         self._page = PageConfig(version=__version__, prices=prices, compare_with=config.compare_with)
         self._slo = SloTracker(config.slo)
         self._history = History()
+        self.routes: list[Route] = []
         self._gateway: Gateway | None = None
         self._fleet = Fleet(())
         self._health: Health | None = None
@@ -122,8 +124,8 @@ class Observer:
         *,
         batches: Batches | None = None,
         gauges: Sequence[Gauge] = (),
-    ) -> list[Route]:
-        """Watch these from now on. Returns the routes of health, metrics and the dashboard."""
+    ) -> None:
+        """Watch these from now on; `routes` are then those of health, metrics and the dashboard."""
         self._gateway, self._ledger = gateway, ledger
         self._batches = batches or _no_batches
         self._fleet = Fleet([deployed(each) for each in backends])
@@ -132,14 +134,24 @@ class Observer:
         self.metrics.watch([*self._gauges(gateway, self._health), *gauges])
         pages = DashboardPages(self._page, self.look, lambda: gateway.models)
         scrape = Route("/metrics", self._scrape, methods=["GET"])
-        return [scrape, *self._health.routes(), *pages.routes()]
+        self.routes = [scrape, *self._health.routes(), *pages.routes()]
 
     def wrap(self, app: Asgi) -> Asgi:
         """An application whose every HTTP answer is counted."""
         return _Watched(app, self._answered)
 
-    async def run(self) -> None:
-        """Look at the engines once a second, until cancelled."""
+    @contextlib.asynccontextmanager
+    async def looking(self) -> AsyncIterator[None]:
+        """Look at the engines once a second until the block ends."""
+        task = asyncio.create_task(self._run())
+        try:
+            yield
+        finally:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+    async def _run(self) -> None:
         assert self._health is not None, "watch comes first"
         next_ledger_s = 0.0
         due_s = time.monotonic()
