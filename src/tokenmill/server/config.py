@@ -116,13 +116,17 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Deployment:
-    """Everything that a server is told. `store` is the path of a file, or postgresql://..."""
+    """Everything that a server is told. `store` is the path of a file, or postgresql://...
+
+    `prices` are what keys pay for routes and upstreams, by name and tier; an upstream's own price otherwise.
+    """
 
     models: tuple[ModelConfig, ...] = ()
     upstreams: tuple[UpstreamConfig, ...] = ()
     routes: tuple[RouteConfig, ...] = ()
     http: HttpConfig = field(default_factory=HttpConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
+    prices: Mapping[str, Mapping[Tier, Price]] = field(default_factory=dict)
     observe: ObserverConfig = field(default_factory=ObserverConfig)
     store: str = ""
 

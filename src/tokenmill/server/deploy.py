@@ -7,16 +7,17 @@ import contextlib
 import hashlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from typing import Final
 
+from tokenmill.core import Tier
 from tokenmill.costs.prices import load_prices
 from tokenmill.engine.mock import MockModel
 from tokenmill.engine.serving.messages import EngineSpec
 from tokenmill.models.store.directory import ModelDirectory
 from tokenmill.models.store.library import Library
-from tokenmill.router import Backend
+from tokenmill.router import Backend, Price, Router, UpstreamBackend
 from tokenmill.router.local import LocalBackend, LocalConfig
 from tokenmill.server.app import create_app
 from tokenmill.server.config import Deployment, ModelConfig
@@ -31,6 +32,7 @@ from tokenmill.store import Accounts, Key, Store, open_store
 __all__ = ["check_deployment", "opened_gateway", "serve"]
 
 _LOG: Final = logging.getLogger(__name__)
+_MOCK_TEMPLATE: Final = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
 _LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
 
 
@@ -66,12 +68,16 @@ async def opened_gateway(deployment: Deployment, observer: Observer) -> AsyncIte
             backend = await _local(model, deployment)
             stack.push_async_callback(backend.close)
             backends.append(backend)
+        for upstream in deployment.upstreams:
+            endpoint = UpstreamBackend(upstream)
+            stack.push_async_callback(endpoint.close)
+            backends.append(endpoint)
+        router = Router(backends, deployment.routes, on_event=observer.routed)
         http = deployment.http
         config = GatewayConfig(
             max_calls=http.max_calls, fast_s=http.fast_s, standard_s=http.standard_s, batch_s=http.batch_s
         )
-        prices = PriceList(prices={each.served_name: each.price for each in deployment.models})
-        gateway = Gateway(backends, accounts, prices, config, on_settled=observer.settled)
+        gateway = Gateway(router, accounts, _prices(deployment), config, on_settled=observer.settled)
         observer.watch(gateway, backends, Ledger(store, accounts.remaining))
         yield gateway, store
 
@@ -85,6 +91,15 @@ def check_deployment(deployment: Deployment) -> list[str]:
         lines.append(f"{model.served_name}: {what}")
     lines += [f"{each.name}: {each.model} at {each.url}" for each in deployment.upstreams]
     return lines
+
+
+def _prices(deployment: Deployment) -> PriceList:
+    """What keys pay by the name that they ask for; an upstream without a price of ours at its own."""
+    prices: dict[str, Mapping[Tier, Price]] = {
+        each.name: {"standard": each.price} for each in deployment.upstreams
+    }
+    prices |= {each.served_name: each.price for each in deployment.models}
+    return PriceList(prices=prices | dict(deployment.prices))
 
 
 async def _local(model: ModelConfig, deployment: Deployment) -> LocalBackend:
@@ -111,7 +126,9 @@ async def _local(model: ModelConfig, deployment: Deployment) -> LocalBackend:
 
 
 def _directory(model: ModelConfig) -> ModelDirectory:
-    return Library().find(model.model) if model.mock is None else MockModel(model.mock)
+    return (
+        Library().find(model.model) if model.mock is None else MockModel(model.mock, template=_MOCK_TEMPLATE)
+    )
 
 
 def _finder(store: Store) -> Callable[[str], Coroutine[None, None, Key | None]]:

@@ -11,12 +11,12 @@ import logging
 import sys
 import time
 import traceback
-from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Final, TextIO
 
 from tokenmill.core import UsageError
 from tokenmill.server.gateway import Settled
+from tokenmill.store import Entry
 
 __all__ = ["FIELDS", "LEVELS", "JsonFormatter", "log_http", "log_settled", "set_up_logs"]
 
@@ -91,16 +91,22 @@ def set_up_logs(level: str = "info", stream: TextIO | None = None) -> logging.Ha
     handler.setFormatter(JsonFormatter())
     root.addHandler(handler)
     root.setLevel(level.upper())
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)  # its start and end are told by ours
     return handler
 
 
 def log_settled(settled: Settled) -> None:
-    """A call that has ended: who, what, how much, how long."""
-    entry = settled.entry
-    level = logging.WARNING if entry.finish in ("failed", "expired") else logging.INFO
-    if not _CALLS.isEnabledFor(level):
-        return
-    fields: Mapping[str, object] = {
+    """A call that has ended, a line for each attempt: who, what, how much, how long."""
+    for entry in settled.entries:
+        level = logging.WARNING if entry.finish in ("failed", "expired") else logging.INFO
+        if _CALLS.isEnabledFor(level):
+            _CALLS.log(level, "settled", extra=_call_fields(settled, entry))
+
+
+def _call_fields(settled: Settled, entry: Entry) -> dict[str, object]:
+    is_last = entry is settled.entries[-1]
+    ttft_s = settled.ttft_s if is_last else None
+    return {
         "request_id": entry.request_id,
         "attempt": entry.attempt,
         "kind": entry.kind,
@@ -115,10 +121,9 @@ def log_settled(settled: Settled) -> None:
         "num_output_tokens": entry.num_output_tokens,
         "cost_nano_usd": entry.cost_nano_usd,
         "price_nano_usd": entry.price_nano_usd,
-        "ttft_ms": None if settled.ttft_s is None else round(settled.ttft_s * 1e3, 3),
-        "total_ms": round(settled.total_s * 1e3, 3),
+        "ttft_ms": None if ttft_s is None else round(ttft_s * 1e3, 3),
+        "total_ms": round(settled.total_s * 1e3, 3) if is_last else None,
     }
-    _CALLS.log(level, "settled", extra=fields)
 
 
 def log_http(*, method: str, route: str, status: int, request_id: str, key_id: str, total_s: float) -> None:

@@ -18,10 +18,12 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from tokenmill.core import Usage
 from tokenmill.engine.serving.async_engine import EngineStats
 from tokenmill.server.fleet import Fleet
 from tokenmill.server.gateway import Settled
 from tokenmill.server.slo import CallTimes, SloConfig, SloMeasure
+from tokenmill.store import Entry
 
 __all__ = ["BREAKER_STATES", "Gauge", "Metrics"]
 
@@ -59,10 +61,15 @@ class Metrics:
         self._known = _Known(self._registry, edges)
         self._ours = _Ours(self._registry, edges)
 
-    def settled(self, settled: Settled, times: CallTimes) -> None:
-        """Count a call that has ended."""
-        self._known.add(settled, times)
-        self._ours.add(settled, times)
+    def settled(self, settled: Settled, times: CallTimes | None) -> None:
+        """Count a call that has ended; without `times` it was refused, and only its attempts count."""
+        for entry in settled.entries:
+            self._ours.add_entry(entry)
+        if times is not None:
+            if settled.records:
+                self._known.add_usage(times.model, settled.records[-1].spent.usage)
+            self._known.add_call(times)
+            self._ours.add_call(times)
 
     def answered(self, route: str, status: int) -> None:
         """Count an HTTP answer."""
@@ -117,14 +124,16 @@ class _Known:
         self._e2e = histogram("e2e_request_latency_seconds", "From admission to the last token", "e2e")
         self._decode = histogram("request_decode_time_seconds", "From the first token to the last", "e2e")
 
-    def add(self, settled: Settled, times: CallTimes) -> None:
-        model, usage = times.model, settled.spent.usage
+    def add_usage(self, model: str, usage: Usage) -> None:
         self._prompt.labels(model).inc(usage.num_prompt_tokens)
         self._output.labels(model).inc(usage.num_output_tokens)
         self._queries.labels(model).inc(usage.num_prompt_tokens)
         self._hits.labels(model).inc(usage.num_cached_tokens)
         self._drafts.labels(model).inc(usage.num_draft_tokens)
         self._accepted.labels(model).inc(usage.num_accepted_tokens)
+
+    def add_call(self, times: CallTimes) -> None:
+        model = times.model
         self._ended.labels(model, _VLLM_REASONS[times.finish]).inc()
         self._e2e.labels(model).observe(times.total_s)
         if times.ttft_s is not None:
@@ -155,7 +164,8 @@ class _Ours:
         def histogram(name: str, text: str, measure: SloMeasure) -> Histogram:
             return Histogram(f"tokenmill_{name}", text, _BY_TIER, registry=registry, buckets=edges[measure])
 
-        self._calls = counter("calls", "Calls that ended", (*_BY_DEPLOYMENT, "kind", "finish"))
+        self._calls = counter("calls", "Calls that ended", (*_BY_TIER, "finish"))
+        self._attempts = counter("attempts", "Lines of the ledger", (*_BY_DEPLOYMENT, "kind", "finish"))
         self._tokens = counter("tokens", "Tokens: fresh prompt, cached prompt, output", (*_BY_TIER, "part"))
         self._cost = counter("cost_usd", "What calls cost: measured, or billed upstream", _BY_DEPLOYMENT)
         self._price = counter("price_usd", "What calls were charged", _BY_DEPLOYMENT)
@@ -169,11 +179,10 @@ class _Ours:
         self.http = counter("http_responses", "HTTP answers", ("route", "status"))
         self.routed = counter("router_events", "What the router did", ("kind", "deployment"))
 
-    def add(self, settled: Settled, times: CallTimes) -> None:
-        entry = settled.entry
+    def add_entry(self, entry: Entry) -> None:
         where = (entry.model, entry.deployment, entry.tier)
         tier = (entry.model, entry.tier)
-        self._calls.labels(*where, entry.kind, entry.finish).inc()
+        self._attempts.labels(*where, entry.kind, entry.finish).inc()
         self._tokens.labels(*tier, "prompt").inc(entry.num_prompt_tokens - entry.num_cached_tokens)
         self._tokens.labels(*tier, "cached").inc(entry.num_cached_tokens)
         self._tokens.labels(*tier, "output").inc(entry.num_output_tokens)
@@ -181,6 +190,10 @@ class _Ours:
         self._price.labels(*where).inc(entry.price_nano_usd * _NANO)
         self._energy.labels(*where).inc(entry.nanojoules * _NANO)
         self._busy.labels(*where).inc(entry.nanoseconds * _NANO)
+
+    def add_call(self, times: CallTimes) -> None:
+        tier = (times.model, times.tier)
+        self._calls.labels(*tier, times.finish).inc()
         self._e2e.labels(*tier).observe(times.total_s)
         if times.ttft_s is not None:
             self._ttft.labels(*tier).observe(times.ttft_s)

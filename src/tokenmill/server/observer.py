@@ -12,6 +12,7 @@ What watches must not disturb: nothing here raises into a call, waits for a disk
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping, Sequence
@@ -26,7 +27,7 @@ from starlette.routing import Route
 from tokenmill import __version__
 from tokenmill.core import Tier
 from tokenmill.costs.prices import Price
-from tokenmill.router import Backend
+from tokenmill.router import Backend, RouteEvent
 from tokenmill.server.caller import NOBODY, Caller
 from tokenmill.server.dashboard import (
     BatchLine,
@@ -59,6 +60,10 @@ _LEDGER_S: Final = 30.0
 _LEFT: Final = 499
 """Stands for the status of an answer whose client left before it began."""
 _NANO: Final = 1e-9
+_REFUSALS: Final = frozenset({"BudgetError", "LimitError", "UsageError", "FieldError", "NotFoundError"})
+"""Errors of an attempt that say what was wrong with the call, or that its key may not have it."""
+_LOGGED: Final = frozenset({"failure", "breaker-open", "breaker-closed", "shadow-failure"})
+_LOG: Final = logging.getLogger("tokenmill.server.router")
 _ROUTES: Final = frozenset(
     {
         *("/", "/metrics", "/health", "/health/live", "/health/ready", "/health/drained"),
@@ -95,26 +100,25 @@ class Observer:
 
     def settled(self, settled: Settled) -> None:
         """Take a call that has ended (`Gateway(on_settled=...)`)."""
-        entry, now_s = settled.entry, time.monotonic()
-        times = CallTimes(
-            model=entry.model,
-            tier=entry.tier,
-            finish=entry.finish,
-            ttft_s=settled.ttft_s,
-            total_s=settled.total_s,
-            num_output_tokens=entry.num_output_tokens,
-        )
+        times, now_s = _times(settled), time.monotonic()
         self.metrics.settled(settled, times)
-        self._slo.add(times, now_s)
-        self._history.add(times, entry.num_prompt_tokens, now_s)
-        if not times.is_answered and not times.is_given_up:
-            where = f"{entry.model} ({entry.tier}), key {entry.key_id}"
-            self._history.fail(ErrorLine(time.time(), entry.finish, where, entry.request_id))
         log_settled(settled)
+        if times is None:
+            return
+        self._slo.add(times, now_s)
+        num_prompt_tokens = settled.entries[-1].num_prompt_tokens if settled.entries else 0
+        self._history.add(times, num_prompt_tokens, now_s)
+        if not times.is_answered and not times.is_given_up:
+            caller = settled.caller
+            where = f"{times.model} ({times.tier}), key {caller.key.id}"
+            self._history.fail(ErrorLine(time.time(), times.finish, where, caller.request_id))
 
-    def routed(self, kind: str, deployment: str) -> None:
-        """Take what the router did, by the names of its events."""
-        self.metrics.routed(kind, deployment)
+    def routed(self, event: RouteEvent) -> None:
+        """Take what the router did (`Router(on_event=...)`)."""
+        self.metrics.routed(event.kind, event.backend)
+        if event.kind in _LOGGED:
+            fields = {"kind": event.kind, "deployment": event.backend, "route": event.route}
+            _LOG.warning("router", extra={**fields, "reason": event.error})
 
     def watch(
         self,
@@ -272,6 +276,24 @@ def route_label(path: str) -> str:
         if path == family or path.startswith(f"{family}/"):
             return family
     return "other"
+
+
+def _times(settled: Settled) -> CallTimes | None:
+    """How a call went; None if it was refused before it cost anything, by no fault of the server."""
+    model = settled.call.model if settled.call is not None else ""
+    if not settled.entries:
+        return CallTimes(model, settled.tier, "failed", None, settled.total_s, 0) if model else None
+    if settled.records[-1].error in _REFUSALS:
+        return None
+    last = settled.entries[-1]
+    return CallTimes(
+        model=last.model,
+        tier=last.tier,
+        finish=last.finish,
+        ttft_s=settled.ttft_s,
+        total_s=settled.total_s,
+        num_output_tokens=last.num_output_tokens,
+    )
 
 
 class _Watched:
