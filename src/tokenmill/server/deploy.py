@@ -126,9 +126,9 @@ async def _local(model: ModelConfig, deployment: Deployment) -> LocalBackend:
 
 
 def _directory(model: ModelConfig) -> ModelDirectory:
-    return (
-        Library().find(model.model) if model.mock is None else MockModel(model.mock, template=_MOCK_TEMPLATE)
-    )
+    if model.mock is not None:
+        return MockModel(model.mock, template=_MOCK_TEMPLATE)
+    return Library().find(model.model)
 
 
 def _finder(store: Store) -> Callable[[str], Coroutine[None, None, Key | None]]:

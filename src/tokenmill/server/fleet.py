@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from tokenmill.engine.serving.async_engine import EngineStats
-from tokenmill.router import Backend, BackendState
+from tokenmill.router import Backend, BackendState, BreakerState
 from tokenmill.router.local import LocalBackend
 
 __all__ = ["STALL_S", "Deployed", "Fleet", "Trouble", "deployed"]
@@ -20,12 +20,16 @@ STALL_S: Final = 4.0
 
 @dataclass(frozen=True, kw_only=True)
 class Deployed:
-    """One deployment: its names, and how to ask for its state; `stats` is None for an upstream."""
+    """One deployment: its names, and how to ask for its state and its breaker's.
+
+    `stats` is None for an upstream.
+    """
 
     name: str
     model: str
     is_local: bool
     state: Callable[[], BackendState]
+    breaker: Callable[[], BreakerState] = lambda: "closed"
     stats: Callable[[], EngineStats] | None = None
 
 
@@ -39,14 +43,15 @@ class Trouble:
     reason: str
 
 
-def deployed(backend: Backend) -> Deployed:
-    """A backend as a deployment."""
+def deployed(backend: Backend, breaker: Callable[[], BreakerState] = lambda: "closed") -> Deployed:
+    """A backend as a deployment, with how to ask for the state of its breaker."""
     stats = (lambda: backend.engine.stats) if isinstance(backend, LocalBackend) else None
     return Deployed(
         name=backend.name,
         model=backend.model,
         is_local=backend.is_local,
         state=lambda: backend.state,
+        breaker=breaker,
         stats=stats,
     )
 
@@ -87,6 +92,8 @@ class Fleet:
         state = each.state()
         if state == "drained":
             return "it has ended"
+        if each.breaker() == "open":
+            return "its breaker is open: calls failed"
         stats = None if each.stats is None else each.stats()
         if state == "live":
             return "its engine is being started again" if stats is not None else "it takes no calls"

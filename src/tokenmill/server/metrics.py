@@ -25,9 +25,7 @@ from tokenmill.server.gateway import Settled
 from tokenmill.server.slo import CallTimes, SloConfig, SloMeasure
 from tokenmill.store import Entry
 
-__all__ = ["BREAKER_STATES", "Gauge", "Metrics"]
-
-BREAKER_STATES: Final = ("closed", "half-open", "open")
+__all__ = ["Gauge", "Metrics"]
 
 _NANO: Final = 1e-9
 _TTFT_S: Final = (
@@ -240,6 +238,12 @@ class _Engines(Collector):
         for each in self._fleet.deployments:
             up.add_metric([each.model, each.name], float(each.state() == "ready"))
         yield up
+        breaker = GaugeMetricFamily(
+            "tokenmill_breaker_open", "1 if calls are kept away", labels=_ENGINE_LABELS
+        )
+        for each in self._fleet.deployments:
+            breaker.add_metric([each.model, each.name], float(each.breaker() != "closed"))
+        yield breaker
 
     def describe(self) -> Iterable[Metric]:
         return []

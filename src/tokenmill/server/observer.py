@@ -27,7 +27,7 @@ from starlette.routing import Route
 from tokenmill import __version__
 from tokenmill.core import Tier
 from tokenmill.costs.prices import Price
-from tokenmill.router import Backend, RouteEvent
+from tokenmill.router import Backend, BreakerState, RouteEvent
 from tokenmill.server.caller import NOBODY, Caller
 from tokenmill.server.dashboard import (
     BatchLine,
@@ -132,7 +132,7 @@ class Observer:
         """Watch these from now on; `routes` are then those of health, metrics and the dashboard."""
         self._gateway, self._ledger = gateway, ledger
         self._batches = batches or _no_batches
-        self._fleet = Fleet([deployed(each) for each in backends])
+        self._fleet = Fleet([deployed(each, _breaker(gateway, each)) for each in backends])
         self._health = Health(gateway, self._fleet)
         self.metrics.watch_fleet(self._fleet)
         self.metrics.watch([*self._gauges(gateway, self._health), *gauges])
@@ -276,6 +276,10 @@ def route_label(path: str) -> str:
         if path == family or path.startswith(f"{family}/"):
             return family
     return "other"
+
+
+def _breaker(gateway: Gateway, backend: Backend) -> Callable[[], BreakerState]:
+    return lambda: gateway.router.breaker_state(backend.name)
 
 
 def _times(settled: Settled) -> CallTimes | None:

@@ -48,7 +48,7 @@ class KeyBudget:
 
 @dataclass(frozen=True, kw_only=True)
 class Today:
-    """Sums since midnight UTC by (key, model, tier), and budgets; `trouble` if it could not be read."""
+    """Sums since midnight UTC by (key, deployment), and budgets; `trouble` if it could not be read."""
 
     sums: tuple[LedgerSum, ...] = ()
     budgets: tuple[KeyBudget, ...] = ()
@@ -86,7 +86,7 @@ class Ledger:
     async def _read(self) -> None:
         try:
             since_s = self._wall_s() // _DAY_S * _DAY_S
-            sums = await self._books.sums(LedgerQuery(since_s=since_s), ("key_id", "model", "tier"))
+            sums = await self._books.sums(LedgerQuery(since_s=since_s), ("key_id", "deployment"))
             budgets = await self._budgets()
         except TokenmillError as error:
             trouble = f"the ledger cannot be read ({type(error).__name__})"

@@ -209,7 +209,7 @@ def _models(sources: Sources) -> list[_Row]:
     rows = []
     troubles = {each.deployment: each.reason for each in sources.fleet.troubles(sources.now_s)}
     for each in sources.fleet.deployments:
-        sums = [line for line in sources.today.sums if line.group[1] == each.model]
+        sums = [line for line in sources.today.sums if line.group[1] == each.name]
         trouble = troubles.get(each.name)
         state = Cell("ready", "good") if trouble is None else Cell(trouble, "bad")
         name = each.name if each.name == each.model else f"{each.model} at {each.name}"
