@@ -35,7 +35,12 @@ def test_a_settled_call_is_a_line_with_its_numbers(lines: io.StringIO) -> None:
     assert line["event"] == "settled" and line["level"] == "info" and line["logger"].startswith("tokenmill.")
     assert line["request_id"] == "req_1" and line["key_id"] == "key_1" and line["model"] == "mock"
     assert (line["num_prompt_tokens"], line["num_cached_tokens"], line["num_output_tokens"]) == (10, 4, 5)
-    assert (line["ttft_ms"], line["total_ms"], line["tier"], line["finish"]) == (250, 1500, "fast", "completed")
+    assert (line["ttft_ms"], line["total_ms"], line["tier"], line["finish"]) == (
+        250,
+        1500,
+        "fast",
+        "completed",
+    )
     assert (line["cost_nano_usd"], line["price_nano_usd"]) == (7000, 9000)
     assert set(line) <= FIELDS | {"time", "level", "logger", "event"}
 

@@ -69,11 +69,11 @@ class Fleet:
             if each.stats is not None:
                 self._progress[each.name].look(each.stats(), now_s)
 
-    def troubles(self, now_s: float) -> list[Trouble]:
+    def troubles(self) -> list[Trouble]:
         """Deployments that answer nothing now; empty if all do."""
         found = []
         for each in self.deployments:
-            reason = self._reason(each, now_s)
+            reason = self._reason(each)
             if reason:
                 trouble = Trouble(
                     deployment=each.name, model=each.model, is_local=each.is_local, reason=reason
@@ -81,14 +81,14 @@ class Fleet:
                 found.append(trouble)
         return found
 
-    def is_ready(self, now_s: float) -> bool:
+    def is_ready(self) -> bool:
         """Whether calls should come here: every engine of this machine works, or without one any upstream."""
-        troubled = self.troubles(now_s)
+        troubled = self.troubles()
         if any(each.is_local for each in self.deployments):
             return not any(each.is_local for each in troubled)
         return len(troubled) < len(self.deployments)
 
-    def _reason(self, each: Deployed, now_s: float) -> str:
+    def _reason(self, each: Deployed) -> str:
         state = each.state()
         if state == "drained":
             return "it has ended"
@@ -97,7 +97,7 @@ class Fleet:
         stats = None if each.stats is None else each.stats()
         if state == "live":
             return "its engine is being started again" if stats is not None else "it takes no calls"
-        stuck_s = self._progress[each.name].stuck_s(now_s)
+        stuck_s = self._progress[each.name].stuck_s
         return f"no step for {stuck_s:.0f} s although there is work" if stuck_s >= STALL_S else ""
 
 
@@ -119,5 +119,7 @@ class _Progress:
             self._at_s = now_s
         self._seen, self._has_work, self._looked_s = seen, has_work, now_s
 
-    def stuck_s(self, now_s: float) -> float:
-        return now_s - self._at_s if self._has_work else 0.0
+    @property
+    def stuck_s(self) -> float:
+        """As far as was looked: a probe that comes before the next look knows no more."""
+        return self._looked_s - self._at_s if self._has_work else 0.0

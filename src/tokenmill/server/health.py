@@ -53,11 +53,10 @@ class Health:
 
     async def ready(self, request: Request) -> Response:
         """GET /health/ready."""
-        now_s = time.monotonic()
-        reasons = [f"{each.deployment}: {each.reason}" for each in self._fleet.troubles(now_s)]
+        reasons = [f"{each.deployment}: {each.reason}" for each in self._fleet.troubles()]
         if self._gateway.is_draining:
             reasons.insert(0, "the server is shutting down")
-        is_ready = not self._gateway.is_draining and self._fleet.is_ready(now_s)
+        is_ready = not self._gateway.is_draining and self._fleet.is_ready()
         states = {each.name: each.state() for each in self._fleet.deployments}
         return _answer("ready", is_ready, reasons, {"deployments": states})
 

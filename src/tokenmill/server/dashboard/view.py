@@ -98,11 +98,11 @@ def make_view(sources: Sources) -> View:
 
 
 def _state(sources: Sources) -> dict[str, str]:
-    troubles = [f"{each.deployment}: {each.reason}" for each in sources.fleet.troubles(sources.now_s)]
+    troubles = [f"{each.deployment}: {each.reason}" for each in sources.fleet.troubles()]
     if sources.is_draining:
         return {"state": "shutting down", "state.kind": "warn", "state.note": "no new calls are taken"}
     if troubles:
-        kind = "warn" if sources.fleet.is_ready(sources.now_s) else "bad"
+        kind = "warn" if sources.fleet.is_ready() else "bad"
         text = "partly ready" if kind == "warn" else "not ready"
         return {"state": text, "state.kind": kind, "state.note": "; ".join(troubles)}
     return {"state": "ready", "state.kind": "good", "state.note": ""}
@@ -207,7 +207,7 @@ def _tiers(sources: Sources) -> list[_Row]:
 
 def _models(sources: Sources) -> list[_Row]:
     rows = []
-    troubles = {each.deployment: each.reason for each in sources.fleet.troubles(sources.now_s)}
+    troubles = {each.deployment: each.reason for each in sources.fleet.troubles()}
     for each in sources.fleet.deployments:
         sums = [line for line in sources.today.sums if line.group[1] == each.name]
         trouble = troubles.get(each.name)
