@@ -27,14 +27,20 @@ __all__ = ["create_app"]
 _LOG = logging.getLogger(__name__)
 
 
-def create_app(gateway: Gateway, edge: EdgeConfig, find_key: Callable[[str], Awaitable[Key | None]]) -> Edge:
-    """Everything that is served over HTTP. `find_key` gives the key of a secret."""
+def create_app(
+    gateway: Gateway,
+    edge: EdgeConfig,
+    find_key: Callable[[str], Awaitable[Key | None]],
+    more: Sequence[Route] = (),
+) -> Edge:
+    """Everything that is served over HTTP: the APIs, and `more`. `find_key` gives the key of a secret."""
     started = int(time.time())
     routes = [
         *AnthropicApi(gateway, started).routes(),
         *ResponsesApi(gateway).routes(),
         *EmbeddingsApi(gateway).routes(),
         *OpenAIApi(gateway, started).routes(),
+        *more,
     ]
     routes += OpenApi(routes, gateway.models, keyless=edge.keyless).routes
     return Edge(_Routes(routes), edge, find_key)

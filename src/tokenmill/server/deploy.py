@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from typing import Final
 
 from tokenmill.core import Tier
+from tokenmill.costs.prices import load_prices
 from tokenmill.engine.mock import MockModel
 from tokenmill.engine.serving.messages import EngineSpec
 from tokenmill.models.store.directory import ModelDirectory
@@ -19,9 +20,11 @@ from tokenmill.router import Backend, Price, Router, UpstreamBackend
 from tokenmill.router.local import LocalBackend, LocalConfig
 from tokenmill.server.app import create_app
 from tokenmill.server.config import Deployment, ModelConfig
+from tokenmill.server.dashboard import Ledger
 from tokenmill.server.edge import Edge, EdgeConfig, check_exposure
 from tokenmill.server.gateway import Gateway, GatewayConfig
 from tokenmill.server.keys import KeyCache
+from tokenmill.server.observer import Observer
 from tokenmill.server.pricing import PriceList
 from tokenmill.server.run import bind, serve_until_told
 from tokenmill.store import Accounts, Store, open_store
@@ -52,14 +55,15 @@ async def serve(deployment: Deployment, *, on_ready: Callable[[str], None] = lam
     listener = bind(http)
     with contextlib.closing(listener):
         check_exposure(listener.getsockname()[0], edge)
-        async with opened_gateway(deployment) as (gateway, store):
-            app: Edge = create_app(gateway, edge, KeyCache(store))
-            await serve_until_told(app, gateway, http, listener, on_ready=on_ready)
+        observer = Observer(deployment.observe, prices=load_prices())
+        async with opened_gateway(deployment, observer) as (gateway, store), observer.looking():
+            app: Edge = create_app(gateway, edge, KeyCache(store), observer.routes)
+            await serve_until_told(observer.wrap(app), gateway, http, listener, on_ready=on_ready)
 
 
 @asynccontextmanager
-async def opened_gateway(deployment: Deployment) -> AsyncIterator[tuple[Gateway, Store]]:
-    """The gateway of a deployment with everything behind it."""
+async def opened_gateway(deployment: Deployment, observer: Observer) -> AsyncIterator[tuple[Gateway, Store]]:
+    """The gateway of a deployment with everything behind it, watched."""
     async with contextlib.AsyncExitStack() as stack:
         store = open_store(deployment.store or str(Library().home / "server.db"))
         stack.push_async_callback(store.close)
@@ -74,12 +78,14 @@ async def opened_gateway(deployment: Deployment) -> AsyncIterator[tuple[Gateway,
             endpoint = UpstreamBackend(upstream)
             stack.push_async_callback(endpoint.close)
             backends.append(endpoint)
-        router = Router(backends, deployment.routes)
+        router = Router(backends, deployment.routes, on_event=observer.routed)
         http = deployment.http
         config = GatewayConfig(
             max_calls=http.max_calls, fast_s=http.fast_s, standard_s=http.standard_s, batch_s=http.batch_s
         )
-        yield Gateway(router, accounts, _prices(deployment), config), store
+        gateway = Gateway(router, accounts, _prices(deployment), config, on_settled=observer.settled)
+        observer.watch(gateway, backends, Ledger(store, accounts.remaining))
+        yield gateway, store
 
 
 def check_deployment(deployment: Deployment) -> list[str]:

@@ -6,7 +6,7 @@ Nothing is stored, so `previous_response_id`, `conversation`, `background` and `
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast
 
 import msgspec
 
@@ -179,7 +179,7 @@ def _tool_choice(request: _Request, names: set[str]) -> ToolChoice:
     if choice is None:
         return ToolChoice(parallel=parallel)
     if choice == "auto" or choice == "none" or choice == "required":
-        mode: Literal["auto", "none", "required"] = choice
+        mode: Literal["auto", "none", "required"] = cast(Literal["auto", "none", "required"], choice)
         return ToolChoice(mode=mode, parallel=parallel)
     name = choice.get("name") if isinstance(choice, dict) and choice.get("type") == "function" else None
     if name not in names:
