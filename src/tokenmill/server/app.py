@@ -24,9 +24,14 @@ __all__ = ["create_app"]
 _LOG = logging.getLogger(__name__)
 
 
-def create_app(gateway: Gateway, edge: EdgeConfig, find_key: Callable[[str], Awaitable[Key | None]]) -> Edge:
-    """Everything that is served over HTTP. `find_key` gives the key of a secret."""
-    routes = [*OpenAIApi(gateway, int(time.time())).routes(), *AnthropicApi(gateway).routes()]
+def create_app(
+    gateway: Gateway,
+    edge: EdgeConfig,
+    find_key: Callable[[str], Awaitable[Key | None]],
+    more: Sequence[Route] = (),
+) -> Edge:
+    """Everything that is served over HTTP, with `more` routes. `find_key` gives the key of a secret."""
+    routes = [*OpenAIApi(gateway, int(time.time())).routes(), *AnthropicApi(gateway).routes(), *more]
     return Edge(_Routes(routes), edge, find_key)
 
 

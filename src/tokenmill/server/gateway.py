@@ -23,7 +23,7 @@ from tokenmill.server.pricing import PriceList
 from tokenmill.store import Entry, Key, Ticket
 from tokenmill.wire import Call, Piece, Reply, ReplyBuilder, TextPiece, ToolPiece
 
-__all__ = ["Answer", "Gateway", "GatewayConfig", "Money", "Settled"]
+__all__ = ["Answer", "Gateway", "GatewayConfig", "LineCaller", "LineMoney", "Money", "Settled"]
 
 
 class Money(Protocol):
@@ -46,6 +46,21 @@ class Money(Protocol):
     async def settle(self, entries: Sequence[Entry]) -> int:
         """Write what attempts came to, and give back what was set aside for them."""
         ...
+
+
+class LineMoney(Money, Protocol):
+    """The accounts of one line of a batch: settles what it used together with what it came to."""
+
+    def begin(self) -> None:
+        """The line's answer has begun: `settle` will follow, once."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LineCaller(Caller):
+    """A line of a batch as a caller. Limits a minute do not hold for it: a worker decides when it runs."""
+
+    money: LineMoney
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,20 +128,22 @@ class Gateway:
         ResourceError and BudgetError for what the caller or the server has no room for.
         """
         backend = self.backend(call.model)
+        money = caller.money if isinstance(caller, LineCaller) else self._money
+        limits = KeyLimits() if isinstance(caller, LineCaller) else self._limits
         self._enter()
         async with contextlib.AsyncExitStack() as undo:
             undo.callback(self._leave)
             prepared = await backend.prepare(call)
-            permit = self._limits.enter(caller.key, prepared.num_prompt_tokens + prepared.max_output_tokens)
+            permit = limits.enter(caller.key, prepared.num_prompt_tokens + prepared.max_output_tokens)
             undo.callback(permit.leave, 0)
             tier = caller.tier(call.tier)
             worst = self._prices.worst_nano_usd(
                 call.model, tier, prepared.num_prompt_tokens, prepared.max_output_tokens
             )
-            ticket = await self._money.reserve(
+            ticket = await money.reserve(
                 caller.key, caller.request_id, 0, worst, durable=not backend.is_local
             )
-            undo.push_async_callback(self._money.release, ticket)
+            undo.push_async_callback(money.release, ticket)
             job = Job(
                 request_id=caller.request_id,
                 tenant=caller.key.project,
@@ -135,7 +152,9 @@ class Gateway:
             )
             answer = Answer(backend.start(prepared, job), backend, prepared, caller, tier)
             undo.pop_all()
-        task = asyncio.create_task(self._settle(answer, permit))
+        if isinstance(caller, LineCaller):
+            caller.money.begin()
+        task = asyncio.create_task(self._settle(answer, permit, money))
         self._settling.add(task)
         task.add_done_callback(self._settling.discard)
         return answer
@@ -164,13 +183,13 @@ class Gateway:
     def _leave(self) -> None:
         self._num_calls -= 1
 
-    async def _settle(self, answer: "Answer", permit: Permit) -> None:
+    async def _settle(self, answer: "Answer", permit: Permit, money: Money) -> None:
         """Wait for the end of a call, whoever still listens, and write what it came to."""
         spent = await answer.attempt.spent()
         permit.leave(spent.usage.num_total_tokens)
         self._leave()
         entry = self._entry(answer, spent)
-        await self._money.settle([entry])
+        await money.settle([entry])
         self._on_settled(
             Settled(
                 caller=answer.caller,
