@@ -1,8 +1,8 @@
 """One line of a batch, from its bytes to its end: through the same route that a client would ask.
 
 What the line came to, what the ledger says of it and the end of its lease are one transaction, which the
-call's settlement writes. A line is paid for only if it was answered: tries that failed, or were given up, stand
-in the ledger with what they cost here, under names of their own, at no price.
+call's settlement writes. A line is paid for only if it was answered: tries that failed, or were given up,
+stand in the ledger with what they cost here, under names of their own, at no price.
 """
 
 import asyncio
@@ -33,8 +33,8 @@ Endpoint: TypeAlias = Callable[[Request], Awaitable[Asgi]]
 """What answers a route."""
 
 LineFate: TypeAlias = Literal["ended", "busy", "poor", "failed", "lost"]
-"""How it went, for whoever decides what runs next: it has an end; nothing has room; the budget has nothing left
-while others hold some; it failed and will be tried again; the disk refused its end."""
+"""How it went, for whoever decides what runs next: it has an end; nothing has room; the budget has nothing
+left while others hold some; it failed and will be tried again; the disk refused its end."""
 
 _LOG: Final = logging.getLogger(__name__)
 _JSON_HEADERS: Final = [(b"content-type", b"application/json")]

@@ -1,4 +1,4 @@
-"""Idempotency-Key: a client that does not know whether its request arrived sends it again; one object is made.
+"""Idempotency-Key: a client that does not know whether its request arrived sends it again; one thing is made.
 
 The contract is Stripe's. The first answer is kept for 24 hours, in the transaction that makes what it tells
 of, and given again for the same body; another body under the same key is refused (422), a request that is

@@ -373,20 +373,20 @@ class ObjectStore:
         return [LineResult(**dict(zip(_RESULT, row, strict=True))) for row in found]
 
     async def end_batch(self, batch: Batch, files: Sequence[StoredFile], now_s: float) -> None:
-        """A batch's files are written: keep them, and end it."""
+        """A batch's files are written: keep them, and end it. No-op if that was done."""
 
         def work(connection: apsw.Connection) -> None:
+            if _ask(connection, "SELECT status FROM batches WHERE id = ?", (batch.id,)) != [("finalizing",)]:
+                return
             for file in files:
                 _insert(connection, "files", _FILE, file)
             ids = {file.id for file in files}
             kept = [each if each in ids else "" for each in (batch.output_file_id, batch.error_file_id)]
             sql = (
                 "UPDATE batches SET status = outcome, output_file_id = ?, error_file_id = ?, ended_s = ? "
-                "WHERE id = ? AND status = 'finalizing'"
+                "WHERE id = ?"
             )
             connection.execute(sql, (*kept, now_s, batch.id))
-            if connection.changes() != 1:
-                raise UsageError(f"{batch.id} is not being ended")
 
         await self._store.write(work, settles=True)
 
