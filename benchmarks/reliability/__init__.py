@@ -1,1 +1,1 @@
-"""Long forms of the reliability scorecard's lines about the server, each with its control."""
+"""Lines of the reliability scorecard that need a running server; each is a command with a control."""

@@ -131,11 +131,12 @@ class EventStream:
 
 
 def _headers_of(answer: Answer) -> tuple[tuple[bytes, bytes], ...]:
-    return ((b"x-tokenmill-deployment", answer.backend.name.encode()),)
+    name = answer.deployment
+    return ((b"x-tokenmill-deployment", name.encode()),) if name else ()
 
 
 async def _cancel_when_gone(answer: Answer, receive: Receive) -> None:
     """Wait for the client to leave, then give the call up."""
     while (await receive())["type"] != "http.disconnect":
         pass
-    answer.attempt.cancel()
+    answer.cancel()

@@ -27,6 +27,8 @@ from tokenmill.wire.fields import encode_json
 
 __all__ = ["BATCH_PATHS", "BatchRoom", "JsonBody", "caller_of", "endpoints_of", "number_of"]
 
+_LOG: Final = logging.getLogger(__name__)
+
 BATCH_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages")
 """What a line of a batch may ask, as far as there is a route."""
 

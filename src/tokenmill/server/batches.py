@@ -128,12 +128,8 @@ class BatchWorker:
         headroom = self._config.headroom if others else 0
         return max(1, min(int(self._cap), self._config.max_in_flight - headroom - others))
 
-    async def start(self) -> None:
-        """Free what a dead worker held, remove content without a file, and begin."""
-        freed = await self._objects.free_lost(self._now_s())
-        removed = await self._files.sweep()
-        if freed or removed:
-            _LOG.info("batches go on: %d lines freed, %d contents without a file removed", freed, removed)
+    def start(self) -> None:
+        """Begin."""
         self._task = asyncio.create_task(self._run())
 
     async def stop(self) -> None:

@@ -23,6 +23,7 @@ import yaml
 
 from tokenmill.core import NotFoundError, StorageError, Tier, UsageError
 from tokenmill.engine import LLMConfig
+from tokenmill.engine.mock import MockScript
 from tokenmill.router.config import Price, RouteConfig, UpstreamConfig
 
 __all__ = ["Deployment", "HttpConfig", "MachineConfig", "ModelConfig", "read_deployment"]
@@ -89,14 +90,22 @@ class MachineConfig:
 class ModelConfig:
     """A model on this machine: `name` is what clients ask for, `model` a name of the store or a folder.
 
-    `price` by tier; a tier without one has that of standard, and what has none is free.
+    `price` by tier; a tier without one has that of standard, and what has none is free. A `mock` has no
+    weights and answers at the speed that it is told: for tests of clients and of the server itself.
     """
 
-    model: str
+    model: str = ""
     name: str = ""
     draft: str = ""
+    mock: MockScript | None = None
     engine: LLMConfig = field(default_factory=LLMConfig)
     price: Mapping[Tier, Price] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if bool(self.model) == (self.mock is not None):
+            raise UsageError("a model has a model or a mock", hint="give one of the two")
+        if self.mock is not None and not self.name:
+            raise UsageError("a mock has no name", hint="give it one (name:)")
 
     @property
     def served_name(self) -> str:
@@ -106,13 +115,17 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Deployment:
-    """Everything that a server is told. `store` is the path of a file, or postgresql://..."""
+    """Everything that a server is told. `store` is the path of a file, or postgresql://...
+
+    `prices` are what keys pay for routes and upstreams, by name and tier; an upstream's own price otherwise.
+    """
 
     models: tuple[ModelConfig, ...] = ()
     upstreams: tuple[UpstreamConfig, ...] = ()
     routes: tuple[RouteConfig, ...] = ()
     http: HttpConfig = field(default_factory=HttpConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
+    prices: Mapping[str, Mapping[Tier, Price]] = field(default_factory=dict)
     store: str = ""
 
     def __post_init__(self) -> None:

@@ -7,14 +7,16 @@ import contextlib
 import hashlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from typing import Final
 
+from tokenmill.core import Tier
+from tokenmill.engine.mock import MockModel
 from tokenmill.engine.serving.messages import EngineSpec
 from tokenmill.models.store.directory import ModelDirectory
 from tokenmill.models.store.library import Library
-from tokenmill.router import Backend
+from tokenmill.router import Backend, Price, Router, UpstreamBackend
 from tokenmill.router.local import LocalBackend, LocalConfig
 from tokenmill.server.app import create_app
 from tokenmill.server.config import Deployment, ModelConfig
@@ -61,12 +63,16 @@ async def opened_gateway(deployment: Deployment) -> AsyncIterator[tuple[Gateway,
             backend = await _local(model, deployment)
             stack.push_async_callback(backend.close)
             backends.append(backend)
+        for upstream in deployment.upstreams:
+            endpoint = UpstreamBackend(upstream)
+            stack.push_async_callback(endpoint.close)
+            backends.append(endpoint)
+        router = Router(backends, deployment.routes)
         http = deployment.http
         config = GatewayConfig(
             max_calls=http.max_calls, fast_s=http.fast_s, standard_s=http.standard_s, batch_s=http.batch_s
         )
-        prices = PriceList(prices={each.served_name: each.price for each in deployment.models})
-        yield Gateway(backends, accounts, prices, config), store
+        yield Gateway(router, accounts, _prices(deployment), config), store
 
 
 def check_deployment(deployment: Deployment) -> list[str]:
@@ -74,9 +80,19 @@ def check_deployment(deployment: Deployment) -> list[str]:
     lines = []
     for model in deployment.models:
         directory = _directory(model)
-        lines.append(f"{model.served_name}: {directory.path}, {model.engine.weights}")
+        what = "a mock" if model.mock else f"{directory.path}, {model.engine.weights}"
+        lines.append(f"{model.served_name}: {what}")
     lines += [f"{each.name}: {each.model} at {each.url}" for each in deployment.upstreams]
     return lines
+
+
+def _prices(deployment: Deployment) -> PriceList:
+    """What keys pay by the name that they ask for; an upstream without a price of ours at its own."""
+    prices: dict[str, Mapping[Tier, Price]] = {
+        each.name: {"standard": each.price} for each in deployment.upstreams
+    }
+    prices |= {each.served_name: each.price for each in deployment.models}
+    return PriceList(prices=prices | dict(deployment.prices))
 
 
 async def _local(model: ModelConfig, deployment: Deployment) -> LocalBackend:
@@ -90,7 +106,11 @@ async def _local(model: ModelConfig, deployment: Deployment) -> LocalBackend:
     )
     draft = str(Library().find(model.draft).path) if model.draft else ""
     spec = EngineSpec(
-        model=str(directory.path), draft=draft, config=model.engine, drain_s=deployment.http.drain_s
+        model="" if model.mock else str(directory.path),
+        mock=model.mock,
+        draft=draft,
+        config=model.engine,
+        drain_s=deployment.http.drain_s,
     )
     begun_s = time.monotonic()
     backend = await LocalBackend.open(config, directory, spec)
@@ -99,7 +119,7 @@ async def _local(model: ModelConfig, deployment: Deployment) -> LocalBackend:
 
 
 def _directory(model: ModelConfig) -> ModelDirectory:
-    return Library().find(model.model)
+    return Library().find(model.model) if model.mock is None else MockModel(model.mock)
 
 
 def _finder(store: Store) -> Callable[[str], Coroutine[None, None, Key | None]]:

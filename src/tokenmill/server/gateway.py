@@ -1,11 +1,12 @@
-"""One call from whoever asks to whoever answers: admitted, reserved, answered, settled.
+"""One call from whoever asks to whoever answers: admitted, reserved, routed, answered, settled.
 
     answer = await gateway.open(call, caller)       # raises what refuses it; nothing has begun then
     async for piece in answer.pieces(): ...         # breaking off cancels it
     reply = await answer.reply()                    # or all at once
 
 What an answer used is settled once, in a task that no client can cancel: also if the client goes away in the
-middle, and if the server drains. Both APIs, batches and the playground come through here.
+middle, and if the server drains. Every attempt has its line in the ledger with what it cost; the key pays for
+the one that answered, as far as it got. Both APIs, batches and the playground come through here.
 """
 
 import asyncio
@@ -13,17 +14,20 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Final, Protocol
 
-from tokenmill.core import NotFoundError, ResourceError, Tier
-from tokenmill.router import Attempt, Backend, Job, Prepared, Spent
+from tokenmill.core import FinishReason, ResourceError, Tier
+from tokenmill.router import AttemptRecord, Backend, Before, Embedded, Job, Plan, Prepared, Routed, Router
 from tokenmill.server.caller import Caller
 from tokenmill.server.limits import KeyLimits, Permit
 from tokenmill.server.pricing import PriceList
 from tokenmill.store import Entry, Key, Ticket
-from tokenmill.wire import Call, Piece, Reply, ReplyBuilder, TextPiece, ToolPiece
+from tokenmill.wire import Call, Piece, Prompt, Reply, ReplyBuilder, TextPiece, ToolPiece
 
 __all__ = ["Answer", "Gateway", "GatewayConfig", "LineCaller", "LineMoney", "Money", "Settled"]
+
+_UNPAID: Final[tuple[FinishReason, ...]] = ("failed",)
+"""Ends that the key does not pay for: they are not its fault."""
 
 
 class Money(Protocol):
@@ -37,10 +41,6 @@ class Money(Protocol):
         self, key: Key, request_id: str, attempt: int, nano_usd: int, *, durable: bool
     ) -> Ticket:
         """Set the most that an attempt can come to aside. Raises BudgetError."""
-        ...
-
-    async def release(self, ticket: Ticket) -> None:
-        """Give back what was set aside for an attempt that never began."""
         ...
 
     async def settle(self, entries: Sequence[Entry]) -> int:
@@ -79,29 +79,33 @@ class GatewayConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Settled:
-    """A call that has ended, for whoever counts: what it was, what it used, when its first piece came."""
+    """A call that has ended, for whoever counts: what it was, each attempt's line, when its first piece came.
+
+    `call` is None for embeddings. `entries` is empty if no attempt was made.
+    """
 
     caller: Caller
-    call: Call
-    entry: Entry
-    spent: Spent
+    call: Call | None
+    tier: Tier
+    entries: tuple[Entry, ...]
+    records: tuple[AttemptRecord, ...]
     ttft_s: float | None
     total_s: float
 
 
 class Gateway:
-    """Owns every call between its admission and its settlement."""
+    """Owns every call between its admission and its settlement. `on_settled` must be quick and not raise."""
 
     def __init__(
         self,
-        backends: Sequence[Backend],
+        router: Router,
         money: Money,
         prices: PriceList,
         config: GatewayConfig,
         *,
         on_settled: Callable[[Settled], None] = lambda _: None,
     ) -> None:
-        self._backends = {backend.model: backend for backend in backends}
+        self.router = router
         self._money = money
         self._prices = prices
         self._config = config
@@ -114,62 +118,59 @@ class Gateway:
     @property
     def models(self) -> list[str]:
         """Names that a call may give."""
-        return sorted(self._backends)
+        return self.router.models
 
     @property
     def num_calls(self) -> int:
         """Calls that are admitted and not settled."""
         return self._num_calls
 
+    @property
+    def is_draining(self) -> bool:
+        """Whether no more are admitted."""
+        return self._is_draining
+
     async def open(self, call: Call, caller: Caller) -> "Answer":
         """Admit a call and begin to answer it.
 
-        Raises NotFoundError for a model that is not served, UsageError for what it cannot answer,
-        ResourceError and BudgetError for what the caller or the server has no room for.
+        Raises NotFoundError for a model that is not served, UsageError for what it cannot answer, LimitError
+        and ResourceError for what the caller or the server has no room for. A budget that does not have it,
+        and a deployment that fails, are raised where the pieces are read.
         """
-        backend = self.backend(call.model)
-        money = caller.money if isinstance(caller, LineCaller) else self._money
-        limits = KeyLimits() if isinstance(caller, LineCaller) else self._limits
+        self.router.resolve(call.model)
         self._enter()
-        async with contextlib.AsyncExitStack() as undo:
+        with contextlib.ExitStack() as undo:
             undo.callback(self._leave)
-            prepared = await backend.prepare(call)
-            permit = limits.enter(caller.key, prepared.num_prompt_tokens + prepared.max_output_tokens)
+            plan = await self.router.prepare(call)
+            prepared = next(iter(plan.prepared.values()))
+            permit = self._permit(caller, prepared.num_prompt_tokens + prepared.max_output_tokens)
             undo.callback(permit.leave, 0)
-            tier = caller.tier(call.tier)
-            worst = self._prices.worst_nano_usd(
-                call.model, tier, prepared.num_prompt_tokens, prepared.max_output_tokens
-            )
-            ticket = await money.reserve(
-                caller.key, caller.request_id, 0, worst, durable=not backend.is_local
-            )
-            undo.push_async_callback(money.release, ticket)
-            job = Job(
-                request_id=caller.request_id,
-                tenant=caller.key.project,
-                tier=tier,
-                timeout_s=self._config.timeout_s(tier),
-            )
-            answer = Answer(backend.start(prepared, job), backend, prepared, caller, tier)
+            answer = self._begin(plan, prepared, caller, permit)
             undo.pop_all()
-        if isinstance(caller, LineCaller):
-            caller.money.begin()
-        task = asyncio.create_task(self._settle(answer, permit, money))
-        self._settling.add(task)
-        task.add_done_callback(self._settling.discard)
         return answer
 
-    def backend(self, model: str) -> Backend:
-        """Who answers for a model. Raises NotFoundError naming those that are served."""
-        if model not in self._backends:
-            known = ", ".join(self.models)
-            raise NotFoundError(f"the model {model[:80]!r} is not served", hint=f"use {known}")
-        return self._backends[model]
+    async def embed(self, model: str, texts: Sequence[Prompt], caller: Caller, user: str = "") -> Embedded:
+        """Vectors of texts. Raises what `open` and reading its answer raise."""
+        self.router.resolve(model)
+        self._enter()
+        work = asyncio.create_task(self._embed(model, texts, caller, user))
+        self._settling.add(work_done := asyncio.create_task(_quiet(work)))
+        work_done.add_done_callback(self._settling.discard)
+        return await asyncio.shield(work)
+
+    async def count_prompt_tokens(self, call: Call) -> int:
+        """The tokens of a call's prompt, with its template. Raises what `open` does; nothing is charged."""
+        self._enter()
+        try:
+            plan = await self.router.prepare(call)
+        finally:
+            self._leave()
+        return next(iter(plan.prepared.values())).num_prompt_tokens
 
     async def drain(self, deadline_s: float) -> None:
         """Admit no more, and wait until all are settled; what has not ended by then fails."""
         self._is_draining = True
-        await asyncio.gather(*(each.drain(deadline_s) for each in self._backends.values()))
+        await self.router.drain(deadline_s)
         while self._settling:
             await asyncio.wait(self._settling)
 
@@ -183,57 +184,144 @@ class Gateway:
     def _leave(self) -> None:
         self._num_calls -= 1
 
-    async def _settle(self, answer: "Answer", permit: Permit, money: Money) -> None:
+    def _permit(self, caller: Caller, num_tokens: int) -> Permit:
+        limits = KeyLimits() if isinstance(caller, LineCaller) else self._limits
+        return limits.enter(caller.key, num_tokens)
+
+    def _begin(self, plan: Plan, prepared: Prepared, caller: Caller, permit: Permit) -> "Answer":
+        """Start the answer, and the task that settles it whatever becomes of the client."""
+        tier = caller.tier(plan.call.tier)
+        if isinstance(caller, LineCaller):
+            caller.money.begin()
+        routed = self.router.start(plan, self._job(caller, tier), self._before(plan.call.model, caller, tier))
+        answer = Answer(routed, prepared, caller, tier)
+        task = asyncio.create_task(self._settle(answer, permit))
+        self._settling.add(task)
+        task.add_done_callback(self._settling.discard)
+        return answer
+
+    def _job(self, caller: Caller, tier: Tier) -> Job:
+        return Job(
+            request_id=caller.request_id,
+            tenant=caller.key.project,
+            tier=tier,
+            timeout_s=self._config.timeout_s(tier),
+        )
+
+    def _before(self, model: str, caller: Caller, tier: Tier) -> Before:
+        """What sets money aside before each attempt, durably if it costs money elsewhere."""
+        money = self._money_of(caller)
+
+        async def reserve(number: int, backend: Backend, prepared: Prepared) -> None:
+            worst = self._prices.worst_nano_usd(
+                model, tier, prepared.num_prompt_tokens, prepared.max_output_tokens
+            )
+            await money.reserve(caller.key, caller.request_id, number, worst, durable=not backend.is_local)
+
+        return reserve
+
+    def _money_of(self, caller: Caller) -> Money:
+        return caller.money if isinstance(caller, LineCaller) else self._money
+
+    async def _settle(self, answer: "Answer", permit: Permit) -> None:
         """Wait for the end of a call, whoever still listens, and write what it came to."""
-        spent = await answer.attempt.spent()
-        permit.leave(spent.usage.num_total_tokens)
+        records = await answer.routed.spent()
+        permit.leave(sum(record.spent.usage.num_total_tokens for record in records))
         self._leave()
-        entry = self._entry(answer, spent)
-        await money.settle([entry])
+        call = answer.call
+        entries = self._entries(call.model, call.user, answer.caller, answer.tier, records)
+        await self._money_of(answer.caller).settle(entries)
         self._on_settled(
             Settled(
                 caller=answer.caller,
-                call=answer.call,
-                entry=entry,
-                spent=spent,
+                call=call,
+                tier=answer.tier,
+                entries=entries,
+                records=records,
                 ttft_s=answer.ttft_s,
                 total_s=time.monotonic() - answer.started_s,
             )
         )
 
-    def _entry(self, answer: "Answer", spent: Spent) -> Entry:
-        caller, usage = answer.caller, spent.usage
-        return Entry(
-            request_id=caller.request_id,
-            attempt=0,
-            kind="local" if answer.backend.is_local else "upstream",
-            at_s=self._money.now_s(),
-            key_id=caller.key.id,
-            project=caller.key.project,
-            feature=caller.feature,
-            end_user=answer.call.user,
-            model=answer.call.model,
-            deployment=answer.backend.name,
-            tier=answer.tier,
-            finish=spent.finish,
-            num_prompt_tokens=usage.num_prompt_tokens,
-            num_cached_tokens=usage.num_cached_tokens,
-            num_output_tokens=usage.num_output_tokens,
-            nanoseconds=spent.nanoseconds,
-            nanojoules=spent.nanojoules,
-            cost_nano_usd=spent.cost_nano_usd,
-            price_nano_usd=self._prices.nano_usd(answer.call.model, answer.tier, usage),
+    async def _embed(self, model: str, texts: Sequence[Prompt], caller: Caller, user: str) -> Embedded:
+        started_s = time.monotonic()
+        tier, money = caller.tier("standard"), self._money_of(caller)
+        try:
+            permit = self._permit(caller, 0)
+            try:
+                found = await self.router.embed(
+                    model, texts, self._job(caller, tier), self._before(model, caller, tier)
+                )
+            finally:
+                permit.leave(0)
+        finally:
+            self._leave()
+        entries = self._entries(model, user, caller, tier, found.records)
+        if isinstance(caller, LineCaller):
+            # Written with what the line comes to, which is not known before this is answered.
+            caller.money.begin()
+            settling = asyncio.create_task(_quiet(asyncio.create_task(money.settle(entries))))
+            self._settling.add(settling)
+            settling.add_done_callback(self._settling.discard)
+        else:
+            await money.settle(entries)
+        self._on_settled(
+            Settled(
+                caller=caller,
+                call=None,
+                tier=tier,
+                entries=entries,
+                records=found.records,
+                ttft_s=None,
+                total_s=time.monotonic() - started_s,
+            )
         )
+        if found.embedded is None:
+            assert found.error is not None
+            raise found.error
+        return found.embedded
+
+    def _entries(
+        self, model: str, user: str, caller: Caller, tier: Tier, records: Sequence[AttemptRecord]
+    ) -> tuple[Entry, ...]:
+        """A line of the ledger for each attempt."""
+        at_s = self._money.now_s()
+        is_line = isinstance(caller, LineCaller)
+        return tuple(
+            Entry(
+                request_id=caller.request_id,
+                attempt=record.number,
+                kind="batch" if is_line else "local" if record.is_local else "upstream",
+                at_s=at_s,
+                key_id=caller.key.id,
+                project=caller.key.project,
+                feature=caller.feature,
+                end_user=user,
+                model=model,
+                deployment=record.backend,
+                tier=tier,
+                finish=record.spent.finish,
+                num_prompt_tokens=record.spent.usage.num_prompt_tokens,
+                num_cached_tokens=record.spent.usage.num_cached_tokens,
+                num_output_tokens=record.spent.usage.num_output_tokens,
+                nanoseconds=record.spent.nanoseconds,
+                nanojoules=record.spent.nanojoules,
+                cost_nano_usd=record.spent.cost_nano_usd,
+                price_nano_usd=self._price(model, tier, record),
+            )
+            for record in records
+        )
+
+    def _price(self, model: str, tier: Tier, record: AttemptRecord) -> int:
+        is_free = record.error or record.spent.finish in _UNPAID
+        return 0 if is_free else self._prices.nano_usd(model, tier, record.spent.usage)
 
 
 class Answer:
     """A call that is being answered. One reader, once."""
 
-    def __init__(
-        self, attempt: Attempt, backend: Backend, prepared: Prepared, caller: Caller, tier: Tier
-    ) -> None:
-        self.attempt = attempt
-        self.backend = backend
+    def __init__(self, routed: Routed, prepared: Prepared, caller: Caller, tier: Tier) -> None:
+        self.routed = routed
         self.call = prepared.call
         self.num_prompt_tokens = prepared.num_prompt_tokens
         self.caller = caller
@@ -241,15 +329,25 @@ class Answer:
         self.started_s = time.monotonic()
         self.ttft_s: float | None = None
 
+    @property
+    def deployment(self) -> str:
+        """Whose answer it is, from the first piece on; empty before."""
+        backend = self.routed.backend
+        return "" if backend is None else backend.name
+
+    def cancel(self) -> None:
+        """Give it up. No-op once it has ended."""
+        self.routed.cancel()
+
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """The pieces as they come. Leaving early, with `aclosing`, cancels the call."""
         try:
-            async for piece in self.attempt:
+            async for piece in self.routed:
                 if self.ttft_s is None and isinstance(piece, TextPiece | ToolPiece):
                     self.ttft_s = time.monotonic() - self.started_s
                 yield piece
         finally:
-            self.attempt.cancel()
+            self.routed.cancel()
 
     async def reply(self) -> Reply:
         """The whole answer. Cancelling who waits for it cancels the call."""
@@ -258,3 +356,8 @@ class Answer:
             async for piece in pieces:
                 builder.add([piece])
         return builder.reply()
+
+
+async def _quiet(work: "asyncio.Task[Any]") -> None:
+    """Wait for a task whose result is somebody else's."""
+    await asyncio.wait([work])

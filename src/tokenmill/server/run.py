@@ -2,7 +2,7 @@
 
 SIGTERM and SIGINT end it gently: it says that it is not ready, admits no more, answers what it has within
 `drain_s` seconds, settles it, and ends; a second signal ends it at once. Everything that it serves is made by
-who calls, and closed here.
+who calls, and closed here. The bounds of connections are those of `protocol.py`.
 """
 
 import asyncio
@@ -24,8 +24,27 @@ __all__ = ["bind", "serve_until_told"]
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 
+_ACCEPTED: Final = 64
+"""Connections that are accepted in one turn of the loop at most; the system holds many more."""
+_UNSENT_BYTES: Final = 128 << 10
+_OWN_FILES: Final = 256
+"""Open files that are kept for the store, engines, upstreams."""
+
+
 class _Server(uvicorn.Server):
-    """uvicorn without its own idea of signals."""
+    """uvicorn without its own idea of signals, which says when it listens."""
+
+    def __init__(self, config: uvicorn.Config, backlog: int, on_listening: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._backlog = backlog
+        self._on_listening = on_listening
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say so."""
+        await super().startup(sockets)
+        for each in sockets or ():
+            each.listen(self._backlog)
+        self._on_listening()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -38,7 +57,10 @@ def bind(config: HttpConfig) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Of an answer that nobody reads the system keeps no more than this, for every connection accepted.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
         listener.bind((config.host, config.port))
+        listener.listen(config.backlog)
     except OSError as error:
         listener.close()
         hint = "choose another --port (0: any that is free), or end what has it"
@@ -69,7 +91,9 @@ async def serve_until_told(
             date_header=True,
             backlog=config.backlog,
             timeout_keep_alive=config.keep_alive_s,
-        )
+        ),
+        config.backlog,
+        lambda: None,
     )
     told = asyncio.Event()
     loop = asyncio.get_running_loop()

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from tokenmill.core import UsageError
 from tokenmill.store.interface import Store
+from tokenmill.store.postgres import PostgresStore
 from tokenmill.store.sqlite import SqliteStore
 
 __all__ = ["open_store"]
@@ -17,4 +18,6 @@ def open_store(url: str) -> Store:
     scheme, found, _ = url.partition("://")
     if not found:
         return SqliteStore(Path(url).expanduser())
+    if scheme in ("postgresql", "postgres"):
+        return PostgresStore(url)
     raise UsageError(f"a store cannot be at {scheme}://", hint="give the path of a file, or postgresql://...")

@@ -31,7 +31,7 @@ __all__ = [
     "key_of_body",
     "lines_question",
     "spent_questions",
-    "sum_of_row",
+    "sums_of_rows",
     "sums_question",
 ]
 
@@ -91,8 +91,15 @@ def check_entries(entries: Sequence[Entry]) -> None:
 
 
 def entry_values(entry: Entry) -> tuple[Value, ...]:
-    """The values of `ENTRY_COLUMNS`."""
-    return astuple(entry)
+    """The values of `ENTRY_COLUMNS`. Text that a database cannot hold gets replacement characters."""
+    values = astuple(entry)
+    return tuple(_storable(value) if isinstance(value, str) else value for value in values)
+
+
+def _storable(text: str) -> str:
+    if text.isprintable():
+        return text
+    return text.encode("utf-8", "replace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}")
 
 
 def entry_of_row(row: Sequence[Any]) -> Entry:
@@ -136,7 +143,7 @@ def _lines_between(key_id: str, since_s: float, until_s: float, mark: str) -> Qu
 
 
 def sums_question(query: LedgerQuery, by: Sequence[SumBy], dialect: Dialect) -> Question:
-    """Groups, the number of lines, and of each figure upper and lower 32 bits, so that no sum overflows."""
+    """Groups, the number of lines, and of each figure the upper and lower 32 bits: no sum overflows."""
     groups = [dialect.by(name) for name in by]
     halves = (f"sum({name} >> 32), sum({name} & {_HALF - 1})" for name in _SUMMED)
     where, values = _where(query, dialect)
@@ -144,12 +151,16 @@ def sums_question(query: LedgerQuery, by: Sequence[SumBy], dialect: Dialect) -> 
     return Question(f"{sql} GROUP BY {', '.join(groups)}" if groups else sql, values)
 
 
-def sum_of_row(row: Sequence[Any], num_groups: int) -> LedgerSum:
-    """A row of `sums_question`."""
+def sums_of_rows(found: Sequence[Sequence[Any]], num_groups: int) -> list[LedgerSum]:
+    """The answer to `sums_question`, the largest price first."""
+    sums = [_sum_of_row(row, num_groups) for row in found if row[num_groups]]
+    return sorted(sums, key=lambda each: (-each.price_nano_usd, each.group))
+
+
+def _sum_of_row(row: Sequence[Any], num_groups: int) -> LedgerSum:
     count, *halves = row[num_groups:]
-    totals = [
-        int(high or 0) * _HALF + int(low or 0) for high, low in zip(halves[::2], halves[1::2], strict=True)
-    ]
+    pairs = zip(halves[::2], halves[1::2], strict=True)
+    totals = [int(high) * _HALF + int(low) for high, low in pairs]
     return LedgerSum(
         group=tuple(map(str, row[:num_groups])),
         num_entries=count,

@@ -169,10 +169,7 @@ class SqliteStore:
         """As `Store.sums`."""
         question = rows.sums_question(query, by, _DIALECT)
         found = await self.read(partial(_fetch, question=question))
-        sums = [rows.sum_of_row(row, len(by)) for row in found]
-        return sorted(
-            (each for each in sums if each.num_entries), key=lambda each: (-each.price_nano_usd, each.group)
-        )
+        return rows.sums_of_rows(found, len(by))
 
     async def entries(self, query: LedgerQuery) -> AsyncIterator[Entry]:
         """As `Store.entries`. Lines that are settled meanwhile may be among them."""

@@ -5,6 +5,7 @@ from tokenmill.wire.anthropic_parse import parse_anthropic_call
 from tokenmill.wire.anthropic_read import AnthropicReader, read_anthropic_reply
 from tokenmill.wire.anthropic_write import write_anthropic_call
 from tokenmill.wire.call import Api, Call, Prompt, ToolChoice
+from tokenmill.wire.embedding import read_openai_embeddings, write_openai_embeddings
 from tokenmill.wire.errors import (
     error_of,
     retry_after,
@@ -65,6 +66,7 @@ __all__ = [
     "quoted",
     "read_anthropic_reply",
     "read_models",
+    "read_openai_embeddings",
     "read_openai_reply",
     "reply_of",
     "retry_after",
@@ -74,6 +76,7 @@ __all__ = [
     "write_anthropic_reply",
     "write_error",
     "write_openai_call",
+    "write_openai_embeddings",
     "write_openai_reply",
     "write_stream_error",
 ]
