@@ -15,6 +15,7 @@ from pathlib import Path
 from tokenmill.engine import LLMConfig
 from tokenmill.engine.mock import MockFault, MockModel, MockScript
 from tokenmill.engine.serving.messages import EngineSpec
+from tokenmill.router import Router
 from tokenmill.router.config import Price
 from tokenmill.router.local import LocalBackend, LocalConfig
 from tokenmill.server.anthropic_api import AnthropicApi
@@ -71,7 +72,7 @@ async def main(args: argparse.Namespace) -> None:
         "standard": Price(input_usd=0.2, output_usd=0.8),
         "batch": Price(input_usd=0.1, output_usd=0.4),
     }
-    gateway = Gateway([backend], accounts, PriceList(prices={"mock": price}), GatewayConfig())
+    gateway = Gateway(Router([backend], ()), accounts, PriceList(prices={"mock": price}), GatewayConfig())
     routes = [*OpenAIApi(gateway, 0).routes(), *AnthropicApi(gateway).routes()]
     room = BatchRoom(
         store,
@@ -90,14 +91,14 @@ async def main(args: argparse.Namespace) -> None:
     app = create_app(gateway, EdgeConfig(keyless=not args.keys), find_key, more)
     http = HttpConfig(port=0, drain_s=5.0)
     listener = bind(http)
-    await room.worker.start()
+    await room.start()
     try:
         ready = json.dumps
         await serve_until_told(
             app, gateway, http, listener, on_ready=lambda url: print(ready({"url": url}), flush=True)
         )
     finally:
-        await room.worker.stop()
+        await room.stop()
         await backend.close()
         await store.close()
 

@@ -2,13 +2,15 @@
 
 room = BatchRoom(store, accounts, folder, runner, ...)
 routes = [*OpenAIBatches(room).routes(), *AnthropicBatches(room).routes()]
-await room.worker.start()
+await room.start()
 ... serve ...
-await room.worker.stop()            # before the gateway drains: lines that run are given back
+await room.stop()                   # before the gateway drains: lines that run are given back
 """
 
+import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 from starlette.requests import Request
 from starlette.routing import Route
@@ -29,7 +31,9 @@ __all__ = ["BATCH_PATHS", "BatchRoom", "JsonBody", "caller_of", "endpoints_of", 
 
 _LOG: Final = logging.getLogger(__name__)
 
-BATCH_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages")
+_LOG: Final = logging.getLogger(__name__)
+
+BATCH_PATHS: Final = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages")
 """What a line of a batch may ask, as far as there is a route."""
 
 
@@ -51,11 +55,12 @@ class BatchRoom:
         config: BatchConfig | None = None,
         files: FilesConfig | None = None,
         find_key: Callable[[str], Awaitable[Key | None]] | None = None,
+        objects: ObjectStore | None = None,
     ) -> None:
         self.store = store
         self.config = config or BatchConfig()
         self.now_s = accounts.now_s
-        self.objects = ObjectStore(store)
+        self.objects = objects or ObjectStore(store)
         self.files = BatchFiles(self.objects, FileFolder(folder), files or FilesConfig(), self.now_s)
         self.runner = LineRunner(self.objects, accounts, endpoints)
         self.worker = BatchWorker(
@@ -67,6 +72,18 @@ class BatchRoom:
             num_calls=num_calls,
             now_s=self.now_s,
         )
+
+    async def start(self) -> None:
+        """Free what a dead process held, remove content without a file, and let the worker begin."""
+        freed = await self.objects.free_lost(self.now_s())
+        removed = await self.files.sweep()
+        if freed or removed:
+            _LOG.info("batches go on: %d lines freed, %d contents without a file removed", freed, removed)
+        self.worker.start()
+
+    async def stop(self) -> None:
+        """Give lines that run back, and end the worker."""
+        await self.worker.stop()
 
     def check_tier(self, caller: Caller) -> None:
         """Refuse a key that may not have batches."""
