@@ -16,7 +16,7 @@ from tokenmill.engine import LLMConfig
 from tokenmill.engine.mock import MockFault, MockModel, MockScript
 from tokenmill.engine.serving.messages import EngineSpec
 from tokenmill.router import Router
-from tokenmill.router.config import Price
+from tokenmill.router.config import BreakerConfig, Price
 from tokenmill.router.local import LocalBackend, LocalConfig
 from tokenmill.server.anthropic_api import AnthropicApi
 from tokenmill.server.anthropic_batches import AnthropicBatches
@@ -72,7 +72,12 @@ async def main(args: argparse.Namespace) -> None:
         "standard": Price(input_usd=0.2, output_usd=0.8),
         "batch": Price(input_usd=0.1, output_usd=0.4),
     }
-    gateway = Gateway(Router([backend], ()), accounts, PriceList(prices={"mock": price}), GatewayConfig())
+    gateway = Gateway(
+        Router([backend], breaker=BreakerConfig(failures=1000, window=10_000, share=1.0)),
+        accounts,
+        PriceList(prices={"mock": price}),
+        GatewayConfig(),
+    )
     routes = [*OpenAIApi(gateway, 0).routes(), *AnthropicApi(gateway).routes()]
     room = BatchRoom(
         store,

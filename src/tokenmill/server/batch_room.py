@@ -31,9 +31,13 @@ __all__ = ["BATCH_PATHS", "BatchRoom", "JsonBody", "caller_of", "endpoints_of", 
 
 _LOG: Final = logging.getLogger(__name__)
 
-_LOG: Final = logging.getLogger(__name__)
-
-BATCH_PATHS: Final = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages")
+BATCH_PATHS: Final = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/embeddings",
+    "/v1/responses",
+    "/v1/messages",
+)
 """What a line of a batch may ask, as far as there is a route."""
 
 

@@ -331,6 +331,9 @@ class BatchWorker:
                 await self._objects.fail_batch(batch.id, [fault], self._now_s())
                 return
             await work
+        except FileNotFoundError:
+            _LOG.exception("a stage of %s failed", batch.id)
+            await asyncio.sleep(self._config.retry_s)
         except (StorageError, OSError) as error:
             _LOG.warning("%s waits: %s", batch.id, error)
             await self._undo_stage(batch)
