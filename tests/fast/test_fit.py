@@ -12,7 +12,7 @@ from tests.fast.cli_tools import make_home, make_runner
 from tests.fast.random_plan import make_batch
 from tests.fast.random_weights import RandomWeights, tiny_architecture
 from tokenmill.cli.arguments import byte_size
-from tokenmill.kernels import KV_BLOCK, KV_DTYPES, F32Array, KvDtype, available_isas, create_executor
+from tokenmill.kernels import KV_BLOCK, KV_DTYPES, F32Array, KvDtype, choose_isa, create_executor
 from tokenmill.models.architecture import Architecture, Experts, Layer
 from tokenmill.models.packing.fit import StepSizes, find_fits, footprint, packed_bytes
 from tokenmill.models.packing.layout import compile_plan
@@ -100,7 +100,7 @@ def data_bytes() -> int:
 @pytest.mark.parametrize("num_routed", [0, 1, 2])
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 def test_the_executor_allocates_what_was_said(kv_dtype: KvDtype, num_routed: int) -> None:
-    if available_isas()[0] == "numpy":
+    if choose_isa() == "numpy":
         pytest.skip("needs the native kernels")
     architecture = replace(PLAIN, vocab_size=20_000, intermediate_size=1600, max_positions=4096)
     if num_routed:

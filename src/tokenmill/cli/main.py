@@ -31,6 +31,7 @@ COMMANDS: Final = (
     "eval",
     "compare",
     "decontaminate",
+    "serve",
     "load",
     "versus",
     "doctor",
@@ -38,6 +39,8 @@ COMMANDS: Final = (
     "show",
     "plan",
     "prices",
+    "keys",
+    "ledger",
     "export",
     "completion",
 )

@@ -7,7 +7,8 @@
     ├── StorageError              5   the disk: full, unwritable, or its content changed
     ├── DownloadError             6   a download that failed or did not match its hash
     ├── ResourceError             7   memory, time or a queue bound that was reached
-    │   └── BudgetError           7   money that is not left
+    │   ├── BudgetError           7   money that is not left
+    │   └── ExpiredError          7   a request whose time was up before its answer was done
     └── EndpointError             8   a remote endpoint that is out of reach, failed or makes no sense
 
 Every error carries `hint`: what the reader should do next. The command line prints both and exits
@@ -18,6 +19,7 @@ __all__ = [
     "BudgetError",
     "DownloadError",
     "EndpointError",
+    "ExpiredError",
     "ModelFormatError",
     "NotFoundError",
     "ResourceError",
@@ -93,6 +95,10 @@ class ResourceError(TokenmillError):
 
 class BudgetError(ResourceError):
     """The budget of a key does not have what a request may come to."""
+
+
+class ExpiredError(ResourceError):
+    """The time of a request was up before its answer was done."""
 
 
 class EndpointError(TokenmillError):

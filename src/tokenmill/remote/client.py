@@ -6,19 +6,20 @@ calls are open: a load generator needs both as they are. `RemoteModel` adds the 
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from typing import Final, NamedTuple, Protocol
 
-from tokenmill.core import EndpointError, TokenmillError
+from tokenmill.core import EndpointError, TokenmillError, Usage
 from tokenmill.remote.connection import Arrived, Passing
 from tokenmill.remote.endpoint import Endpoint
-from tokenmill.remote.http import HttpClient, HttpResponse
+from tokenmill.remote.http import HttpClient, HttpResponse, Progress
 from tokenmill.wire import (
     AnthropicReader,
     Call,
     OpenAIReader,
     Piece,
+    Prompt,
     Reply,
     SseEvent,
     SseParser,
@@ -26,10 +27,12 @@ from tokenmill.wire import (
     quoted,
     read_anthropic_reply,
     read_models,
+    read_openai_embeddings,
     read_openai_reply,
     retry_after,
     write_anthropic_call,
     write_openai_call,
+    write_openai_embeddings,
 )
 
 __all__ = ["RemoteClient", "TimedPiece"]
@@ -75,15 +78,15 @@ class RemoteClient:
         """Close idle connections; what is open ends with its own caller."""
         await self._http.close()
 
-    async def stream(self, call: Call) -> AsyncGenerator[TimedPiece, None]:
-        """Answer a call whose `stream` is True, event by event as they arrive.
+    async def stream(self, call: Call, progress: Progress | None = None) -> AsyncGenerator[TimedPiece, None]:
+        """Answer a call whose `stream` is True, event by event as they arrive; `progress` is kept meanwhile.
 
         Leave it early with `aclosing`, which closes the connection. Raises UsageError, NotFoundError,
         ResourceError or EndpointError, each naming the endpoint; a stream that is cut raises.
         """
         assert call.stream
         with self.named():
-            async with self._answer(call, _STREAM) as response:
+            async with self._answer(call, _STREAM, progress) as response:
                 kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
                 if kind != _STREAM:
                     start = self.endpoint.redact(await response.body(_MAX_ERROR_BYTES))
@@ -111,21 +114,36 @@ class RemoteClient:
             async with self._passed("GET", f"{self.endpoint.path}/models", b"", _JSON) as response:
                 return read_models(self.endpoint.redact(await response.body(_MAX_REPLY_BYTES)))
 
-    def _answer(self, call: Call, accept: str) -> AbstractAsyncContextManager[HttpResponse]:
+    async def embed(
+        self, texts: Sequence[Prompt], progress: Progress | None = None
+    ) -> tuple[tuple[tuple[float, ...], ...], Usage]:
+        """The vector of each text, and the tokens that were read. Errors as `stream`."""
+        with self.named():
+            body = write_openai_embeddings(self.endpoint.model, texts)
+            path = f"{self.endpoint.path}/embeddings"
+            async with self._passed("POST", path, body, _JSON, progress) as response:
+                said = self.endpoint.redact(await response.body(_MAX_REPLY_BYTES))
+                return read_openai_embeddings(said, len(texts))
+
+    def _answer(
+        self, call: Call, accept: str, progress: Progress | None = None
+    ) -> AbstractAsyncContextManager[HttpResponse]:
         endpoint = self.endpoint
         if endpoint.api == "anthropic":
             body = write_anthropic_call(call, with_sampling=endpoint.with_sampling)
-            return self._passed("POST", f"{endpoint.path}/messages", body, accept)
+            return self._passed("POST", f"{endpoint.path}/messages", body, accept, progress)
         tail = "/chat/completions" if call.is_chat else "/completions"
         body = write_openai_call(
             call, max_tokens_field=endpoint.max_tokens_field, with_sampling=endpoint.with_sampling
         )
-        return self._passed("POST", endpoint.path + tail, body, accept)
+        return self._passed("POST", endpoint.path + tail, body, accept, progress)
 
     @asynccontextmanager
-    async def _passed(self, method: str, path: str, body: bytes, accept: str) -> AsyncIterator[HttpResponse]:
+    async def _passed(
+        self, method: str, path: str, body: bytes, accept: str, progress: Progress | None = None
+    ) -> AsyncIterator[HttpResponse]:
         """The answer to a request that the endpoint took. Raises what it says otherwise."""
-        async with self._http.request(method, path, body, accept=accept) as response:
+        async with self._http.request(method, path, body, accept=accept, progress=progress) as response:
             if response.status != 200:
                 said = self.endpoint.redact(await response.body(_MAX_ERROR_BYTES))
                 error = error_of(response.status, said, key_name=self.endpoint.key_name)

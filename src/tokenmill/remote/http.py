@@ -4,15 +4,27 @@ import asyncio
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Final
 
 from tokenmill.core import EndpointError, ResourceError
 from tokenmill.remote.connection import Arrived, Connection, Passing
 from tokenmill.remote.endpoint import Endpoint
 
-__all__ = ["HttpClient", "HttpResponse"]
+__all__ = ["HttpClient", "HttpResponse", "Progress"]
 
 _HAPPY_EYEBALLS_S: Final = 0.25
+
+
+@dataclass
+class Progress:
+    """How far a request came, kept while it runs: whether it was sent, and the status of the answer or 0.
+
+    Whoever pays by the token pays for none that was not sent, and for none that was refused.
+    """
+
+    is_sent: bool = False
+    status: int = 0
 
 
 class HttpResponse:
@@ -60,7 +72,7 @@ class HttpClient:
 
     @asynccontextmanager
     async def request(
-        self, method: str, path: str, body: bytes, *, accept: str
+        self, method: str, path: str, body: bytes, *, accept: str, progress: Progress | None = None
     ) -> AsyncIterator[HttpResponse]:
         """The answer to a request, whatever its status. If it is not read to its end, the connection ends.
 
@@ -70,16 +82,19 @@ class HttpClient:
         message = f"{head}\r\n\r\n".encode("ascii") + body
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._endpoint.timeouts.total_s
+        progress = progress or Progress()
         while True:
             connection = await self._connection()
             timer = loop.call_at(deadline, connection.fail, self._late("total", "the answer took"))
             try:
                 try:
+                    progress.is_sent = True
                     head_s = await self._head(connection, message)
                 except Passing as error:
                     if error.is_stale:
                         continue
                     raise
+                progress.status = connection.status
                 yield HttpResponse(connection, head_s)
                 return
             finally:

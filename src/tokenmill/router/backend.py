@@ -63,10 +63,13 @@ class Spent:
 
 @dataclass(frozen=True, kw_only=True)
 class Embedded:
-    """Vectors of texts, one each, and the tokens that were read for them."""
+    """Vectors of texts, one each, the tokens that were read for them, and what that cost, as in `Spent`."""
 
     vectors: tuple[tuple[float, ...], ...]
     usage: Usage
+    nanoseconds: int = 0
+    nanojoules: int = 0
+    cost_nano_usd: int = 0
 
 
 class Attempt(Protocol):

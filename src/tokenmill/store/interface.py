@@ -11,7 +11,7 @@ from typing import Literal, Protocol, TypeAlias
 
 from tokenmill.store.records import Entry, Key
 
-__all__ = ["Hold", "LedgerQuery", "LedgerSum", "Store", "SumBy"]
+__all__ = ["Hold", "LedgerQuery", "LedgerSum", "Remembered", "RememberedState", "Store", "SumBy"]
 
 SumBy: TypeAlias = Literal[
     "key_id",
@@ -27,6 +27,19 @@ SumBy: TypeAlias = Literal[
     "month",
 ]
 """What the ledger can be summed by; days and months are of UTC."""
+
+
+RememberedState: TypeAlias = Literal["new", "in_progress", "mismatch", "done"]
+"""Of an idempotency key: yours to carry out; being carried out; used for another body; answered already."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remembered:
+    """What is known of an idempotency key; `status` and `response` are the first answer once it is `done`."""
+
+    state: RememberedState
+    status: int = 0
+    response: bytes = b""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +80,19 @@ class LedgerSum:
 class Store(Protocol):
     """Keys, holds and the ledger. Files, batches and captures have interfaces of their own beside it."""
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether several hosts spend from it, so that only the database knows what is left of a budget."""
+        ...
+
+    def admit(self) -> None:
+        """Raise StorageError if no paid work should begin: a write failed, or the disk is nearly full."""
+        ...
+
+    def claim(self) -> None:
+        """Be the one server that spends from a store that is not shared. Raises StorageError if one is."""
+        ...
+
     async def add_key(self, key: Key, secret_hash: bytes) -> None:
         """Keep a new key. Raises UsageError if its id or hash is there already."""
         ...
@@ -90,8 +116,13 @@ class Store(Protocol):
     async def hold(self, hold: Hold) -> None:
         """Set money aside, once for (request_id, attempt), if the key's budget has it left.
 
-        Raises BudgetError otherwise. What other hosts hold counts, where there are any.
+        Raises BudgetError otherwise. What other hosts hold counts, where there are any. The same hold again
+        changes nothing; UsageError for an attempt that is settled already.
         """
+        ...
+
+    async def release(self, request_id: str, attempt: int) -> None:
+        """Give back what an attempt held that did not begin. No-op without a hold."""
         ...
 
     async def settle(self, entries: Sequence[Entry]) -> int:
@@ -105,8 +136,8 @@ class Store(Protocol):
         """What is still set aside: after a crash, attempts whose end nobody saw."""
         ...
 
-    async def spent(self, key_id: str, since_s: float) -> int:
-        """The prices of a key's lines since then, in nanodollars."""
+    async def spent(self, key_id: str, since_s: float, until_s: float | None = None) -> int:
+        """The prices of a key's lines since then, and before `until_s` if given, in nanodollars."""
         ...
 
     async def sums(self, query: LedgerQuery, by: Sequence[SumBy]) -> list[LedgerSum]:
@@ -115,6 +146,30 @@ class Store(Protocol):
 
     def entries(self, query: LedgerQuery) -> AsyncIterator[Entry]:
         """The lines themselves, in order of time, without holding them all in memory."""
+        ...
+
+    async def erase_end_user(self, project: str, end_user: str) -> int:
+        """Put a random word in the place of an end user's id in the ledger; the counts stay.
+
+        Returns in how many lines. The id is then in no file of the database, free pages and logs included,
+        as far as the database promises that.
+        """
+        ...
+
+    async def remember(self, project: str, name: str, body_hash: bytes, now_s: float) -> Remembered:
+        """Ask for an idempotency key, and take it if it is `new`: then `answer` or `forget` must follow.
+
+        A key is kept for 24 hours. One that a process took that died before it answered is `new` again.
+        Raises UsageError for a name that is empty or longer than 255 characters.
+        """
+        ...
+
+    async def answer(self, project: str, name: str, status: int, response: bytes) -> None:
+        """Keep the answer for an idempotency key that is carried out; failures (500) are answers, too."""
+        ...
+
+    async def forget(self, project: str, name: str) -> None:
+        """Give up an idempotency key that is not answered, because nothing was carried out."""
         ...
 
     async def close(self) -> None:

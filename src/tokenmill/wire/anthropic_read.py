@@ -101,6 +101,8 @@ class AnthropicReader:
 
     def _block(self, index: int, block: _Block) -> list[Piece]:
         if block.type == "tool_use":
+            if index in self._positions:
+                raise EndpointError(f"the stream begins its block {index} twice")
             position = self._positions[index] = len(self._positions)
             return [ToolPiece(position, block.id, block.name, _arguments(block.input))]
         return _text_pieces(block)

@@ -1,0 +1,139 @@
+"""A deployment as a running server: store, accounts, engines, upstreams, routes, application, in this order.
+
+Whatever is opened here is closed here, in the reverse order and also if a later part fails.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Final
+
+from tokenmill.core import Tier
+from tokenmill.costs.prices import load_prices
+from tokenmill.engine.mock import MockModel
+from tokenmill.engine.serving.messages import EngineSpec
+from tokenmill.models.store.directory import ModelDirectory
+from tokenmill.models.store.library import Library
+from tokenmill.router import Backend, Price, Router, UpstreamBackend
+from tokenmill.router.local import LocalBackend, LocalConfig
+from tokenmill.server.app import create_app
+from tokenmill.server.config import Deployment, ModelConfig
+from tokenmill.server.dashboard import Ledger
+from tokenmill.server.edge import Edge, EdgeConfig, check_exposure
+from tokenmill.server.gateway import Gateway, GatewayConfig
+from tokenmill.server.keys import KeyCache
+from tokenmill.server.observer import Observer
+from tokenmill.server.pricing import PriceList
+from tokenmill.server.run import bind, serve_until_told
+from tokenmill.store import Accounts, Store, open_store
+
+__all__ = ["check_deployment", "opened_gateway", "serve"]
+
+_LOG: Final = logging.getLogger(__name__)
+_LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
+_MOCK_TEMPLATE: Final = (
+    "{% if tools %}<tools>{{ tools | tojson }}{% endif %}"
+    "{% for message in messages %}<{{ message.role }}>{{ message.content or '' }}"
+    "{% for call in message.tool_calls or [] %}<call>{{ call | tojson }}{% endfor %}{% endfor %}<assistant>"
+)
+"""How a mock is shown a conversation: it has no template of its own."""
+
+
+async def serve(deployment: Deployment, *, on_ready: Callable[[str], None] = lambda _: None) -> None:
+    """Serve until a signal comes; `on_ready` is told the URL.
+
+    Raises UsageError if the address or what is to be served cannot be had, and what opening a model or the
+    store raises.
+    """
+    http = deployment.http
+    edge = EdgeConfig(
+        keyless=not http.asks_for_keys,
+        hosts=(*_LOOPBACK, *http.hosts) if http.hosts or http.is_loopback else (),
+    )
+    listener = bind(http)
+    with contextlib.closing(listener):
+        check_exposure(listener.getsockname()[0], edge)
+        observer = Observer(deployment.observe, prices=load_prices())
+        async with opened_gateway(deployment, observer) as (gateway, store), observer.looking():
+            app: Edge = create_app(gateway, edge, KeyCache(store), observer.routes)
+            await serve_until_told(observer.wrap(app), gateway, http, listener, on_ready=on_ready)
+
+
+@asynccontextmanager
+async def opened_gateway(deployment: Deployment, observer: Observer) -> AsyncIterator[tuple[Gateway, Store]]:
+    """The gateway of a deployment with everything behind it, watched."""
+    async with contextlib.AsyncExitStack() as stack:
+        store = open_store(deployment.store or str(Library().home / "server.db"))
+        stack.push_async_callback(store.close)
+        accounts = Accounts(store)
+        await accounts.start()
+        backends: list[Backend] = []
+        for model in deployment.models:
+            backend = await _local(model, deployment)
+            stack.push_async_callback(backend.close)
+            backends.append(backend)
+        for upstream in deployment.upstreams:
+            endpoint = UpstreamBackend(upstream)
+            stack.push_async_callback(endpoint.close)
+            backends.append(endpoint)
+        router = Router(backends, deployment.routes, on_event=observer.routed)
+        http = deployment.http
+        config = GatewayConfig(
+            max_calls=http.max_calls, fast_s=http.fast_s, standard_s=http.standard_s, batch_s=http.batch_s
+        )
+        gateway = Gateway(router, accounts, _prices(deployment), config, on_settled=observer.settled)
+        observer.watch(gateway, backends, Ledger(store, accounts.remaining))
+        yield gateway, store
+
+
+def check_deployment(deployment: Deployment) -> list[str]:
+    """What would be served, a line each, without starting an engine. Raises what is wrong."""
+    lines = []
+    for model in deployment.models:
+        directory = _directory(model)
+        what = "a mock" if model.mock else f"{directory.path}, {model.engine.weights}"
+        lines.append(f"{model.served_name}: {what}")
+    lines += [f"{each.name}: {each.model} at {each.url}" for each in deployment.upstreams]
+    return lines
+
+
+def _prices(deployment: Deployment) -> PriceList:
+    """What keys pay by the name that they ask for; an upstream without a price of ours at its own."""
+    prices: dict[str, Mapping[Tier, Price]] = {
+        each.name: {"standard": each.price} for each in deployment.upstreams
+    }
+    prices |= {each.served_name: each.price for each in deployment.models}
+    return PriceList(prices=prices | dict(deployment.prices))
+
+
+async def _local(model: ModelConfig, deployment: Deployment) -> LocalBackend:
+    directory = _directory(model)
+    name = model.served_name
+    config = LocalConfig(
+        name=name,
+        model=name,
+        usd_per_hour=deployment.machine.usd_per_hour,
+        max_requests=deployment.http.max_calls * 8,
+    )
+    draft = str(Library().find(model.draft).path) if model.draft else ""
+    spec = EngineSpec(
+        model="" if model.mock else str(directory.path),
+        mock=model.mock,
+        draft=draft,
+        config=model.engine,
+        drain_s=deployment.http.drain_s,
+    )
+    begun_s = time.monotonic()
+    backend = await LocalBackend.open(config, directory, spec)
+    _LOG.info("%s is open after %.1f s", name, time.monotonic() - begun_s)
+    return backend
+
+
+def _directory(model: ModelConfig) -> ModelDirectory:
+    return (
+        Library().find(model.model)
+        if model.mock is None
+        else MockModel(model.mock, template=model.mock.template or _MOCK_TEMPLATE)
+    )
