@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
+from uuid import uuid4
 
 from tokenmill.core import Completion, Request, SamplingParams, Tier
 from tokenmill.engine import LLMConfig
@@ -57,7 +58,10 @@ class TierFigures:
 
 @dataclass
 class Phase:
-    """What happened in one phase, for each tier: tokens and metered time of requests, and their speeds."""
+    """What happened in one phase, for each tier: tokens in the time that counts, and the speeds of users.
+
+    Metered are all requests of the phase, those too that were broken off at its end, with their tokens.
+    """
 
     seconds: float = 0.0
     busy_s: float = 0.0
@@ -101,6 +105,8 @@ async def run_phase(engine: AsyncEngine, users: Mapping[Tier, int], seconds: flo
     counting.clear()
     stop.set()
     await asyncio.gather(*callers)
+    while engine.stats.num_in_flight:
+        await asyncio.sleep(0.01)
     return phase
 
 
@@ -118,19 +124,18 @@ async def _call(
         # Of different lengths, so that users do not stay in step.
         num_tokens = random.randrange(_OUTPUT_TOKENS // 2, 3 * _OUTPUT_TOKENS // 2)
         params = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
-        handle = engine.submit(
-            Request(request_id=f"{tier}-{random.random()}", prompt=prompt, params=params, tier=tier)
-        )
+        name = f"{tier}-{uuid4().hex}"
+        handle = engine.submit(Request(request_id=name, prompt=prompt, params=params, tier=tier))
         num_counted, first_s, last_s = 0, 0.0, 0.0
         async for news in handle:
             if stop.is_set():
-                break
+                handle.cancel()
             if isinstance(news, StreamDelta) and counting.is_set():
                 last_s = time.perf_counter()
                 first_s = first_s or last_s
                 num_counted += len(news.token_ids)
                 phase.tokens[tier] += len(news.token_ids)
-            elif isinstance(news, Completion) and counting.is_set():
+            elif isinstance(news, Completion):
                 phase.metered_ns[tier] += handle.charge.total()[0]
                 phase.metered_tokens[tier] += len(news.token_ids)
         if num_counted > _OUTPUT_TOKENS // 4 and last_s > first_s:

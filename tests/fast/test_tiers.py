@@ -55,7 +55,7 @@ def test_a_fast_user_is_at_least_two_and_a_half_times_as_fast(num_standard: int,
     assert min(fast) >= 2.5 * max(standard)
     assert min(standard) > 0.9 * max(standard), "turns are even"
     peak = 64 / (STEP_S + 64 * ROW_S)
-    assert sum(each) > (0.75 if num_standard == 60 else 0.6) * peak
+    assert sum(each) > (0.75 if num_standard == 60 else 0.5) * peak
     engine, clock = engine_of(fast_ratio=1.0)
     each = speeds(engine, clock, submit(engine, "standard", 26) + submit(engine, "fast", 1))
     assert each[-1] < 1.1 * each[0], "the control: without turns everybody has the same"
