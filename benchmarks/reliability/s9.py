@@ -57,7 +57,7 @@ _OPEN = 32
 _PATIENCE_S = 20.0
 _MOST_ATTEMPTS = 1.2
 _INTERVAL_S = 10.0
-_NO_BREAKER = BreakerConfig(failures=1 << 20, window=10_000, share=1.0)
+_NO_BREAKER = BreakerConfig(failures=1 << 20, window=1 << 20, share=1.0)
 _NO_BUDGET = BudgetConfig(share=1.0, spare=1000)
 _WHAT = "upstream faults: cut streams that look like answers, wrong records, outages made worse"
 
