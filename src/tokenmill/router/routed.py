@@ -175,12 +175,6 @@ class Routed:
         """
         return self._pieces()
 
-    async def ready(self) -> None:
-        """Wait until more than the beginning of an answer is there. Raises what its pieces would raise."""
-        won = await asyncio.shield(self._asking)
-        if isinstance(won, Exception):
-            raise won
-
     def cancel(self) -> None:
         """Give it up: the attempt that runs ends, and no other begins."""
         self._left.set()
