@@ -15,7 +15,7 @@ from tokenmill.store.interface import Hold, LedgerQuery, LedgerSum, Remembered, 
 from tokenmill.store.periods import DAY_S, period_of
 from tokenmill.store.records import Budget, Entry, Key
 
-__all__ = ["SqliteStore"]
+__all__ = ["SqliteStore", "settle_entry"]
 
 T = TypeVar("T")
 
@@ -149,7 +149,7 @@ class SqliteStore:
         """As `Store.settle`."""
         rows.check_entries(entries)
         return await self.write(
-            lambda connection: sum(_settle(connection, entry) for entry in entries), settles=True
+            lambda connection: sum(settle_entry(connection, entry) for entry in entries), settles=True
         )
 
     async def holds(self) -> list[Hold]:
@@ -264,8 +264,8 @@ def _release(connection: apsw.Connection, request_id: str, attempt: int) -> None
     connection.execute("DELETE FROM holds WHERE request_id = ? AND attempt = ?", (request_id, attempt))
 
 
-def _settle(connection: apsw.Connection, entry: Entry) -> int:
-    """1 if the line is new."""
+def settle_entry(connection: apsw.Connection, entry: Entry) -> int:
+    """Write a line and release the hold of its attempt, in the transaction that is open. 1 if it is new."""
     connection.execute(_INSERT, rows.entry_values(entry))
     is_new = connection.changes()
     if is_new:
