@@ -9,6 +9,8 @@ one call of the system. Bounds of bodies, names and keys are those of `edge.py`.
 
 import asyncio
 import ipaddress
+import socket
+import struct
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -269,6 +271,9 @@ class HttpProtocol(HttpToolsProtocol):
             error = UsageError(f"the request did not arrive in {self._limits.receive_s:g} s", hint=hint)
             self._refuse(408, error)
         else:
+            # Reset, for the system would keep what nobody takes for minutes.
+            if (sock := self._socket.get_extra_info("socket")) is not None:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self._socket.abort()
 
     @property
