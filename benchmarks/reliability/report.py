@@ -12,7 +12,9 @@ __all__ = ["RunLine", "run_line"]
 class RunLine(Protocol):
     """Measures a line; without the guard it must find violations."""
 
-    def __call__(self, *, cases: int, seed: int, guard: bool) -> Line: ...
+    def __call__(self, *, cases: int, seed: int, guard: bool) -> Line:
+        """So many trials."""
+        ...
 
 
 def run_line(name: str, text: str, cases: int, run: RunLine, arguments: list[str] | None) -> int:
