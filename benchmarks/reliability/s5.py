@@ -5,9 +5,9 @@
 A client leaves while it sends the head, while its call waits for a place, in the middle of a long prompt,
 after the first token, in the middle, and at the last token; of a stream and of a whole answer, with one and
 with three choices. Checked: every call that the engine ended is settled once, with the engine's own counts;
-blocks and places are free again whenever nothing runs; and the engine's steps between the cancellation and the
-end of a call, at most 2 (p99; a call that is not cancelled counts from the leaving). Without the guard a client
-that leaves does not cancel its call.
+blocks and places are free again whenever nothing runs; and the engine's steps between the cancellation and
+the end of a call, at most 2 (p99; a call that is not cancelled counts from the leaving). Without the guard
+a client that leaves does not cancel its call.
 """
 
 import asyncio
