@@ -1,5 +1,4 @@
 """S15: requests that are none: bad heads, bodies, codings, smuggled and cut ones; nothing breaks.
-kept.
 
     python -m benchmarks.reliability.s15 [--cases 2400] [--seed 1] [--guard off]
 
