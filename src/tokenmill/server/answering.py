@@ -72,9 +72,17 @@ class JsonAnswer:
 class EventStream:
     """Answers event by event: what one step of the engine gave is one write, and so is all of the end."""
 
-    def __init__(self, answer: Answer, writer: PieceWriter) -> None:
+    def __init__(
+        self,
+        answer: Answer,
+        writer: PieceWriter,
+        *,
+        fail: Callable[[TokenmillError], bytes] | None = None,
+    ) -> None:
+        """`fail` writes an error as the stream's last event, where it is another one than usual."""
         self._answer = answer
         self._writer = writer
+        self._fail = fail
         self._has_begun = False
         self._has_sent = False
 
@@ -91,7 +99,8 @@ class EventStream:
         except TokenmillError as error:
             if not self._has_begun:
                 raise
-            last = write_stream_error(api, error)
+            name = self._answer.caller.request_id
+            last = self._fail(error) if self._fail else write_stream_error(api, error, request_id=name)
         finally:
             for helper in helpers:
                 helper.cancel()

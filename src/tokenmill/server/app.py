@@ -13,21 +13,41 @@ from tokenmill.server.answering import send_json
 from tokenmill.server.anthropic_api import AnthropicApi
 from tokenmill.server.caller import Caller
 from tokenmill.server.edge import Asgi, Edge, EdgeConfig, Receive, Scope_, Send
+from tokenmill.server.embeddings import EmbeddingsApi
 from tokenmill.server.gateway import Gateway
 from tokenmill.server.limits import LimitError
 from tokenmill.server.openai_api import OpenAIApi
+from tokenmill.server.openapi import OpenApi
+from tokenmill.server.responses import ResponsesApi
 from tokenmill.store import Key
 from tokenmill.wire import status_of, write_error
 
-__all__ = ["create_app"]
+__all__ = ["api_routes", "create_app"]
 
 _LOG = logging.getLogger(__name__)
 
 
-def create_app(gateway: Gateway, edge: EdgeConfig, find_key: Callable[[str], Awaitable[Key | None]]) -> Edge:
-    """Everything that is served over HTTP. `find_key` gives the key of a secret."""
-    routes = [*OpenAIApi(gateway, int(time.time())).routes(), *AnthropicApi(gateway).routes()]
+def create_app(
+    gateway: Gateway,
+    edge: EdgeConfig,
+    find_key: Callable[[str], Awaitable[Key | None]],
+    more: Sequence[Route] = (),
+) -> Edge:
+    """Everything that is served over HTTP: the APIs, and `more`. `find_key` gives the key of a secret."""
+    routes = [*api_routes(gateway), *more]
+    routes += OpenApi(routes, gateway.models, keyless=edge.keyless).routes
     return Edge(_Routes(routes), edge, find_key)
+
+
+def api_routes(gateway: Gateway) -> list[Route]:
+    """The routes that ask a model something, of both APIs."""
+    started = int(time.time())
+    return [
+        *AnthropicApi(gateway, started).routes(),
+        *ResponsesApi(gateway).routes(),
+        *EmbeddingsApi(gateway).routes(),
+        *OpenAIApi(gateway, started).routes(),
+    ]
 
 
 @dataclass(frozen=True)
@@ -73,13 +93,13 @@ class _MethodError(NotFoundError):
 
 
 async def _send_error(send: Send, caller: Caller, error: TokenmillError) -> None:
-    status = 405 if isinstance(error, _MethodError) else status_of(error)
+    status = 405 if isinstance(error, _MethodError) else status_of(error, caller.api)
     headers: tuple[tuple[bytes, bytes], ...] = ()
-    if isinstance(error, LimitError):
-        headers = ((b"retry-after", str(max(1, round(error.wait_s))).encode()),)
-    elif isinstance(error, _MethodError):
+    if isinstance(error, _MethodError):
         headers = ((b"allow", error.allowed.encode()),)
-    elif status in (429, 503):
+    elif isinstance(error, LimitError):
+        headers = ((b"retry-after", str(max(1, round(error.wait_s))).encode()),)
+    elif status in (429, 503, 529):
         headers = ((b"retry-after", b"1"),)
     body = write_error(caller.api, error, status=status, request_id=caller.request_id)
     await send_json(send, status, body, headers)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 from tokenmill.core import ResourceError, TokenmillError, UsageError
-from tokenmill.server.caller import ANONYMOUS, Caller
+from tokenmill.server.caller import ANONYMOUS, NOBODY, Caller
 from tokenmill.store import Key, Scope
 from tokenmill.wire import Api, write_error
 
@@ -45,8 +45,11 @@ Asgi: TypeAlias = Callable[[Scope_, Receive, Send], Awaitable[None]]
 _FindKey: TypeAlias = Callable[[str], Awaitable[Key | None]]
 
 _LOG: Final = logging.getLogger(__name__)
-_PUBLIC: Final = frozenset({"/health", "/health/live", "/health/ready", "/health/drained"})
-_METRICS: Final = frozenset({"/", "/metrics"})
+_PUBLIC: Final = frozenset(
+    {"/health", "/health/live", "/health/ready", "/health/drained"}
+    | {"/", "/dashboard/style.css", "/dashboard/app.js"}  # without figures: those need a key
+)
+_METRICS: Final = frozenset({"/metrics"})
 _ID: Final = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 _FEATURE: Final = b"x-tokenmill-feature"
 _JSON: Final = (b"content-type", b"application/json")
@@ -132,7 +135,7 @@ class Edge:
             raise _Refused(
                 400, UsageError("x-tokenmill-feature is no plain name", hint="use A-Z a-z 0-9 _.:-")
             )
-        return Caller(key=key or ANONYMOUS, request_id=request_id, api=api, feature=feature)
+        return Caller(key=key or NOBODY, request_id=request_id, api=api, feature=feature)
 
     def _check_names(self, headers: Mapping[bytes, bytes]) -> None:
         """Refuse a Host or an Origin that is not ours."""
@@ -227,7 +230,7 @@ def needed_scope(path: str) -> Scope | None:
         return "admin"
     if path in _METRICS or path.startswith(("/dashboard/", "/health/")):
         return "metrics"
-    if path.startswith("/v1/"):
+    if path.startswith("/v1/") or path == "/openapi.json":
         return "inference"
     return "admin"
 
