@@ -57,6 +57,57 @@ _LOGIT_BIAS: Final = {
     "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
 }
 _NUMBERS: Final = ("integer", "number")
+_NAME: Final = {"type": "string", "pattern": "^[A-Za-z0-9_.-]{1,128}$"}
+_TEXT_PART: Final = {
+    "type": "object",
+    "properties": {"type": {"enum": ["text"]}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+    "additionalProperties": False,
+}
+_ONLY_FUNCTION: Final = {"type": "string", "enum": ["function"]}
+_TOKEN: Final = {"type": "integer", "minimum": 0, "maximum": (1 << 31) - 1}
+_NULL: Final = {"type": "null"}
+_REFINED: Final[dict[str, dict[str, Any]]] = {
+    "OpenAIMessage": {
+        "role": {"type": "string", "enum": ["system", "developer", "user", "assistant", "tool"]},
+        "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_PART}, _NULL]},
+        "annotations": {"anyOf": [{"type": "array", "maxItems": 0}, _NULL]},
+    },
+    "OpenAITool": {"type": _ONLY_FUNCTION},
+    "OpenAIToolFunction": {"name": _NAME},
+    "OpenAIToolCall": {"type": _ONLY_FUNCTION, "id": {"type": "string"}},
+    "OpenAIFormat": {"type": {"type": "string", "enum": ["text", "json_object", "json_schema"]}},
+    "OpenAIChatRequest": {
+        "modalities": {"anyOf": [{"type": "array", "const": ["text"]}, _NULL]},
+        "store": {"anyOf": [{"type": "boolean", "const": False}, _NULL]},
+        "tool_choice": {
+            "anyOf": [
+                {"type": "string", "enum": ["auto", "none", "required"]},
+                {
+                    "type": "object",
+                    "properties": {
+                        "type": _ONLY_FUNCTION,
+                        "function": {"type": "object", "properties": {"name": _NAME}, "required": ["name"]},
+                    },
+                    "required": ["type", "function"],
+                },
+                _NULL,
+            ]
+        },
+    },
+    "OpenAICompletionRequest": {
+        "prompt": {
+            "anyOf": [
+                {"type": "string", "minLength": 1},
+                {"type": "array", "minItems": 1, "items": {"type": "string", "minLength": 1}},
+                {"type": "array", "minItems": 1, "items": _TOKEN},
+                {"type": "array", "minItems": 1, "items": {"type": "array", "minItems": 1, "items": _TOKEN}},
+            ]
+        }
+    },
+}
+"""What the readers of OpenAI's requests hold that their types do not say."""
+_TIERS: Final = {"anyOf": [{"type": "string", "enum": ["auto", "default", "flex", "priority"]}, _NULL]}
 _ERRORS: Final = {
     400: "A field that cannot be used; the message names it",
     401: "A key is needed, or not valid",
@@ -98,8 +149,8 @@ def document_of(routes: Sequence[Route], models: Sequence[str], *, keyless: bool
     """The document; a route that `OPERATIONS` does not know is described by path and method."""
     kinds = [each.body for each in OPERATIONS.values() if isinstance(each.body, type)]
     refs, components = msgspec.json.schema_components(kinds, ref_template=_REF + "{name}")
-    schemas = _bounded(components, models)
-    bodies = dict(zip(kinds, refs, strict=True))
+    schemas = _bounded(_renamed(components), models)
+    bodies = dict(zip(kinds, _renamed(refs), strict=True))
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
         path = _PARAMETER.sub(r"{\1}", route.path)
@@ -127,13 +178,28 @@ def bounds_of(name: str) -> Mapping[str, Any]:
     return _BOUNDS.get(name, {})
 
 
+def _renamed(value: Any) -> Any:
+    """Types that begin with `_`, which are those of OpenAI's requests, under a name for readers."""
+    if isinstance(value, dict):
+        named = {key.replace("_", "OpenAI", 1) if key[:1] == "_" else key: each for key, each in value.items()}
+        return {key: _renamed(each) for key, each in named.items()}
+    if isinstance(value, list | tuple):
+        return [_renamed(each) for each in value]
+    if isinstance(value, str):
+        return value.replace(f"{_REF}_", f"{_REF}OpenAI")
+    return value
+
+
 def _name(method: str, path: str) -> str:
     return method.lower() + "".join(part.capitalize() for part in re.findall(r"\w+", path))
 
 
 def _bounded(components: dict[str, Any], models: Sequence[str]) -> dict[str, Any]:
     """The components with the bounds that their types do not say."""
-    for schema in components.values():
+    for title, schema in components.items():
+        schema.get("properties", {}).update(_REFINED.get(title, {}))
+        if title in ("OpenAIChatRequest", "OpenAICompletionRequest"):
+            schema["properties"]["service_tier"] = _TIERS
         for name, field in schema.get("properties", {}).items():
             _bound(name, field)
             if name == "model" and models:
@@ -178,7 +244,10 @@ def _operation(
         result["parameters"] = parameters
     if known.body is not None:
         schema = bodies[known.body] if isinstance(known.body, type) else known.body
-        result["requestBody"] = {"required": True, "content": {known.body_type: {"schema": schema}}}
+        content: dict[str, Any] = {"schema": schema}
+        if known.example is not None and models:
+            content["example"] = {"model": models[0], **known.example}
+        result["requestBody"] = {"required": True, "content": {known.body_type: content}}
     return result
 
 

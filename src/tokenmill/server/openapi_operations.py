@@ -18,7 +18,8 @@ __all__ = ["OPERATIONS", "Operation"]
 class Operation:
     """One method of one path. `body` is the type of its JSON, or a schema of it; `answer` names a schema.
 
-    `streams` with `"stream": true`. `answer_type` is the media type. `also` are further statuses of errors.
+    `streams` with `"stream": true`. `answer_type` is the media type. `also` are further statuses of errors. `example` is a body
+    without its model.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Operation:
     streams: bool = False
     query: Mapping[str, Schema] = field(default_factory=dict)
     also: tuple[int, ...] = ()
+    example: Schema | None = None
     is_call: bool = False
 
 
@@ -40,6 +42,7 @@ def _limit(most: int) -> Schema:
 
 
 _TEXT: Final[Schema] = {"type": "string"}
+_OF_ANTHROPIC: Final[Schema] = {**_TEXT, "description": "Of Anthropic's API; passed over elsewhere"}
 _NEW_BATCH: Final[dict[str, Any]] = {
     "type": "object",
     "properties": {
@@ -65,15 +68,18 @@ _UPLOAD: Final[dict[str, Any]] = {
     "required": ["file", "purpose"],
 }
 _OBJECT: Final[dict[str, Any]] = {"type": "object"}
+_TURNS: Final = [{"role": "user", "content": "Count."}]
 
 OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
     ("POST", "/v1/chat/completions"): Operation(
         name="createChatCompletion", summary="Answer a conversation", tag="OpenAI",
         body=CHAT_REQUEST, answer="chat", streams=True, is_call=True,
+        example={"messages": _TURNS, "max_completion_tokens": 16},
     ),
     ("POST", "/v1/completions"): Operation(
         name="createCompletion", summary="Continue a text", tag="OpenAI",
         body=COMPLETION_REQUEST, answer="completion", streams=True, is_call=True,
+        example={"prompt": "Count:", "max_tokens": 16},
     ),
     ("POST", "/v1/responses"): Operation(
         name="createResponse", summary="Answer a conversation, as a response", tag="OpenAI",
@@ -86,7 +92,7 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
     ("GET", "/v1/models"): Operation(
         name="listModels", summary="What is served, in the shape of the API of the request's headers",
         tag="Models", api="both", answer="models",
-        query={"limit": _limit(1000), "after_id": _TEXT, "before_id": _TEXT},
+        query={"limit": _OF_ANTHROPIC, "after_id": _OF_ANTHROPIC, "before_id": _OF_ANTHROPIC},
     ),
     ("GET", "/v1/models/{model}"): Operation(
         name="getModel", summary="One model", tag="Models", api="both", answer="model", also=(404,),
@@ -94,10 +100,12 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
     ("POST", "/v1/messages"): Operation(
         name="createMessage", summary="Answer a conversation", tag="Anthropic", api="anthropic",
         body=MessagesRequest, answer="message", streams=True, is_call=True,
+        example={"messages": _TURNS, "max_tokens": 16},
     ),
     ("POST", "/v1/messages/count_tokens"): Operation(
         name="countTokens", summary="The tokens of a prompt, by the model's template", tag="Anthropic",
         api="anthropic", body=CountTokensRequest, answer="input_tokens", is_call=True,
+        example={"messages": _TURNS},
     ),
     ("POST", "/v1/messages/batches"): Operation(
         name="createMessageBatch", summary="Answer many conversations later", tag="Anthropic",
