@@ -4,14 +4,14 @@ Whatever is opened here is closed here, in the reverse order and also if a later
 """
 
 import contextlib
-import hashlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Final
 
 from tokenmill.core import Tier
+from tokenmill.costs.prices import load_prices
 from tokenmill.engine.mock import MockModel
 from tokenmill.engine.serving.messages import EngineSpec
 from tokenmill.models.store.directory import ModelDirectory
@@ -20,11 +20,14 @@ from tokenmill.router import Backend, Price, Router, UpstreamBackend
 from tokenmill.router.local import LocalBackend, LocalConfig
 from tokenmill.server.app import create_app
 from tokenmill.server.config import Deployment, ModelConfig
-from tokenmill.server.edge import Edge, EdgeConfig
+from tokenmill.server.dashboard import Ledger
+from tokenmill.server.edge import Edge, EdgeConfig, check_exposure
 from tokenmill.server.gateway import Gateway, GatewayConfig
+from tokenmill.server.keys import KeyCache
+from tokenmill.server.observer import Observer
 from tokenmill.server.pricing import PriceList
 from tokenmill.server.run import bind, serve_until_told
-from tokenmill.store import Accounts, Key, Store, open_store
+from tokenmill.store import Accounts, Store, open_store
 
 __all__ = ["check_deployment", "opened_gateway", "serve"]
 
@@ -45,20 +48,22 @@ async def serve(deployment: Deployment, *, on_ready: Callable[[str], None] = lam
     store raises.
     """
     http = deployment.http
+    edge = EdgeConfig(
+        keyless=not http.asks_for_keys,
+        hosts=(*_LOOPBACK, *http.hosts) if http.hosts or http.is_loopback else (),
+    )
     listener = bind(http)
     with contextlib.closing(listener):
-        async with opened_gateway(deployment) as (gateway, store):
-            edge = EdgeConfig(
-                keyless=not http.asks_for_keys,
-                hosts=(*_LOOPBACK, *http.hosts) if http.hosts or http.is_loopback else (),
-            )
-            app: Edge = create_app(gateway, edge, _finder(store))
-            await serve_until_told(app, gateway, http, listener, on_ready=on_ready)
+        check_exposure(listener.getsockname()[0], edge)
+        observer = Observer(deployment.observe, prices=load_prices())
+        async with opened_gateway(deployment, observer) as (gateway, store), observer.looking():
+            app: Edge = create_app(gateway, edge, KeyCache(store), observer.routes)
+            await serve_until_told(observer.wrap(app), gateway, http, listener, on_ready=on_ready)
 
 
 @asynccontextmanager
-async def opened_gateway(deployment: Deployment) -> AsyncIterator[tuple[Gateway, Store]]:
-    """The gateway of a deployment with everything behind it."""
+async def opened_gateway(deployment: Deployment, observer: Observer) -> AsyncIterator[tuple[Gateway, Store]]:
+    """The gateway of a deployment with everything behind it, watched."""
     async with contextlib.AsyncExitStack() as stack:
         store = open_store(deployment.store or str(Library().home / "server.db"))
         stack.push_async_callback(store.close)
@@ -73,12 +78,14 @@ async def opened_gateway(deployment: Deployment) -> AsyncIterator[tuple[Gateway,
             endpoint = UpstreamBackend(upstream)
             stack.push_async_callback(endpoint.close)
             backends.append(endpoint)
-        router = Router(backends, deployment.routes)
+        router = Router(backends, deployment.routes, on_event=observer.routed)
         http = deployment.http
         config = GatewayConfig(
             max_calls=http.max_calls, fast_s=http.fast_s, standard_s=http.standard_s, batch_s=http.batch_s
         )
-        yield Gateway(router, accounts, _prices(deployment), config), store
+        gateway = Gateway(router, accounts, _prices(deployment), config, on_settled=observer.settled)
+        observer.watch(gateway, backends, Ledger(store, accounts.remaining))
+        yield gateway, store
 
 
 def check_deployment(deployment: Deployment) -> list[str]:
@@ -125,11 +132,8 @@ async def _local(model: ModelConfig, deployment: Deployment) -> LocalBackend:
 
 
 def _directory(model: ModelConfig) -> ModelDirectory:
-    return Library().find(model.model) if model.mock is None else MockModel(model.mock, template=_MOCK_TEMPLATE)
-
-
-def _finder(store: Store) -> Callable[[str], Coroutine[None, None, Key | None]]:
-    async def find(secret: str) -> Key | None:
-        return await store.find_key(hashlib.sha256(secret.encode()).digest())
-
-    return find
+    return (
+        Library().find(model.model)
+        if model.mock is None
+        else MockModel(model.mock, template=model.mock.template or _MOCK_TEMPLATE)
+    )

@@ -155,7 +155,9 @@ def document_of(routes: Sequence[Route], models: Sequence[str], *, keyless: bool
     for route in routes:
         path = _PARAMETER.sub(r"{\1}", route.path)
         for method in sorted((route.methods or set()) - {"HEAD"}):
-            known = OPERATIONS.get((method, path), Operation(name=_name(method, path), summary=path, tag="Other"))
+            known = OPERATIONS.get(
+                (method, path), Operation(name=_name(method, path), summary=path, tag="Other")
+            )
             paths.setdefault(path, {})[method.lower()] = _operation(known, path, bodies, models)
     security = {"bearer": {"type": "http", "scheme": "bearer"}, "key": _KEY}
     document: dict[str, Any] = {
@@ -170,7 +172,9 @@ def document_of(routes: Sequence[Route], models: Sequence[str], *, keyless: bool
 
 
 _KEY: Final = {"type": "apiKey", "in": "header", "name": "x-api-key"}
-_ABOUT: Final = "Chat, completions, messages and what belongs to them, as OpenAI's and Anthropic's clients ask."
+_ABOUT: Final = (
+    "Chat, completions, messages and what belongs to them, as OpenAI's and Anthropic's clients ask."
+)
 
 
 def bounds_of(name: str) -> Mapping[str, Any]:
@@ -274,7 +278,9 @@ def _responses(known: Operation) -> dict[str, Any]:
     return {"200": good} | {
         str(status): {
             "description": _ERRORS[status],
-            "content": {"application/json": {"schema": error if known.api == "both" else ERROR_SCHEMAS[known.api]}},
+            "content": {
+                "application/json": {"schema": error if known.api == "both" else ERROR_SCHEMAS[known.api]}
+            },
         }
         for status in sorted(statuses)
     }

@@ -45,9 +45,7 @@ _USAGE: Final = _object(
     total_tokens=_COUNT,
     prompt_tokens_details=_object(cached_tokens=_COUNT),
 )
-_OPENAI_ERROR: Final = _object(
-    error=_object(message=_TEXT, type=_TEXT, param=_MAYBE_TEXT, code=_MAYBE_TEXT)
-)
+_OPENAI_ERROR: Final = _object(error=_object(message=_TEXT, type=_TEXT, param=_MAYBE_TEXT, code=_MAYBE_TEXT))
 _ANTHROPIC_ERROR: Final = _object(
     type=_const("error"),
     request_id=_TEXT,
@@ -85,9 +83,7 @@ _CHAT: Final = _object(
         _object(
             index=_COUNT,
             finish_reason=_const("stop", "length", "tool_calls"),
-            message=_object(
-                {"tool_calls": _list(_CALL)}, role=_const("assistant"), content=_MAYBE_TEXT
-            ),
+            message=_object({"tool_calls": _list(_CALL)}, role=_const("assistant"), content=_MAYBE_TEXT),
             logprobs={"type": ["object", "null"]},
         )
     ),
@@ -113,9 +109,7 @@ _ANTHROPIC_MODEL: Final = _object(id=_TEXT, type=_const("model"), display_name=_
 
 def _page(item: Schema) -> Schema:
     """A page as Anthropic has them; OpenAI's has `object`, too."""
-    return _object(
-        data=_list(item), has_more={"type": "boolean"}, first_id=_MAYBE_TEXT, last_id=_MAYBE_TEXT
-    )
+    return _object(data=_list(item), has_more={"type": "boolean"}, first_id=_MAYBE_TEXT, last_id=_MAYBE_TEXT)
 
 
 def _openai_page(item: Schema) -> Schema:

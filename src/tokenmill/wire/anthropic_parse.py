@@ -51,7 +51,7 @@ def parse_anthropic_call(body: bytes, defaults: SamplingParams) -> Call:
         call,
         stream=bool(request.stream),
         include_usage=bool(request.stream),
-        tier="fast" if request.speed == "fast" else "standard",
+        tier="fast" if request.speed == "fast" else None,
         user=(request.metadata and request.metadata.user_id) or "",
     )
 
@@ -104,9 +104,7 @@ def _user(message: UserMessage, path: str) -> Iterator[Message]:
         if isinstance(block, TextBlock):
             texts.append(block.text)
         elif texts:
-            raise FieldError(
-                f"{path}[{at}]", "a tool_result stands after text", hint="put all results first"
-            )
+            raise FieldError(f"{path}[{at}]", "a tool_result stands after text", hint="put all results first")
         else:
             yield _result(block)
     if texts:

@@ -35,11 +35,15 @@ _SEE: Final = "see /openapi.json for what can be asked"
 
 
 class FieldError(UsageError):
-    """A field of a request that cannot be used; `field` is its path, such as `messages[0].content`."""
+    """A field of a request that cannot be used; `field` is its path, such as `messages[0].content`.
 
-    def __init__(self, field: str, message: str, *, hint: str = "") -> None:
+    `code` is OpenAI's word for what is wrong, where it has one.
+    """
+
+    def __init__(self, field: str, message: str, *, hint: str = "", code: str = "") -> None:
         super().__init__(f"{field}: {message}" if field else message, hint=hint)
         self.field = field
+        self.code = code
 
 
 def decode_request(body: bytes, kind: type[_T], *, hint: str = _SEE) -> _T:
