@@ -9,7 +9,8 @@ from unittest.mock import patch
 import pytest
 
 from tokenmill.core import SamplingParams
-from tokenmill.server.openapi import bounds_of, document_of
+from tokenmill.server.openapi import document_of
+from tokenmill.server.openapi_bounds import bounds_of
 from tokenmill.wire import (
     Call,
     FieldError,

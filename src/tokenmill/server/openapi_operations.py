@@ -9,7 +9,9 @@ from typing import Any, Final, Literal
 
 from tokenmill.server.openapi_answers import Schema
 from tokenmill.wire.anthropic_types import CountTokensRequest, MessagesRequest
+from tokenmill.wire.openai_embeddings import EMBEDDING_REQUEST
 from tokenmill.wire.openai_parse import CHAT_REQUEST, COMPLETION_REQUEST
+from tokenmill.wire.responses_parse import RESPONSE_REQUEST
 
 __all__ = ["OPERATIONS", "Operation"]
 
@@ -18,8 +20,8 @@ __all__ = ["OPERATIONS", "Operation"]
 class Operation:
     """One method of one path. `body` is the type of its JSON, or a schema of it; `answer` names a schema.
 
-    `streams` with `"stream": true`. `answer_type` is the media type. `also` are further statuses of errors. `example` is a body
-    without its model.
+    `streams` with `"stream": true`. `answer_type` is the media type, `also` are further statuses of errors. `example` is a body
+    without its model. `prefix` is put before the names of its types, which begin with `_`.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Operation:
     also: tuple[int, ...] = ()
     example: Schema | None = None
     is_call: bool = False
+    prefix: str = "OpenAI"
 
 
 def _limit(most: int) -> Schema:
@@ -83,11 +86,25 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
     ),
     ("POST", "/v1/responses"): Operation(
         name="createResponse", summary="Answer a conversation, as a response", tag="OpenAI",
-        body=_OBJECT, answer="response", streams=True, is_call=True,
+        body=RESPONSE_REQUEST, prefix="Responses", answer="response", streams=True, is_call=True,
+        example={"input": "Count.", "max_output_tokens": 16},
+    ),
+    ("GET", "/v1/responses/{response}"): Operation(
+        name="getResponse", summary="Always 404: none is stored", tag="OpenAI", also=(404,),
+    ),
+    ("DELETE", "/v1/responses/{response}"): Operation(
+        name="deleteResponse", summary="Always 404: none is stored", tag="OpenAI", also=(404,),
+    ),
+    ("POST", "/v1/responses/{response}/cancel"): Operation(
+        name="cancelResponse", summary="Always 404: none is stored", tag="OpenAI", also=(404,),
+    ),
+    ("GET", "/v1/responses/{response}/input_items"): Operation(
+        name="getInputItems", summary="Always 404: none is stored", tag="OpenAI", also=(404,),
     ),
     ("POST", "/v1/embeddings"): Operation(
         name="createEmbedding", summary="Vectors of texts", tag="OpenAI",
-        body=_OBJECT, answer="embeddings", is_call=True,
+        body=EMBEDDING_REQUEST, prefix="Embeddings", answer="embeddings", is_call=True,
+        example={"input": "Count."},
     ),
     ("GET", "/v1/models"): Operation(
         name="listModels", summary="What is served, in the shape of the API of the request's headers",
@@ -169,20 +186,33 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         also=(404, 409),
     ),
     ("GET", "/health"): Operation(
-        name="getHealth", summary="Whether it takes calls", tag="Operations", answer="health", also=(503,),
+        name="getHealth", summary="Whether it takes calls", tag="Operations", answer="health",
     ),
     ("GET", "/health/live"): Operation(
-        name="getLive", summary="Whether the process turns", tag="Operations", answer="health", also=(503,),
+        name="getLive", summary="Whether the process turns", tag="Operations", answer="health",
     ),
     ("GET", "/health/ready"): Operation(
-        name="getReady", summary="Whether it takes calls", tag="Operations", answer="health", also=(503,),
+        name="getReady", summary="Whether it takes calls", tag="Operations", answer="health",
     ),
     ("GET", "/health/drained"): Operation(
         name="getDrained", summary="Whether nothing is left to do", tag="Operations", answer="health",
-        also=(503,),
     ),
     ("GET", "/metrics"): Operation(
         name="getMetrics", summary="Counts for Prometheus", tag="Operations", answer_type="text/plain",
+    ),
+    ("GET", "/"): Operation(
+        name="getDashboard", summary="The dashboard", tag="Operations", answer_type="text/html",
+    ),
+    ("GET", "/dashboard/data.json"): Operation(
+        name="getDashboardData", summary="What the dashboard shows", tag="Operations",
+    ),
+    ("GET", "/dashboard/style.css"): Operation(
+        name="getDashboardStyle", summary="A part of the dashboard", tag="Operations",
+        answer_type="text/css",
+    ),
+    ("GET", "/dashboard/app.js"): Operation(
+        name="getDashboardScript", summary="A part of the dashboard", tag="Operations",
+        answer_type="text/javascript",
     ),
     ("GET", "/openapi.json"): Operation(
         name="getOpenApi", summary="This document", tag="Operations",
