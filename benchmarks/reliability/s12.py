@@ -6,9 +6,9 @@
 The server is `tokenmill serve` on a mock. Phases: examples, coverage (each bound and type of each field),
 fuzzing with valid and invalid data, stateful. A violation is a status of 500 or above, an answer that its
 schema or its documented statuses do not allow, invalid data that was taken, or an operation that was never
-called. A health probe that answers `no` (503) is none. Valid data may be refused with a 400 by rules that no schema says (a choice of a tool that is not
-there): how much was answered is counted, `accepted` of `valid`. With `--guard off` the server takes token
-ids that the model does not have: Schemathesis must find a 5xx.
+called. A health probe that answers `no` (503) is none. Valid data may be refused with a 400 by rules that no
+schema says (a choice of a tool that is not there): how much was answered is counted, `accepted` of `valid`.
+With `--guard off` temperature, penalties and biases have no bounds: Schemathesis must find a 5xx.
 """
 
 import argparse
@@ -31,12 +31,9 @@ __all__ = ["Found", "main", "read_events", "run"]
 
 _ROOT: Final = Path(__file__).parents[2]
 _UNGUARDED: Final = """\
-from tokenmill.router.local import LocalBackend
+from tokenmill.core import SamplingParams
 
-def _prompt(self, prompt):
-    return tuple(self._tokenizer.encode_prompt(prompt)) if isinstance(prompt, str) else tuple(prompt)
-
-LocalBackend._prompt = _prompt
+SamplingParams._check_distribution = lambda self: None
 """
 """What every process of the control's server does at its start."""
 _MOCK: Final = {"context_length": 2048}

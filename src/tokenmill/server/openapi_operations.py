@@ -20,8 +20,8 @@ __all__ = ["OPERATIONS", "Operation"]
 class Operation:
     """One method of one path. `body` is the type of its JSON, or a schema of it; `answer` names a schema.
 
-    `streams` with `"stream": true`. `answer_type` is the media type, `also` are further statuses of errors. `example` is a body
-    without its model. `prefix` is put before the names of its types, which begin with `_`.
+    `streams` with `"stream": true`. `answer_type` is the media type, `also` are further statuses of errors.
+    `example` is a body without its model. `prefix` is put before the names of its types that begin with `_`.
     """
 
     name: str
