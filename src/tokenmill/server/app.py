@@ -22,7 +22,7 @@ from tokenmill.server.responses import ResponsesApi
 from tokenmill.store import Key
 from tokenmill.wire import status_of, write_error
 
-__all__ = ["create_app"]
+__all__ = ["api_routes", "create_app"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -34,16 +34,20 @@ def create_app(
     more: Sequence[Route] = (),
 ) -> Edge:
     """Everything that is served over HTTP: the APIs, and `more`. `find_key` gives the key of a secret."""
+    routes = [*api_routes(gateway), *more]
+    routes += OpenApi(routes, gateway.models, keyless=edge.keyless).routes
+    return Edge(_Routes(routes), edge, find_key)
+
+
+def api_routes(gateway: Gateway) -> list[Route]:
+    """The routes that ask a model something, of both APIs."""
     started = int(time.time())
-    routes = [
+    return [
         *AnthropicApi(gateway, started).routes(),
         *ResponsesApi(gateway).routes(),
         *EmbeddingsApi(gateway).routes(),
         *OpenAIApi(gateway, started).routes(),
-        *more,
     ]
-    routes += OpenApi(routes, gateway.models, keyless=edge.keyless).routes
-    return Edge(_Routes(routes), edge, find_key)
 
 
 @dataclass(frozen=True)

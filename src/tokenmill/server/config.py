@@ -25,6 +25,7 @@ from tokenmill.core import NotFoundError, StorageError, Tier, UsageError
 from tokenmill.engine import LLMConfig
 from tokenmill.engine.mock import MockScript
 from tokenmill.router.config import Price, RouteConfig, UpstreamConfig
+from tokenmill.server.batches import BatchConfig
 from tokenmill.server.edge import is_loopback
 from tokenmill.server.observer import ObserverConfig
 from tokenmill.server.protocol import HttpLimits
@@ -131,6 +132,7 @@ class Deployment:
     machine: MachineConfig = field(default_factory=MachineConfig)
     prices: Mapping[str, Mapping[Tier, Price]] = field(default_factory=dict)
     observe: ObserverConfig = field(default_factory=ObserverConfig)
+    batches: BatchConfig = field(default_factory=BatchConfig)
     store: str = ""
 
     def __post_init__(self) -> None:

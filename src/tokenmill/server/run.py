@@ -10,7 +10,7 @@ import contextlib
 import resource
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from typing import Any, Final, cast
 
@@ -80,8 +80,9 @@ async def serve_until_told(
     listener: socket.socket,
     *,
     on_ready: Callable[[str], None] = lambda _: None,
+    before_drain: Callable[[], Awaitable[None]] | None = None,
 ) -> None:
-    """Serve until a signal comes. `on_ready` is told the URL once it listens."""
+    """Serve until a signal comes. `on_ready` is told the URL once it listens; `before_drain` comes first."""
     server = _Server(_uvicorn_config(app, config), config.backlog)
     told = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -100,6 +101,8 @@ async def serve_until_told(
         waiting = asyncio.create_task(told.wait())
         await asyncio.wait({serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
+        if before_drain is not None:
+            await before_drain()
         await gateway.drain(config.drain_s)
     finally:
         server.should_exit = True
