@@ -8,7 +8,8 @@ fuzzing with valid and invalid data, stateful. A violation is a status of 500 or
 schema or its documented statuses do not allow, invalid data that was taken, or an operation that was never
 called. A health probe that answers `no` (503) is none. Valid data may be refused with a 400 by rules that no
 schema says (a choice of a tool that is not there): how much was answered is counted, `accepted` of `valid`.
-With `--guard off` temperature, penalties and biases have no bounds: Schemathesis must find a 5xx.
+With `--guard off` temperature, penalties, biases and the length of a page have no bounds: Schemathesis must
+find a 5xx.
 """
 
 import argparse
@@ -32,8 +33,10 @@ __all__ = ["Found", "main", "read_events", "run"]
 _ROOT: Final = Path(__file__).parents[2]
 _UNGUARDED: Final = """\
 from tokenmill.core import SamplingParams
+from tokenmill.server import anthropic_api
 
 SamplingParams._check_distribution = lambda self: None
+anthropic_api._limit = lambda value: int(value or 20)
 """
 """What every process of the control's server does at its start."""
 _MOCK: Final = {"context_length": 2048}
@@ -61,7 +64,7 @@ class Found:
 
     @property
     def num_skipped(self) -> int:
-        """Operations that were never called by the fuzzing phase."""
+        """Operations that were never called, by coverage or fuzzing."""
         return self.selected - len(self.operations)
 
 
@@ -90,7 +93,7 @@ def _add(found: Found, event: Mapping[str, Any]) -> None:
         found.phases[phase] += 1
         found.statuses[status] += 1
         label = _label(recorder, name)
-        if phase == "fuzzing":
+        if phase in ("coverage", "fuzzing"):
             found.operations[label] += 1
         if _is_valid(recorder, name):
             found.valid += 1
@@ -129,8 +132,13 @@ def _why(check: Mapping[str, Any]) -> str:
     return " ".join(str(inner.get("message") or inner.get("title") or "")[:120].split())
 
 
-def run(examples: int, seed: int = 1, guard: bool = True, *, phases: str = "") -> Line:
-    """Start a server, let Schemathesis loose on it, and count."""
+def run(
+    examples: int, seed: int = 1, guard: bool = True, *, phases: str = "", path: str = "", most: int = 0
+) -> Line:
+    """Start a server, let Schemathesis loose on it, and count.
+
+    `phases` and `path` are those that are tried (empty: all); it ends after `most` failures (0: never).
+    """
     begun_s = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="s12-") as name:
         folder = Path(name)
@@ -139,6 +147,8 @@ def run(examples: int, seed: int = 1, guard: bool = True, *, phases: str = "") -
             command = [*_tool(), server.url + "/openapi.json", f"--report-ndjson-path={events}"]
             command += [*_OPTIONS, f"--max-examples={examples}", f"--seed={seed}"]
             command += [f"--phases={phases}"] if phases else []
+            command += [f"--include-path={path}"] if path else []
+            command += [f"--max-failures={most}"] if most else []
             said = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
             is_alive = server.process.poll() is None
         found = read_events(events) if events.exists() else Found()
@@ -192,11 +202,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--phases", default="", help="only these, with commas (default: all)")
+    parser.add_argument("--path", default="", help="only this path (default: all)")
     parser.add_argument("--guard", choices=("on", "off"), default="on")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     options = parser.parse_args(arguments)
     guard = options.guard == "on"
-    line = run(options.examples, options.seed, guard, phases=options.phases)
+    line = run(options.examples, options.seed, guard, phases=options.phases, path=options.path)
     print(as_json(line, options.seed, guard) if options.json else as_text(line, options.seed, guard))
     good = line.violations == 0 if guard else line.figures["status 500 and above"] != 0
     return 0 if good else 1

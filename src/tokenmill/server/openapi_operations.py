@@ -147,7 +147,7 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
     ),
     ("GET", "/v1/messages/batches/{id}/results"): Operation(
         name="getMessageBatchResults", summary="One line an answer", tag="Anthropic", api="anthropic",
-        answer_type="application/x-jsonl", also=(404,),
+        answer_type="application/jsonl", also=(404,),
     ),
     ("POST", "/v1/files"): Operation(
         name="createFile", summary="Upload the lines of a batch", tag="OpenAI", body=_UPLOAD,
@@ -168,7 +168,7 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
     ),
     ("GET", "/v1/files/{id}/content"): Operation(
         name="getFileContent", summary="A file's bytes", tag="OpenAI",
-        answer_type="application/octet-stream", also=(404,),
+        answer_type="application/jsonl", also=(404,),
     ),
     ("POST", "/v1/batches"): Operation(
         name="createBatch", summary="Answer the lines of a file later", tag="OpenAI", body=_NEW_BATCH,
