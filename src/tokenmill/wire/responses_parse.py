@@ -17,7 +17,7 @@ from tokenmill.wire.openai_parse import check_temperature, check_tools, tier_of
 from tokenmill.wire.parts import filled, tool_name, whole_tool
 from tokenmill.wire.responses_items import read_items
 
-__all__ = ["ResponseEcho", "parse_response"]
+__all__ = ["RESPONSE_REQUEST", "ResponseEcho", "parse_response"]
 
 _INCLUDABLE: Final = ("message.output_text.logprobs",)
 
@@ -217,3 +217,7 @@ def _echo(request: _Request) -> dict[str, Any]:
 def _given(format_: _Format) -> dict[str, Any]:
     found = {name: getattr(format_, name) for name in ("type", "name", "schema", "description", "strict")}
     return {name: value for name, value in found.items() if value is not None}
+
+
+RESPONSE_REQUEST: Final = _Request
+"""The type of a body of POST /v1/responses, for the OpenAPI document."""
