@@ -26,7 +26,16 @@ from tokenmill.core import (
 from tokenmill.engine import LLMConfig
 from tokenmill.engine.mock import MockModel, MockScript
 from tokenmill.engine.serving.messages import EngineSpec
-from tokenmill.router import BackendState, Embedded, Job, Prepared, Spent
+from tokenmill.router import (
+    BackendState,
+    BreakerConfig,
+    BudgetConfig,
+    Embedded,
+    Job,
+    Prepared,
+    Router,
+    Spent,
+)
 from tokenmill.router.config import Price
 from tokenmill.router.local import LocalBackend, LocalConfig
 from tokenmill.server import anthropic_api
@@ -195,7 +204,12 @@ async def main(folder: Path) -> None:
     accounts = Accounts(store)
     await accounts.start()
     prices = PriceList(prices={"mock": {"standard": Price(output_usd=1.0)}})
-    gateway = Gateway([local, *map(WrittenBackend, WRITTEN)], accounts, prices, GatewayConfig())
+    router = Router(
+        [local, *map(WrittenBackend, WRITTEN)],
+        breaker=BreakerConfig(failures=1000, share=1.0),
+        budget=BudgetConfig(base_s=0.0, cap_s=0.0),
+    )
+    gateway = Gateway(router, accounts, prices, GatewayConfig())
     edge = EdgeConfig(keyless=False, hosts=(), max_body_bytes=1 << 20)
 
     async def find(secret: str) -> Key | None:

@@ -6,16 +6,20 @@ from tokenmill.core import Tier
 from tokenmill.store import Key, Scope
 from tokenmill.wire import Api
 
-__all__ = ["ANONYMOUS", "Caller"]
+__all__ = ["ANONYMOUS", "NOBODY", "Caller"]
 
 ANONYMOUS = Key(
     id="anonymous",
     name="no key, on this machine",
     project="default",
+    scopes=("inference", "metrics"),
     tiers=("standard", "fast", "batch"),
     created_s=0.0,
 )
-"""Stands for everybody on this machine where a server asks for no key. It opens nothing but inference."""
+"""Stands for everybody on this machine where a server asks for no key. It opens no more than these."""
+
+NOBODY = Key(id="nobody", name="no key", project="default", scopes=(), created_s=0.0)
+"""Stands for who shows no key where one is asked for. It opens what is open to everybody."""
 
 
 @dataclass(frozen=True, kw_only=True)

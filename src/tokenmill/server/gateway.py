@@ -12,9 +12,9 @@ the one that answered, as far as it got. Both APIs, batches and the playground c
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from tokenmill.core import FinishReason, ResourceError, Tier
 from tokenmill.router import AttemptRecord, Backend, Before, Embedded, Job, Plan, Prepared, Routed, Router
@@ -112,6 +112,7 @@ class Gateway:
         self._on_settled = on_settled
         self._limits = KeyLimits()
         self._settling: set[asyncio.Task[None]] = set()
+        self._answers: set[Answer] = set()
         self._num_calls = 0
         self._is_draining = False
 
@@ -124,6 +125,16 @@ class Gateway:
     def num_calls(self) -> int:
         """Calls that are admitted and not settled."""
         return self._num_calls
+
+    @property
+    def answers(self) -> Collection["Answer"]:
+        """Calls that are being answered, for whoever counts them."""
+        return self._answers
+
+    @property
+    def num_unsettled(self) -> int:
+        """Calls whose end is not yet in the ledger."""
+        return len(self._settling)
 
     @property
     def is_draining(self) -> bool:
@@ -203,6 +214,7 @@ class Gateway:
             caller.money.begin()
         routed = self.router.start(plan, self._job(caller, tier), self._before(plan.call.model, caller, tier))
         answer = Answer(routed, prepared, caller, tier)
+        self._answers.add(answer)
         task = asyncio.create_task(self._settle(answer, permit))
         self._settling.add(task)
         task.add_done_callback(self._settling.discard)
@@ -234,6 +246,8 @@ class Gateway:
     async def _settle(self, answer: "Answer", permit: Permit) -> None:
         """Wait for the end of a call, whoever still listens, and write what it came to."""
         records = await answer.routed.spent()
+        total_s = time.monotonic() - answer.started_s
+        self._answers.discard(answer)
         permit.leave(sum(record.spent.usage.num_total_tokens for record in records))
         self._leave()
         call = answer.call
@@ -247,7 +261,7 @@ class Gateway:
                 entries=entries,
                 records=records,
                 ttft_s=answer.ttft_s,
-                total_s=time.monotonic() - answer.started_s,
+                total_s=total_s,
             )
         )
 
@@ -267,7 +281,14 @@ class Gateway:
         finally:
             self._leave()
         entries = self._entries(model, user, caller, tier, found.records)
-        await money.settle(entries)
+        if isinstance(caller, LineCaller):
+            # Written with what the line comes to, which is not known before this is answered.
+            caller.money.begin()
+            settling = asyncio.create_task(_quiet(asyncio.create_task(money.settle(entries))))
+            self._settling.add(settling)
+            settling.add_done_callback(self._settling.discard)
+        else:
+            await money.settle(entries)
         self._on_settled(
             Settled(
                 caller=caller,
@@ -361,6 +382,6 @@ class Answer:
         return builder.reply()
 
 
-async def _quiet(work: "asyncio.Task[Embedded]") -> None:
+async def _quiet(work: "asyncio.Task[Any]") -> None:
     """Wait for a task whose result is somebody else's."""
     await asyncio.wait([work])

@@ -15,6 +15,8 @@ from tokenmill.wire.fields import FieldError, decode_request, encode_json, named
 from tokenmill.wire.parts import arguments_text, filled, text_of, tool_name, whole_tool
 
 __all__ = [
+    "CHAT_REQUEST",
+    "COMPLETION_REQUEST",
     "check_temperature",
     "check_tools",
     "parse_openai_chat",
@@ -404,3 +406,9 @@ def _tokens(ids: Sequence[object]) -> tuple[int, ...]:
     if not tokens or len(tokens) != len(ids):
         raise FieldError("prompt", "has token ids that cannot be", hint="use whole numbers from 0")
     return tokens
+
+
+CHAT_REQUEST: Final = _ChatRequest
+"""The type of a body of POST /v1/chat/completions, for the OpenAPI document."""
+COMPLETION_REQUEST: Final = _CompletionRequest
+"""The type of a body of POST /v1/completions, for the OpenAPI document."""
