@@ -1,4 +1,4 @@
-"""What the checks of the official `openai` client share: requests in a word, and the errors that they raise."""
+"""What the checks of the official `openai` client share: requests in a word, and the errors they raise."""
 
 from typing import Any, Final
 
@@ -7,7 +7,7 @@ import pytest
 
 SCHEMA: Final = {
     "type": "object",
-    "properties": {"city": {"type": "string"}},
+    "properties": {"city": {"type": "string", "maxLength": 8}},
     "required": ["city"],
     "additionalProperties": False,
 }
@@ -44,7 +44,7 @@ def complete(client: Any, prompt: Any, **fields: Any) -> Any:
 
 
 def error(client: Any, **fields: Any) -> Any:
-    """The error that a chat request raises. The fields are sent as they are, also where no type allows them."""
+    """The error that a chat request raises. Fields are sent as they are, whatever the client's types say."""
     body = {"messages": user("Hi"), **fields}
     extra = {**body.pop("extra_body", {}), **body}
     with pytest.raises(openai.APIStatusError) as caught:

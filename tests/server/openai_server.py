@@ -32,7 +32,8 @@ from tokenmill.wire import openai_answer, responses_answer
 
 _TURNS = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content or '' }}"
-    "{% for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}"
+    "{% for call in message.tool_calls or [] %}"
+    "<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}"
     "{% endfor %}<assistant>"
 )
 TEMPLATE = "{% if tools %}<tools>{{ tools | tojson }}{% endif %}" + _TURNS

@@ -279,7 +279,9 @@ LOGPROBS: Final[dict[str, Callable[[Any], bool]]] = {
         [t.token for chunk in stream(c, "Hi", logprobs=True) for e in chunk.choices if e.logprobs
          for t in e.logprobs.content] == list("Hello there")
     ),
-    "completion: tokens": lambda c: complete(c, "Once upon", logprobs=0).choices[0].logprobs.tokens == list(" a time"),
+    "completion: tokens": lambda c: (
+        complete(c, "Once upon", logprobs=0).choices[0].logprobs.tokens == list(" a time")
+    ),
     "completion: offsets": lambda c: (
         complete(c, "Once upon", logprobs=0).choices[0].logprobs.text_offset == list(range(7))
     ),

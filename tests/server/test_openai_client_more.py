@@ -4,7 +4,6 @@ import base64
 import json
 import math
 import re
-import struct
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -49,7 +48,7 @@ FORCED: Final = {"seed": 1, "max_tokens": 600, "temperature": 0.0, "parallel_too
 
 TOOLS: Final[dict[str, Callable[[Any], bool]]] = {
     "a call has its name": lambda c: call(c, "Weather?").function.name == "weather",
-    "a call has its arguments": lambda c: json.loads(call(c, "Weather?").function.arguments) == {"city": "Rome"},
+    "a call has its arguments": lambda c: call(c, "Weather?").function.arguments == '{"city": "Rome"}',
     "a call has an id": lambda c: re.fullmatch(r"call_[0-9a-f]{24}", call(c, "Weather?").id) is not None,
     "a call is a function": lambda c: call(c, "Weather?").type == "function",
     "content is null beside it": lambda c: message(c, "Weather?").content is None,
@@ -89,14 +88,14 @@ TOOLS: Final[dict[str, Callable[[Any], bool]]] = {
     ),
     "calls or an answer in JSON": lambda c: (
         cities(c, "Weather?", response_format={"type": "json_object"}) == ["Rome"]
-        and json.loads(message(c, "JSON", response_format={"type": "json_object"}).content) == {"city": "Rome"}
+        and message(c, "JSON", response_format={"type": "json_object"}).content == '{"city": "Rome"}'
     ),
     "a stream has the same call": lambda c: streamed(c, "Weather?") == [("weather", '{"city": "Rome"}')],
     "a stream has both calls": lambda c: [json.loads(a) for _, a in streamed(c, "Two?")] == [
         {"city": "Rome"}, {"city": "Oslo"}],
     "a stream's call comes in pieces": lambda c: len(deltas(c, "Weather?")) > 3,
     "a stream tells the name first": lambda c: (
-        deltas(c, "Weather?")[0].function.name == "weather" and deltas(c, "Weather?")[0].function.arguments == ""
+        [(e.function.name, e.function.arguments) for e in deltas(c, "Weather?")[:1]] == [("weather", "")]
     ),
     "a stream tells the id once": lambda c: sum(bool(each.id) for each in deltas(c, "Weather?")) == 1,
     "a stream ends with tool_calls": lambda c: (
@@ -158,8 +157,13 @@ def test_a_conversation_goes_on_after_a_call(gpt: Any, model: str, arguments: st
 FUNCTION: Final = {"type": "function", "name": "weather", "parameters": SCHEMA, "strict": True}
 
 
-def respond(client: Any, text: Any, **fields: Any) -> Any:
-    return client.responses.create(**{"model": "mock", "input": text, **fields})
+def respond(client: Any, given: Any, **fields: Any) -> Any:
+    return client.responses.create(**{"model": "mock", "input": given, **fields})
+
+
+def in_format(client: Any, wanted: dict[str, Any]) -> str:
+    found: str = respond(client, "JSON", text={"format": wanted}).output_text
+    return found
 
 
 def events(client: Any, text: str, **fields: Any) -> list[Any]:
@@ -177,6 +181,7 @@ def output(client: Any, items: list[Any]) -> str:
     return found
 
 
+ROME: Final = '{"city": "Rome"}'
 MADE: Final = {
     "type": "function_call",
     "call_id": "call_1",
@@ -255,12 +260,9 @@ RESPONSES: Final[dict[str, Callable[[Any], bool]]] = {
         respond(c, "Hi", tools=[FUNCTION], tool_choice={"type": "function", "name": "weather"},
                 temperature=0, max_output_tokens=600).output[0].arguments
     ),
-    "JSON by a schema": lambda c: json.loads(respond(
-        c, "JSON", text={"format": {"type": "json_schema", "name": "x", "schema": SCHEMA, "strict": True}}
-    ).output_text) == {"city": "Rome"},
-    "JSON object": lambda c: (
-        json.loads(respond(c, "JSON", text={"format": {"type": "json_object"}}).output_text) == {"city": "Rome"}
-    ),
+    "JSON by a schema": lambda c: in_format(
+        c, {"type": "json_schema", "name": "x", "schema": SCHEMA, "strict": True}) == ROME,
+    "JSON object": lambda c: in_format(c, {"type": "json_object"}) == ROME,
     "logprobs": lambda c: (
         [e.token for e in respond(c, "Hi", top_logprobs=2, include=["message.output_text.logprobs"])
          .output[0].content[0].logprobs] == list("Hello there")
@@ -299,7 +301,7 @@ RESPONSES: Final[dict[str, Callable[[Any], bool]]] = {
         for found in [events(c, "Two?", tools=[FUNCTION])]
     ),
     "output_index counts items": lambda c: (
-        [e.output_index for e in events(c, "Two?", tools=[FUNCTION]) if e.type == "response.output_item.added"]
+        [e.output_index for e in events(c, "Two?", tools=[FUNCTION]) if e.type.endswith("item.added")]
         == [0, 1, 2]
     ),
 }  # fmt: skip
@@ -382,8 +384,7 @@ EMBEDDINGS: Final[dict[str, Callable[[Any], bool]]] = {
         for a, b in zip(embed(c, "a").data[0].embedding, numbers(c, "a"), strict=True)
     ),
     "base64 as it is": lambda c: (
-        len(struct.unpack("<8f", base64.b64decode(embed(c, "a", encoding_format="base64").data[0].embedding)))
-        == 8
+        len(base64.b64decode(embed(c, "a", encoding_format="base64").data[0].embedding)) == 32
     ),
     "fewer dimensions": lambda c: len(numbers(c, "a", dimensions=3)) == 3,
     "fewer dimensions, of length 1": lambda c: math.isclose(length(numbers(c, "a", dimensions=3)), 1.0),
