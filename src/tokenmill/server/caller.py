@@ -35,6 +35,6 @@ class Caller:
         """Whether the key has the scope."""
         return scope in self.key.scopes
 
-    def tier(self, asked: Tier) -> Tier:
-        """The tier that the key gets if it asks for this one: its own first, if it may not have it."""
+    def tier(self, asked: Tier | None) -> Tier:
+        """The tier that the key gets if it asks for this one: its own first for none, or if it may not."""
         return asked if asked in self.key.tiers else self.key.tiers[0]

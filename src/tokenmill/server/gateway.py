@@ -14,7 +14,7 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from tokenmill.core import FinishReason, ResourceError, Tier
 from tokenmill.router import AttemptRecord, Backend, Before, Embedded, Job, Plan, Prepared, Routed, Router
@@ -160,11 +160,19 @@ class Gateway:
             undo.pop_all()
         return answer
 
-    async def embed(self, model: str, texts: Sequence[Prompt], caller: Caller, user: str = "") -> Embedded:
+    async def embed(
+        self,
+        model: str,
+        texts: Sequence[Prompt],
+        caller: Caller,
+        *,
+        user: str = "",
+        tier: Tier | None = None,
+    ) -> Embedded:
         """Vectors of texts. Raises what `open` and reading its answer raise."""
         self.router.resolve(model)
         self._enter()
-        work = asyncio.create_task(self._embed(model, texts, caller, user))
+        work = asyncio.create_task(self._embed(model, texts, caller, user, caller.tier(tier)))
         self._settling.add(work_done := asyncio.create_task(_quiet(work)))
         work_done.add_done_callback(self._settling.discard)
         return await asyncio.shield(work)
@@ -257,9 +265,11 @@ class Gateway:
             )
         )
 
-    async def _embed(self, model: str, texts: Sequence[Prompt], caller: Caller, user: str) -> Embedded:
+    async def _embed(
+        self, model: str, texts: Sequence[Prompt], caller: Caller, user: str, tier: Tier
+    ) -> Embedded:
         started_s = time.monotonic()
-        tier, money = caller.tier("standard"), self._money_of(caller)
+        money = self._money_of(caller)
         try:
             permit = self._permit(caller, 0)
             try:
@@ -271,7 +281,14 @@ class Gateway:
         finally:
             self._leave()
         entries = self._entries(model, user, caller, tier, found.records)
-        await money.settle(entries)
+        if isinstance(caller, LineCaller):
+            # Written with what the line comes to, which is not known before this is answered.
+            caller.money.begin()
+            settling = asyncio.create_task(_quiet(asyncio.create_task(money.settle(entries))))
+            self._settling.add(settling)
+            settling.add_done_callback(self._settling.discard)
+        else:
+            await money.settle(entries)
         self._on_settled(
             Settled(
                 caller=caller,
@@ -365,6 +382,6 @@ class Answer:
         return builder.reply()
 
 
-async def _quiet(work: "asyncio.Task[Embedded]") -> None:
+async def _quiet(work: "asyncio.Task[Any]") -> None:
     """Wait for a task whose result is somebody else's."""
     await asyncio.wait([work])

@@ -14,18 +14,20 @@ server that happens at the start; among several hosts, once a hold is older than
 """
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
-from tokenmill.core import BudgetError, UsageError
+from tokenmill.core import UsageError
 from tokenmill.store.interface import Hold, Store
 from tokenmill.store.periods import Period, SteadyClock, period_of
 from tokenmill.store.records import BudgetPeriod, Entry, Key
+from tokenmill.store.rows import budget_error
 
 __all__ = ["Accounts", "Ticket"]
 
 T = TypeVar("T")
+_Write: TypeAlias = Callable[[Sequence[Entry]], Awaitable[int]]
 
 _MAX_NANO_USD: Final = 1 << 62
 _SWEEP_S: Final = 300.0
@@ -113,7 +115,8 @@ class Accounts:
             await self._refresh(account, key)
             # From here to the reservation nothing awaits: that is what makes it atomic.
             if account.spent + account.reserved + nano_usd > key.budget.nano_usd:
-                raise _too_little(key, account, nano_usd)
+                left = key.budget.nano_usd - account.spent - account.reserved
+                raise budget_error(key.id, key.budget, left, nano_usd)
         ticket = Ticket(
             request_id=request_id,
             attempt=attempt,
@@ -127,8 +130,10 @@ class Accounts:
             await self._hold(ticket)
         return ticket
 
-    async def settle(self, entries: Sequence[Entry]) -> int:
+    async def settle(self, entries: Sequence[Entry], write: _Write | None = None) -> int:
         """Write what attempts came to, and give back the rest of what was set aside.
+
+        `write` writes the lines in the place of `Store.settle`, with what belongs into the same transaction.
 
         Returns how many lines were new: each (request, attempt, kind) is counted once, however often it is
         settled. A caller that is cancelled does not stop it. If the store fails, StorageError: what was set
@@ -136,7 +141,7 @@ class Accounts:
         """
         await self._started()
         stamped = [self._stamped(entry) for entry in entries]
-        return await self._finish(self._settle(stamped))
+        return await self._finish(self._settle(stamped, write or self._store.settle))
 
     async def release(self, ticket: Ticket) -> None:
         """Give back all of what was set aside for an attempt that never began. No-op once it is settled."""
@@ -233,7 +238,7 @@ class Accounts:
             await self._store.release(ticket.request_id, ticket.attempt)
         self._close(ticket.request_id, ticket.attempt)
 
-    async def _settle(self, entries: Sequence[Entry]) -> int:
+    async def _settle(self, entries: Sequence[Entry], write: _Write) -> int:
         # In one order for all, for two that wait for each other's accounts would never end.
         key_ids = sorted({entry.key_id for entry in entries})
         accounts = [self._accounts.setdefault(key_id, _Account()) for key_id in key_ids]
@@ -243,7 +248,7 @@ class Accounts:
                 account.idle.clear()
         num_new: int | None = None
         try:
-            num_new = await self._store.settle(entries)
+            num_new = await write(entries)
         finally:
             for account in accounts:
                 account.num_settling -= 1
@@ -296,17 +301,6 @@ class Accounts:
         self._tasks.discard(task)
         if not task.cancelled():
             task.exception()  # seen by whoever waits; if nobody does, what was set aside stays so
-
-
-def _too_little(key: Key, account: _Account, nano_usd: int) -> BudgetError:
-    assert key.budget is not None
-    left = key.budget.nano_usd - account.spent - account.reserved
-    period = {"total": "", "day": " of today (UTC)", "month": " of this month (UTC)"}[key.budget.period]
-    return BudgetError(
-        f"{left / 1e9:.9f} USD are left of the budget{period} of key {key.id}, and this call may come to "
-        f"{nano_usd / 1e9:.9f} USD",
-        hint="ask for fewer tokens, wait for calls that run, or raise the budget",
-    )
 
 
 def _lost_line(hold: Hold, project: str, now_s: float) -> Entry:

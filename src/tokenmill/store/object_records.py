@@ -21,6 +21,7 @@ __all__ = [
     "LineState",
     "NewLine",
     "StoredFile",
+    "line_request_id",
 ]
 
 BatchApi: TypeAlias = Literal["openai", "anthropic"]
@@ -108,7 +109,7 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class NewLine:
-    """A request of a batch: its bytes are `length` from `offset` on in the input file. Numbers count from 0."""
+    """A request of a batch: `length` bytes from `offset` on in the input file. Numbers count from 0."""
 
     number: int
     custom_id: str
@@ -118,7 +119,7 @@ class NewLine:
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """A line that a worker holds the lease of. `num_tries` counts this lease, `num_failures` those that failed."""
+    """A line that a worker holds the lease of. `num_tries` counts this one; `num_failures` have failed."""
 
     batch_id: str
     number: int
@@ -132,7 +133,12 @@ class Line:
     @property
     def request_id(self) -> str:
         """The name of its request, the same at each try: what the ledger knows it by."""
-        return f"{self.batch_id}_{self.number}"
+        return line_request_id(self.batch_id, self.number)
+
+
+def line_request_id(batch_id: str, number: int) -> str:
+    """The name of the request that a line is, from the batch and the line alone."""
+    return f"{batch_id}_{number}"
 
 
 @dataclass(frozen=True, kw_only=True)

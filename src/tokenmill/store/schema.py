@@ -6,6 +6,8 @@ reads it. `days` is derived from `ledger`, in the same transaction, so that a bu
 
 from typing import Final
 
+from tokenmill.store.object_tables import OBJECT_TABLES
+
 __all__ = ["APPLICATION_ID", "MIGRATIONS"]
 
 APPLICATION_ID: Final = 0x746D6C31
@@ -79,5 +81,5 @@ CREATE TABLE idempotency (
 CREATE INDEX idempotency_by_time ON idempotency (at_s);
 """
 
-MIGRATIONS: Final = (_FIRST,)
+MIGRATIONS: Final = (_FIRST, OBJECT_TABLES)
 """The script that takes a file of version n to n + 1 is at n. One that was released is never changed."""

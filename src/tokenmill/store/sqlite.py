@@ -8,14 +8,14 @@ from typing import Any, Final, TypeVar
 
 import apsw
 
-from tokenmill.core import BudgetError, NotFoundError, UsageError
+from tokenmill.core import NotFoundError, UsageError
 from tokenmill.store import rows
 from tokenmill.store.database import Database, SqliteConfig
 from tokenmill.store.interface import Hold, LedgerQuery, LedgerSum, Remembered, SumBy
 from tokenmill.store.periods import DAY_S, period_of
 from tokenmill.store.records import Budget, Entry, Key
 
-__all__ = ["SqliteStore"]
+__all__ = ["SqliteStore", "settle_entry"]
 
 T = TypeVar("T")
 
@@ -149,7 +149,7 @@ class SqliteStore:
         """As `Store.settle`."""
         rows.check_entries(entries)
         return await self.write(
-            lambda connection: sum(_settle(connection, entry) for entry in entries), settles=True
+            lambda connection: sum(settle_entry(connection, entry) for entry in entries), settles=True
         )
 
     async def holds(self) -> list[Hold]:
@@ -255,16 +255,17 @@ def _check_budget(connection: apsw.Connection, hold: Hold, budget: Budget) -> No
     period = period_of(budget.period, hold.at_s)
     spent = _spent(connection, hold.key_id, period.begin_s, period.end_s)
     held = connection.execute("SELECT sum(nano_usd) FROM holds WHERE key_id = ?", (hold.key_id,)).get or 0
-    if spent + held + hold.nano_usd > budget.nano_usd:
-        raise BudgetError(f"the budget of {hold.key_id} does not have what this call may come to")
+    left = budget.nano_usd - spent - held
+    if hold.nano_usd > left:
+        raise rows.budget_error(hold.key_id, budget, left, hold.nano_usd)
 
 
 def _release(connection: apsw.Connection, request_id: str, attempt: int) -> None:
     connection.execute("DELETE FROM holds WHERE request_id = ? AND attempt = ?", (request_id, attempt))
 
 
-def _settle(connection: apsw.Connection, entry: Entry) -> int:
-    """1 if the line is new."""
+def settle_entry(connection: apsw.Connection, entry: Entry) -> int:
+    """Write a line and release the hold of its attempt, in the transaction that is open. 1 if it is new."""
     connection.execute(_INSERT, rows.entry_values(entry))
     is_new = connection.changes()
     if is_new:
