@@ -255,7 +255,8 @@ class Pages:
     ) -> Response:
         caller = Caller(key=key, request_id="r", api="openai")
         scope = {"type": "http", "query_string": query.encode(), "headers": [], "tokenmill.caller": caller}
-        return asyncio.run(cast(Any, answer(Request(scope))))
+        response: Response = asyncio.run(cast(Any, answer(Request(scope))))
+        return response
 
     def html(self, key: Key = ANONYMOUS) -> str:
         return bytes(self.get(self.pages.page, key).body).decode()

@@ -42,6 +42,7 @@ class BatchLine:
     num_lines: int
     num_done: int
     num_failed: int
+    has_ended: bool = False
 
 
 class View(NamedTuple):
