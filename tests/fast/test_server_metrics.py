@@ -1,6 +1,7 @@
 """/metrics: known names, exact sums, the objective as an edge, and labels that no client can fill."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as open_families
@@ -59,7 +60,12 @@ def fed(*calls: Settled, slo: SloConfig | None = None) -> Metrics:
 def test_the_names_that_dashboards_know_are_there() -> None:
     metrics = fed(settled())
     counts = EngineCounts(num_queried_tokens=50, num_hit_tokens=20)
-    engine = {"num_running": 3, "num_waiting": 2, "num_blocks_in_use": 25, "waiting_by_tier": {"batch": 2}}
+    engine: dict[str, Any] = {
+        "num_running": 3,
+        "num_waiting": 2,
+        "num_blocks_in_use": 25,
+        "waiting_by_tier": {"batch": 2},
+    }
     metrics.watch_fleet(Fleet([deployment(**engine, counts=counts, busy_ns=3 * 10**9)]))
     assert {name for name, _ in samples(metrics)} >= VLLM_NAMES
     assert value(metrics, "vllm:num_requests_running", model_name="mock") == 3

@@ -56,6 +56,7 @@ __all__ = ["Batches", "Observer", "ObserverConfig", "route_label"]
 
 _LOOK_S: Final = 1.0
 _LEDGER_S: Final = 15.0
+_WINDOWS: Final = dict(zip(WINDOWS_S, ("5m", "1h", "6h"), strict=True))
 _MOST_BATCHES: Final = 100
 _LEFT: Final = 499
 """Stands for the status of an answer whose client left before it began."""
@@ -264,7 +265,7 @@ class Observer:
             for burn in self._slo.burns(time.monotonic()):
                 names = (burn.objective.model or "*", burn.objective.tier or "*", burn.name)
                 for window, value in zip(WINDOWS_S, burn.rates, strict=True):
-                    yield (*names, f"{window // 60}m"), 0.0 if value is None else value
+                    yield (*names, _WINDOWS[window]), 0.0 if value is None else value
 
         def budgets() -> Iterable[tuple[tuple[str, ...], float]]:
             today = Today() if self._ledger is None else self._ledger.today
