@@ -7,7 +7,7 @@ stand in the ledger with what they cost here, under names of their own, at no pr
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, Protocol, TypeAlias
 
@@ -105,10 +105,10 @@ class LineRunner:
         try:
             end, fate = await self._end(run, money)
         except asyncio.CancelledError:
-            await asyncio.shield(asyncio.create_task(money.close(LineEnd(state=on_cancel()))))
+            await _to_end(money.close(LineEnd(state=on_cancel())))
             raise
         try:
-            await money.close(end)
+            await _to_end(money.close(end))
         except StorageError as error:
             _LOG.warning("%s has no end yet: %s", run.line.request_id, error)
             return "lost"
@@ -256,6 +256,20 @@ class _Exchange:
             self.status = message["status"]
         else:
             self.answer += message.get("body", b"")
+
+
+async def _to_end(work: Coroutine[Any, Any, None]) -> None:
+    """Wait for work to its end; to be cancelled meanwhile counts only then."""
+    task = asyncio.create_task(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    task.result()
+    if cancelled is not None:
+        raise cancelled
 
 
 def _refused(batch: Batch, line: Line, error: TokenmillError, code: str | None = None) -> LineEnd:

@@ -238,6 +238,12 @@ class ObjectStore:
         found = await self._store.read(lambda connection: _ask(connection, sql))
         return [row[0] for row in found]
 
+    async def last_line(self, batch_id: str) -> int:
+        """The highest number of a batch's lines, -1 if there are none."""
+        sql = "SELECT coalesce(max(number), -1) FROM lines WHERE batch_id = ?"
+        found = await self._store.read(lambda connection: _ask(connection, sql, (batch_id,)))
+        return int(found[0][0])
+
     async def add_lines(self, batch_id: str, lines: Sequence[NewLine]) -> None:
         """Keep lines of a batch that is being read; those that are there already stay as they are."""
 
