@@ -265,7 +265,10 @@ class ObjectStore:
 
     async def fail_batch(self, batch_id: str, faults: Sequence[BatchFault], now_s: float) -> None:
         """End a batch that cannot be read, or whose files cannot be written."""
-        sql = "UPDATE batches SET status = 'failed', outcome = 'failed', ended_s = ?, faults = ? WHERE id = ?"
+        sql = (
+            "UPDATE batches SET status = 'failed', outcome = 'failed', output_file_id = '', "
+            "error_file_id = '', ended_s = ?, faults = ? WHERE id = ?"
+        )
         await self._run(sql, (now_s, _encoded(tuple(faults)), batch_id))
 
     async def cancel_batch(self, project: str, batch_id: str, api: BatchApi, now_s: float) -> None:
