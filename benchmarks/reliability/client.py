@@ -1,4 +1,4 @@
-"""A small HTTP client of raw asyncio streams, so that the load's own cost stays low and nothing is retried."""
+"""A small HTTP client of raw asyncio streams: the load's own cost stays low, and nothing is retried."""
 
 import asyncio
 import json
@@ -64,11 +64,13 @@ async def connect(port: int) -> AsyncIterator[Connection]:
         writer.close()
 
 
-async def post(port: int, path: str, value: Any, headers: Mapping[str, str] | None = None) -> Answered:
-    """POST a JSON value; an answer that did not come has the status 0."""
+async def post(
+    port: int, path: str, value: Any, headers: Mapping[str, str] | None = None, *, timeout_s: float = 60.0
+) -> Answered:
+    """POST a JSON value; an answer that did not come in time has the status 0."""
     begun_s = time.perf_counter()
     try:
-        async with connect(port) as connection:
+        async with asyncio.timeout(timeout_s), connect(port) as connection:
             connection.send("POST", path, json.dumps(value).encode(), headers)
             status, found = await connection.head()
             head_s = time.perf_counter() - begun_s

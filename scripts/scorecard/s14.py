@@ -37,7 +37,7 @@ from tokenmill.engine.mock import (
     reference_tokens,
 )
 from tokenmill.engine.sampler import Sampled, SamplingRow, sample
-from tokenmill.engine.scheduler import Schedule
+from tokenmill.engine.schedule import Schedule
 from tokenmill.engine.sequence import GenerationState
 from tokenmill.engine.speculation.history import SuffixProposer
 from tokenmill.engine.speculation.ngram import NgramProposer

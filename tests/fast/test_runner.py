@@ -4,7 +4,7 @@ import numpy as np
 
 from tests.fast.engine_fakes import FakeExecutor, fake_logits
 from tokenmill.engine.runner import OutRows, Runner
-from tokenmill.engine.scheduler import BlockMoves, Chunk, Schedule
+from tokenmill.engine.schedule import BlockMoves, Chunk, Schedule
 from tokenmill.engine.sequence import ScoringState
 
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from tokenmill.core import Request, ResourceError, SamplingParams, Tier
 from tokenmill.engine.detokenizer import Detokenizer
-from tokenmill.engine.scheduler import MAX_PREEMPTIONS, Chunk, Schedule, Scheduler, StepLimits
+from tokenmill.engine.schedule import Chunk, Schedule, StepLimits
+from tokenmill.engine.scheduler import MAX_PREEMPTIONS, Scheduler
 from tokenmill.engine.sequence import TIER_DELAY_S, GenerationState, ScoringState, SequenceState
 from tokenmill.kernels import KV_BLOCK
 from tokenmill.kvcache import BlockPool, PrefixChain, prefix_root

@@ -1,5 +1,6 @@
 """The step-time model against machines whose times are known."""
 
+import math
 import random
 import time
 
@@ -122,3 +123,19 @@ def test_an_observation_is_cheap() -> None:
         model.observe(*load, 0.01)
         times.append(time.perf_counter() - began)
     assert sorted(times)[len(times) // 4] < 100e-6, "tens of microseconds"
+
+
+def test_a_step_hangs_only_long_after_it_should_have_ended() -> None:
+    model = StepTimeModel()
+    assert model.bound(1, 1, 1) == math.inf, "nothing is known yet"
+    for _ in range(20):
+        model.observe(4, 40, 4, 0.4)
+    assert 1.2 < model.bound(4, 400, 4) < 6.0
+    # Of a model so slow a step of all rows may take a minute: small steps do not tell.
+    assert model.bound(512, 600, 1) > 150.0
+    assert model.bound(4, 20000, 4) > 30.0
+    model.observe(512, 600, 1, 60.0)
+    assert model.bound(512, 600, 1) > 150.0, "a slow machine from its first long step on"
+    for _ in range(600):
+        model.observe(4, 40, 4, 0.4)
+    assert model.bound(4, 40, 4) < 10.0, "a long step is forgotten"

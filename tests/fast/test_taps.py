@@ -25,7 +25,7 @@ from tests.fast.tap_tools import (
 )
 from tokenmill.core import UsageError
 from tokenmill.engine.runner import OutRows, Runner, TapFailure
-from tokenmill.engine.scheduler import BlockMoves, Chunk, Schedule
+from tokenmill.engine.schedule import BlockMoves, Chunk, Schedule
 from tokenmill.engine.sequence import ScoringState
 from tokenmill.engine.taps.points import FINAL_NORM, tap_points
 from tokenmill.engine.taps.tap import (

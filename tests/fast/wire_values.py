@@ -139,7 +139,7 @@ def chats(draw: st.DrawFn, *, anthropic: bool = False) -> Call:
         {}
         if anthropic
         else {
-            "tier": draw(st.sampled_from(["fast", "standard", "batch"])),
+            "tier": draw(st.sampled_from(["fast", None, "batch"])),
             "metadata": draw(st.dictionaries(WORD, TEXT, max_size=2)),
             "variables": draw(OBJECT),
             "include_usage": is_stream and draw(st.booleans()),

@@ -66,8 +66,8 @@ def _as_somebody(folder: Path) -> dict[str, Any]:
 
 
 def _wait(folder: Path, made: str, server: "subprocess.Popen[bytes]") -> None:
+    ask = [str(folder / "pg_isready"), "-q", "-h", made, "-t", "1"]
     for _ in range(100):
-        ask = [folder / "pg_isready", "-q", "-h", made, "-t", "1"]
         if subprocess.run(ask, check=False).returncode == 0:
             return
         try:

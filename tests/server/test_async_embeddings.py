@@ -3,12 +3,13 @@
 import asyncio
 import os
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from tests.server.async_tools import BOUNDS, CONFIG, MARKS, answer, request, started, until
-from tokenmill.core import UsageError
+from tokenmill.core import Tier, UsageError
 from tokenmill.costs.metering import Charge
 from tokenmill.engine import LLM
 from tokenmill.engine.embedding import EmbeddingRequest
@@ -179,7 +180,30 @@ def test_every_completion_brings_what_it_took() -> None:
                 await never.result()
             assert never.charge == Charge()
             await until(lambda: engine.stats.num_blocks_in_use == 0)
-            assert sum(each.charge.total()[0] for each in (*handles, gone)) == engine.stats.busy_ns
+            stats = engine.stats
+            assert sum(each.charge.total()[0] for each in (*handles, gone)) == stats.busy_ns
+            assert (
+                stats.idle_ns > 0 and stats.counts.num_prompt_tokens == sum(9 * i + 1 for i in range(9)) + 2
+            )
+            assert stats.counts.num_output_tokens == 9 * 30 + len((await gone.result())[0].token_ids)
+            assert stats.running_by_tier == stats.waiting_by_tier == {"fast": 0, "standard": 0, "batch": 0}
+
+    asyncio.run(body())
+
+
+def test_counts_are_by_tier_while_it_works() -> None:
+    async def body() -> None:
+        async with started(slow_spec()) as (engine, _):
+            tiers: list[Tier] = ["fast", "standard", "standard", "batch"]
+            handles = [
+                engine.submit(replace(request(f"{i}", max_tokens=60), tier=t)) for i, t in enumerate(tiers)
+            ]
+            assert all(not handle.done for handle in handles)
+            await until(lambda: engine.stats.waiting_by_tier == {"fast": 0, "standard": 1, "batch": 1})
+            assert engine.stats.running_by_tier == {"fast": 1, "standard": 1, "batch": 0}
+            for handle in handles:
+                handle.cancel()
+                await handle.result()
 
     asyncio.run(body())
 

@@ -26,6 +26,7 @@ from tokenmill.engine.serving.messages import (
     Beat,
     Cancel,
     End,
+    EngineSpec,
     FrameReader,
     FromEngine,
     Refused,
@@ -151,6 +152,36 @@ def test_a_drain_of_the_process_ends_at_its_deadline() -> None:
             (completion,) = await begun.result()
             assert completion.finish_reason == "failed" and "exit code 0" in completion.error
             await until(lambda: engine.state == "ready")
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize("hang_s", [0.6, 30.0])
+def test_a_hang_is_noticed_long_before_the_longest_step(hang_s: float) -> None:
+    """The second is the control: without a bound of its own a step hangs after `stall_s` only."""
+
+    async def body() -> None:
+        config = replace(BOUNDS, stall_s=3.0, hang_s=hang_s)
+        async with started(config=config) as (engine, _):
+            await engine.submit(request("fine", prompt=(1, 2, 3))).result()
+            poison = engine.submit(request("poison", prompt=(MARKS["hang"], 0, 1)))
+            noticed_s = await until(lambda: engine.state == "live")
+            assert noticed_s < 2.0 if hang_s < 1.0 else noticed_s > 2.5
+            poison.cancel()
+            assert (await poison.result())[0].finish_reason == "cancelled"
+
+    asyncio.run(body())
+
+
+def test_a_long_step_after_short_ones_is_no_hang() -> None:
+    async def body() -> None:
+        config = replace(BOUNDS, stall_s=30.0, hang_s=0.2)
+        slow = EngineSpec(mock=MockScript(step_s=0.01, row_s=0.004), config=CONFIG)
+        async with started(slow, config) as (engine, _):
+            await engine.submit(request("short", prompt=(1, 2, 3))).result()
+            (completion,) = await engine.submit(request("long", prompt=(1,) * 400, max_tokens=2)).result()
+            assert completion.finish_reason == "length" and completion.total_s > 1.2
+            assert engine.stats.num_restarts == 0
 
     asyncio.run(body())
 

@@ -39,6 +39,8 @@ COMMANDS: Final = (
     "show",
     "plan",
     "prices",
+    "keys",
+    "ledger",
     "export",
     "completion",
 )

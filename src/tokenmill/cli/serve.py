@@ -44,12 +44,16 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--host", metavar="HOST", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, metavar="PORT", help="port; 0 is any free one (default: 8000)")
     parser.add_argument("--store", metavar="URL", help="file of keys and ledger, or postgresql://...")
+    parser.add_argument(
+        "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="(default: info)"
+    )
     parser.add_argument("--check", action="store_true", help="say what would be served, and serve nothing")
     add_generator_flags(parser)
 
 
 def _serve(args: argparse.Namespace, out: Output) -> int:
     from tokenmill.server.deploy import check_deployment, serve
+    from tokenmill.server.logs import set_up_logs
 
     deployment = _deployment(args)
     lines = check_deployment(deployment)
@@ -69,6 +73,7 @@ def _serve(args: argparse.Namespace, out: Output) -> int:
         if out.as_json:
             out.document({"url": url, "serves": lines})
 
+    set_up_logs(args.log_level)
     asyncio.run(serve(deployment, on_ready=ready))
     return 0
 

@@ -158,6 +158,7 @@ class Completion:
     token, `total_s` to the last, in seconds. `logprobs` has one entry an output token, and
     `prompt_logprobs` one a prompt token but the first; both only if asked for. `error` says why a request
     `failed`. `tool_calls` are those that an endpoint read out of the answer; of local models they are text.
+    `stop` is the stop string that ended it, if one did and it is known.
     """
 
     request_id: str
@@ -172,6 +173,7 @@ class Completion:
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     error: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
+    stop: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

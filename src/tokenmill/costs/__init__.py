@@ -36,6 +36,7 @@ from tokenmill.costs.money import (
 from tokenmill.costs.power import EnergyMeter, Unmeasured, find_counters
 from tokenmill.costs.prices import Price, find_price, load_prices, select_prices, update_prices
 from tokenmill.costs.queueing import max_rate, waiting_p99
+from tokenmill.costs.roi import price_at, would_cost_nano_usd
 from tokenmill.costs.roofline import (
     Ceiling,
     DecoderCost,
@@ -113,6 +114,7 @@ __all__ = [
     "prefill_load",
     "prefill_work",
     "prefix_hits",
+    "price_at",
     "read_traffic",
     "save_machine",
     "select_prices",
@@ -125,4 +127,5 @@ __all__ = [
     "usd_per_million",
     "waiting_p99",
     "weight_bytes",
+    "would_cost_nano_usd",
 ]

@@ -11,10 +11,12 @@ Amounts are integers of nanoseconds, nanojoules or nanodollars, and the parts li
 sums, so nothing is lost or counted twice, and each part is within one unit of its exact share.
 """
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 __all__ = [
     "Charge",
@@ -26,6 +28,11 @@ __all__ = [
     "split",
     "step_weights",
 ]
+
+
+F64Array: TypeAlias = npt.NDArray[np.float64]
+
+_MOST: Final = float(1 << 62)
 
 
 class RowShare(NamedTuple):
@@ -93,17 +100,20 @@ class Charge:
         )
 
 
-def split(amount: int, weights: Sequence[float]) -> list[int]:
+def split(amount: int, weights: "Sequence[float] | F64Array") -> list[int]:
     """Whole parts in proportion to `weights`, each within one of its exact share, that sum to `amount`.
 
     Each part lies between two running sums, so nothing is lost; without any weight the parts are even.
+    An amount is below 2^63.
     """
-    if not weights:
+    if not len(weights):
         assert amount == 0, "an amount and nobody to bear it"
         return []
-    sums = list(itertools.accumulate(weights if any(weights) else [1.0] * len(weights)))
-    ends = [amount if end == sums[-1] else min(amount, round(amount * (end / sums[-1]))) for end in sums]
-    return [end - start for start, end in itertools.pairwise([0, *ends])]
+    sums = np.cumsum(weights if np.any(weights) else np.ones(len(weights)))
+    ends = np.minimum(np.rint(amount * (sums / sums[-1])).clip(max=_MOST).astype(np.int64), amount)
+    ends[sums == sums[-1]] = amount
+    parts: list[int] = np.diff(ends, prepend=0).tolist()
+    return parts
 
 
 def meter_step(use: StepUse, prices: StepPrices, shares: Sequence[RowShare]) -> dict[str, Charge]:
@@ -125,27 +135,22 @@ def add_charges(sums: Mapping[str, Charge], step: Mapping[str, Charge]) -> dict[
     return {**sums, **{request: sums.get(request, Charge()) + charge for request, charge in step.items()}}
 
 
-def step_weights(prices: StepPrices, shares: Sequence[RowShare]) -> list[float]:
+def step_weights(prices: StepPrices, shares: Sequence[RowShare]) -> F64Array:
     """What each request has part in a step: three numbers each, for input, cached input and output."""
-    rows_urgent = sum(share.prefill_rows + share.decode_rows for share in shares if not share.fills)
-    rows_all = sum(share.prefill_rows + share.decode_rows for share in shares)
-    base = prices.base / (rows_urgent or rows_all or 1)
-    weights = []
-    for share in shares:
-        pays_base = not share.fills or not rows_urgent
-        row = prices.row + (base if pays_base else 0.0)
-        rows = share.prefill_rows + share.decode_rows
-        decodes = share.decode_rows / rows if rows else 1.0
-        out_decodes = min(share.out_rows, share.decode_rows)
-        fresh = share.fresh_kv_tokens * prices.kv_token
-        weights += [
-            share.prefill_rows * row
-            + (share.out_rows - out_decodes) * prices.out_row
-            + (1 - decodes) * fresh,
-            share.cached_kv_tokens * prices.kv_token,
-            share.decode_rows * row + out_decodes * prices.out_row + decodes * fresh + share.own,
-        ]
-    return weights
+    table = np.array([share[1:] for share in shares], np.float64).reshape(-1, len(RowShare._fields) - 1)
+    prefills, decodes, outs, fresh, cached, own, fills = table.T
+    rows = prefills + decodes
+    # Who only fills what is idle pays for what is done anyhow if there is nobody else.
+    pays_base = fills == 0.0 if np.any(rows[fills == 0.0]) else np.ones(len(rows), bool)
+    row = prices.row + pays_base * (prices.base / max(1.0, rows[pays_base].sum()))
+    out_decodes = np.minimum(outs, decodes)
+    decode_part = np.where(rows > 0, decodes / np.maximum(rows, 1.0), 1.0)
+    read = fresh * prices.kv_token
+    weights = np.empty((len(rows), 3))
+    weights[:, 0] = prefills * row + (outs - out_decodes) * prices.out_row + (1 - decode_part) * read
+    weights[:, 1] = cached * prices.kv_token
+    weights[:, 2] = decodes * row + out_decodes * prices.out_row + decode_part * read + own
+    return weights.reshape(-1)
 
 
 def _add(left: tuple[int, int, int], right: tuple[int, int, int]) -> tuple[int, int, int]:

@@ -8,6 +8,7 @@ An exception in a step is nobody's and everybody's: the sequences of that step a
 that the one it belongs to fails alone.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +21,8 @@ from tokenmill.costs.power import PowerCounters
 from tokenmill.engine.meter import Meter
 from tokenmill.engine.outputs import take_hidden, take_logits
 from tokenmill.engine.runner import HiddenRows, OutRows, Runner, TapFailure
-from tokenmill.engine.scheduler import BlockMoves, Chunk, Schedule, Scheduler, StepLimits
+from tokenmill.engine.schedule import BlockMoves, Chunk, Schedule, StepLimits
+from tokenmill.engine.scheduler import Scheduler
 from tokenmill.engine.sequence import GenerationState, SequenceState
 from tokenmill.engine.speculation.proposers import Proposer
 from tokenmill.engine.speculation.speculator import Speculator
@@ -126,6 +128,7 @@ class EngineCore:
         self._suspects: deque[SequenceState] = deque()
         self._guesses = proposer is not None
         self._steady: SteadyRun | None = None
+        self.step_bound_s = math.inf
 
     @property
     def has_work(self) -> bool:
@@ -161,6 +164,7 @@ class EngineCore:
         if run is not None:
             if not run.num_steps:
                 self.meter.begin(run.chunks)
+                self.step_bound_s = self.step_time.bound(len(run.states), run.num_kv_tokens, len(run.states))
             finished += self._step_steadily(run)
             stats = StepStats(
                 num_rows=len(run.states), num_out_rows=len(run.states), num_sequences=len(run.states)
@@ -182,10 +186,14 @@ class EngineCore:
         """A step of any kind; adds to what has finished."""
         schedule = self._plan()
         self.meter.begin(schedule.chunks, self._speculator.costs)
+        self.step_bound_s = self.step_time.bound(
+            schedule.num_rows, schedule.num_kv_tokens, schedule.num_out_rows
+        )
         # If this fails, blocks are without their content, and nobody can go on.
         self._move(schedule.moves)
         every = [each for c in schedule.chunks for each in (c.sequence, *c.sequence.siblings)]
         touched = [each for each in every if not each.finished]
+        before = _made(touched)
         try:
             self._run(schedule)
         except Exception as error:
@@ -194,6 +202,7 @@ class EngineCore:
             # Also of those that found no room in the step.
             for sequence in self.scheduler.running:
                 sequence.drafts = sequence.drafts[:0]
+            self._count(before, _made(touched))
             finished += self._collect(touched)
         return StepStats(
             num_rows=schedule.num_rows,
@@ -218,6 +227,7 @@ class EngineCore:
         learns = run.num_steps % _STEADY_PERIOD == 0
         try:
             ended = run.step(self.clock)
+            self.scheduler.counts.num_output_tokens += num_rows - sum(bool(state.error) for state in ended)
             self._steady = run
         except Exception as error:
             self._suspect(run.chunks, error)
@@ -362,6 +372,12 @@ class EngineCore:
         else:
             self._suspects = deque(chunk.sequence for chunk in chunks)
 
+    def _count(self, before: "_Made", after: "_Made") -> None:
+        counts = self.scheduler.counts
+        counts.num_output_tokens += after.num_tokens - before.num_tokens
+        counts.num_draft_tokens += after.num_drafted - before.num_drafted
+        counts.num_accepted_tokens += after.num_accepted - before.num_accepted
+
     def _collect(self, touched: Iterable[SequenceState]) -> list[SequenceState]:
         """Remove what has finished, and end what would begin where a failed sequence was going to."""
         touched = list(touched)
@@ -382,3 +398,18 @@ class EngineCore:
         self.scheduler.remove(sequence, damaged=bool(sequence.error))
         if isinstance(sequence, GenerationState):
             self._speculator.forget(sequence)
+
+
+class _Made(NamedTuple):
+    """What some sequences have, together."""
+
+    num_tokens: int
+    num_drafted: int
+    num_accepted: int
+
+
+def _made(sequences: Sequence[SequenceState]) -> _Made:
+    made = [
+        (len(s.tokens), s.num_drafted, s.num_accepted) for s in sequences if isinstance(s, GenerationState)
+    ]
+    return _Made(*map(sum, zip(*made, strict=True))) if made else _Made(0, 0, 0)

@@ -19,10 +19,11 @@ __all__ = ["Detokenizer", "Piece", "StopMatcher"]
 
 
 class Piece(NamedTuple):
-    """New text, and whether a stop string ended it."""
+    """New text, and whether a stop string ended it, and which."""
 
     text: str
     stopped: bool
+    stop: str = ""
 
 
 class StopMatcher:
@@ -46,11 +47,12 @@ class StopMatcher:
             return Piece(text, False)
         num_before, text = len(self._held), self._held + text
         # What was complete before this text did not stop it then.
-        found = [(text.find(stop, max(0, num_before - len(stop) + 1)), len(stop)) for stop in self._stop]
-        ends = [(at + size, at) for at, size in found if at >= 0]
+        found = [(text.find(stop, max(0, num_before - len(stop) + 1)), stop) for stop in self._stop]
+        ends = [(at + len(stop), at, stop) for at, stop in found if at >= 0]
         if ends and may_stop:
             self._held, self._stopped = "", True
-            return Piece(text[: min(ends)[1]], True)
+            _, at, stop = min(ends)
+            return Piece(text[:at], True, stop)
         num_held = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - num_held :]
         return Piece(text[: len(text) - num_held], False)

@@ -6,16 +6,18 @@ offline `LLM` in its own loop, the engine process between two looks at its socke
 
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from tokenmill.core import Grammar, Message, Request, SamplingParams, UsageError
+from tokenmill.core import Grammar, Message, Request, SamplingParams, Tier, UsageError
 from tokenmill.costs.power import PowerCounters
 from tokenmill.engine.adapters import AdapterSlots
 from tokenmill.engine.config import LLMConfig
 from tokenmill.engine.core import CoreConfig, EngineCore, StepResult
+from tokenmill.engine.counts import EngineCounts
 from tokenmill.engine.detokenizer import Detokenizer
 from tokenmill.engine.embedding import EmbeddingRequest, EmbeddingState, Pooling
 from tokenmill.engine.meter import Meter
@@ -101,6 +103,23 @@ class LocalEngine:
     def num_blocks_in_use(self) -> int:
         """KV blocks that sequences hold; 0 without work."""
         return self._core.scheduler.pool.num_in_use
+
+    @property
+    def step_bound_s(self) -> float:
+        """Seconds after which the step that runs now must be hanging. May be read from another thread."""
+        return self._core.step_bound_s
+
+    @property
+    def counts(self) -> EngineCounts:
+        """What was done since the start; it goes on counting."""
+        return self._core.scheduler.counts
+
+    def by_tier(self) -> tuple[dict[Tier, int], dict[Tier, int]]:
+        """Sequences that run, and that wait, of each tier."""
+        scheduler = self._core.scheduler
+        queues = [Counter(state.tier for state in queue) for queue in (scheduler.running, scheduler.waiting)]
+        running, waiting = ({tier: queue[tier] for tier in TIER_DELAY_S} for queue in queues)
+        return running, waiting
 
     @property
     def meter(self) -> Meter:

@@ -18,9 +18,11 @@ once, and each pays its part of that. Prices are the engine's own estimate of a 
 import contextlib
 from collections.abc import Mapping, Sequence
 
-from tokenmill.costs.metering import RowShare, StepPrices, split, step_weights
+import numpy as np
+
+from tokenmill.costs.metering import F64Array, RowShare, StepPrices, split, step_weights
 from tokenmill.costs.power import EnergyMeter, PowerCounters
-from tokenmill.engine.scheduler import Chunk
+from tokenmill.engine.schedule import Chunk
 from tokenmill.engine.sequence import SequenceState
 from tokenmill.engine.step_time import ROW_TILE, StepTimeModel
 from tokenmill.kernels import KV_BLOCK
@@ -58,7 +60,7 @@ class Meter:
         self._since_ns: int | None = None
         self._since_nj = 0
         self._states: Sequence[SequenceState] = ()
-        self._weights: list[float] = []
+        self._weights: F64Array = np.zeros(0)
         # Of the next step: the sum of all weights, and by how much they grow with each step.
         self._weight = 0.0
         self._growth = 0.0
@@ -87,7 +89,7 @@ class Meter:
         shares = [row_share(chunk, self._pool, own_s.get(chunk.sequence, 0.0)) for chunk in chunks]
         self._states = [chunk.sequence for chunk in chunks]
         self._weights = step_weights(prices, shares)
-        self._weight = sum(self._weights)
+        self._weight = float(self._weights.sum())
         self._kv_price = prices.kv_token
         self._growth = prices.kv_token * len(chunks)
         self._num_steps = 0
@@ -109,17 +111,15 @@ class Meter:
         """Share out the time since the last call. What a sequence is charged is then up to date."""
         if not self._amount_ns:
             return
-        weights = [self._parts * weight for weight in self._weights]
-        if self._grown:
-            grown = self._grown * self._kv_price
-            weights[2::3] = [weight + grown for weight in weights[2::3]]
+        weights = self._parts * self._weights
+        weights[2::3] += self._grown * self._kv_price
         self.busy_ns += self._amount_ns
-        self._add([state.nanoseconds for state in self._states], self._amount_ns, weights)
+        _add([state.nanoseconds for state in self._states], self._amount_ns, weights)
         if self._energy is not None:
             now_nj = self._read_energy()
             spent_nj, self._since_nj = now_nj - self._since_nj, now_nj
             self.busy_nj += spent_nj
-            self._add([state.nanojoules for state in self._states], spent_nj, weights)
+            _add([state.nanojoules for state in self._states], spent_nj, weights)
         self._reset()
 
     def rest(self) -> None:
@@ -137,13 +137,6 @@ class Meter:
             out_row=costs.out_row_s,
             kv_token=costs.kv_token_s,
         )
-
-    def _add(self, sums: Sequence[list[int]], amount: int, weights: Sequence[float]) -> None:
-        parts = split(amount, weights)
-        for at, each in enumerate(sums):
-            each[0] += parts[3 * at]
-            each[1] += parts[3 * at + 1]
-            each[2] += parts[3 * at + 2]
 
     def _reset(self) -> None:
         """Nothing waits to be shared out."""
@@ -164,14 +157,14 @@ class Meter:
 
 def row_share(chunk: Chunk, pool: BlockPool, own_s: float = 0.0) -> RowShare:
     """What the sequence of a chunk has part in by it."""
-    sequence = chunk.sequence
-    prefill_rows = max(0, min(chunk.stop, sequence.num_prompt) - chunk.start)
-    cached, fresh = _tokens_read(sequence, chunk.stop, pool)
+    sequence, start, stop, num_out_rows, _ = chunk
+    prefill_rows = max(0, min(stop, sequence.num_prompt) - start)
+    cached, fresh = _tokens_read(sequence, stop, pool)
     return RowShare(
         sequence.request_id,
         prefill_rows,
-        chunk.num_rows - prefill_rows,
-        chunk.num_out_rows if sequence.wants_logits else 0,
+        stop - start - prefill_rows,
+        num_out_rows if sequence.wants_logits else 0,
         fresh,
         cached,
         own_s,
@@ -200,6 +193,15 @@ def _tokens_read(sequence: SequenceState, stop: int, pool: BlockPool) -> tuple[f
         start = end
     found = max(0, num_cached - start)
     return cached + found, fresh + (stop - start) - found
+
+
+def _add(sums: Sequence[list[int]], amount: int, weights: F64Array) -> None:
+    """Add each sequence's parts of an amount to its three sums."""
+    parts = iter(split(amount, weights))
+    for each in sums:
+        each[0] += next(parts)
+        each[1] += next(parts)
+        each[2] += next(parts)
 
 
 def _nanoseconds(seconds: float) -> int:

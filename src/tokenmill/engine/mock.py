@@ -106,8 +106,10 @@ class MockScript:
     """What a mock model does. Two models of one script give the same logits, in any process.
 
     `answers` are pairs of token ids (or bytes): a prompt, and what follows it whatever the sampling
-    parameters, then the end token. Of several prompts that fit, the longest counts. A step takes `step_s`
-    and `row_s` for each row, in seconds. `context_length` bounds prompt and answer together, in tokens.
+    parameters, then the end token. Of several prompts that fit, the longest counts. `endings` are the same
+    for prompts that end in these tokens, so that a conversation can be answered whatever the template writes
+    before. `template` is the chat template. A step takes `step_s` and `row_s` for each row, in seconds.
+    `context_length` bounds prompt and answer together, in tokens.
     """
 
     seed: int = 0
@@ -116,13 +118,15 @@ class MockScript:
     row_s: float = 0.0
     faults: tuple[MockFault, ...] = ()
     context_length: int = 4096
+    endings: tuple[tuple[tuple[int, ...] | bytes, tuple[int, ...] | bytes], ...] = ()
+    template: str = ""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 1 << 63:
             raise UsageError(f"seed is {self.seed}", hint="use a value from 0 to 2^63 - 1")
         if self.context_length < 2:
             raise UsageError(f"context_length is {self.context_length}", hint="use 2 or more")
-        ids = {token for pair in self.answers for tokens in pair for token in tokens}
+        ids = {token for pair in (*self.answers, *self.endings) for tokens in pair for token in tokens}
         if not ids <= set(range(MOCK_VOCAB_SIZE)):
             raise UsageError("answers has a token id outside the vocabulary", hint="use bytes or END_TOKEN")
 
@@ -134,7 +138,21 @@ class MockScript:
             fits = len(rest) <= len(answer) and list(tokens) == [*prompt, *answer[: len(rest)]]
             if fits and (best is None or len(prompt) > best[0]):
                 best = len(prompt), answer[len(rest)] if len(rest) < len(answer) else END_TOKEN
+        if best is None and self.endings:
+            best = max(filter(None, (_after_ending(tokens, *pair) for pair in self.endings)), default=None)
         return None if best is None else best[1]
+
+
+def _after_ending(
+    tokens: Sequence[int], ending: Sequence[int], answer: Sequence[int]
+) -> tuple[int, int] | None:
+    """The length of an ending and the token after it; None if it is not there, or another answer follows."""
+    text = "".join(map(chr, tokens))
+    at = text.rfind("".join(map(chr, ending)))
+    rest = tokens[at + len(ending) :]
+    if at < 0 or len(rest) > len(answer) or list(rest) != list(answer[: len(rest)]):
+        return None
+    return len(ending), answer[len(rest)] if len(rest) < len(answer) else END_TOKEN
 
 
 class MockExecutor:
@@ -273,8 +291,8 @@ class MockClock:
 class MockModel(ModelDirectory):
     """What `LLM` takes as a model, without a folder; give it `create=model.create` too.
 
-    `template` is the chat template, if there is to be one. `sleep` is that of the executor, which is kept
-    as `executor` once it is made.
+    `template` is the chat template, if there is to be another one than the script's. `sleep` is that of the
+    executor, which is kept as `executor` once it is made.
     """
 
     executor: MockExecutor
@@ -287,7 +305,7 @@ class MockModel(ModelDirectory):
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.script = script or MockScript()
-        self._template = template
+        self._template = template or self.script.template
         self._sleep = sleep
         super().__init__(Path("mock"), _mock_architecture(self.script.context_length), manifest=None)
 
@@ -301,7 +319,11 @@ class MockModel(ModelDirectory):
         return ByteTokenizer()
 
     def chat_template(self) -> ChatTemplate | None:
-        """The template that was given."""
+        """The template that was given, each time the same."""
+        return self._chat_template
+
+    @cached_property
+    def _chat_template(self) -> ChatTemplate | None:
         return ChatTemplate(self._template, eos_token=END_TEXT) if self._template else None
 
     def weights(self) -> WeightSource:
@@ -394,7 +416,7 @@ def _logits_of(keys_L: _U64Array, seed: int) -> F32Array:
 
 def _script_row(logits_V: F32Array, seen: _U64Array, script: MockScript, step: int) -> None:
     """Write over a row what the script says of the tokens that it sees."""
-    if script.answers:
+    if script.answers or script.endings:
         token = script.answer_after((seen[:, 0].astype(np.int64) - 1).tolist())
         if token is not None:
             logits_V[:] = 0.0

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import numpy as np
 
 from tokenmill.engine.batch import BatchRows, flat_batch, int32
-from tokenmill.engine.scheduler import Chunk, Schedule
+from tokenmill.engine.schedule import Chunk, Schedule
 from tokenmill.engine.sequence import SequenceState
 from tokenmill.engine.taps.points import FINAL_NORM, RowSpan, TapCall, TapPoints, tap_calls, tap_points
 from tokenmill.kernels import Executor, F32Array, I32Array, StepBatch

@@ -19,80 +19,17 @@ Everything is integers. No clock is read here and no tensor is touched, so it ru
 
 from bisect import insort
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 from tokenmill.core import ResourceError
+from tokenmill.engine.counts import EngineCounts
+from tokenmill.engine.schedule import BlockMoves, Schedule, StepDraft, StepLimits
 from tokenmill.engine.sequence import SequenceState
 from tokenmill.kvcache import BlockPool
 
-__all__ = ["MAX_PREEMPTIONS", "BlockMoves", "Chunk", "Schedule", "Scheduler", "StepLimits"]
+__all__ = ["MAX_PREEMPTIONS", "Scheduler"]
 
 MAX_PREEMPTIONS = 4
 """A sequence is preempted at most so often; then it waits until it can stay."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepLimits:
-    """The budget of one step: rows, rows that are sampled, sequences that hold blocks; and of the queue."""
-
-    max_rows: int
-    max_out_rows: int
-    max_sequences: int
-    max_waiting: int = 1 << 20
-
-    def __post_init__(self) -> None:
-        assert min(self.max_rows, self.max_out_rows, self.max_sequences, self.max_waiting) > 0, self
-        assert self.max_sequences <= self.max_out_rows, "each running sequence needs a place to be sampled"
-
-
-class Chunk(NamedTuple):
-    """Rows [start, stop) of one sequence; the last `num_out_rows` of them need logits, and the last
-    `num_drafts` are guesses."""
-
-    sequence: SequenceState
-    start: int
-    stop: int
-    num_out_rows: int
-    num_drafts: int = 0
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of the chunk."""
-        return self.stop - self.start
-
-
-class BlockMoves(NamedTuple):
-    """Blocks to move before a step runs, in this order: copies (source, target), blocks to swap out
-    (block, slot), blocks to swap in (slot, block)."""
-
-    copies: tuple[tuple[int, int], ...]
-    outs: tuple[tuple[int, int], ...]
-    ins: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """What one step computes, which blocks move for it, and which sequences lost their blocks."""
-
-    chunks: tuple[Chunk, ...]
-    moves: BlockMoves
-    preempted: tuple[SequenceState, ...]
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of the step."""
-        return sum(chunk.num_rows for chunk in self.chunks)
-
-    @property
-    def num_out_rows(self) -> int:
-        """Rows whose logits are wanted."""
-        return sum(chunk.num_out_rows for chunk in self.chunks)
-
-    @property
-    def num_kv_tokens(self) -> int:
-        """Tokens whose keys and values attention reads."""
-        return sum(chunk.stop for chunk in self.chunks)
 
 
 class Scheduler:
@@ -119,6 +56,7 @@ class Scheduler:
         self._num_arrived = 0
         self._copies: list[tuple[int, int]] = []
         self.num_changes = 0
+        self.counts = EngineCounts()
 
     @property
     def has_work(self) -> bool:
@@ -189,7 +127,7 @@ class Scheduler:
         `max_rows` lowers the limit for this step, but every running sequence that lacks one row gets it.
         `only` plans a step of one running sequence that has the blocks it needs.
         """
-        plan = _Plan(self.limits, max_rows)
+        plan = StepDraft(self.limits, max_rows)
         if only is not None:
             assert only in self._running, f"{only.request_id} does not run"
             plan.take(only, only.num_pending)
@@ -275,7 +213,7 @@ class Scheduler:
         self.num_changes += 1
         insort(self._running, sequence, key=lambda each: each.place)
 
-    def _grow(self, plan: "_Plan") -> None:
+    def _grow(self, plan: StepDraft) -> None:
         """One row for each sequence that lacks one."""
         index = 0
         while index < len(self._running):
@@ -286,7 +224,7 @@ class Scheduler:
                 plan.take(sequence, 1)
             index += 1
 
-    def _draft(self, plan: "_Plan") -> None:
+    def _draft(self, plan: StepDraft) -> None:
         """Rows for guessed tokens: never at the cost of another sequence's blocks, rows or places."""
         for index, chunk in enumerate(plan.chunks):
             sequence = chunk.sequence
@@ -299,7 +237,7 @@ class Scheduler:
             sequence.drafts = sequence.drafts[: max(0, min(room, plan.num_rows, plan.num_places))]
             plan.extend(index, len(sequence.drafts))
 
-    def _admit(self, plan: "_Plan") -> None:
+    def _admit(self, plan: StepDraft) -> None:
         """Start waiting sequences, in order, as long as the first of them fits and would get rows.
 
         In a step that preempted somebody nobody else starts: the blocks were needed.
@@ -316,7 +254,7 @@ class Scheduler:
             self._start(sequence, plan)
             insort(filling, sequence, key=lambda each: each.place)
 
-    def _fill(self, plan: "_Plan") -> None:
+    def _fill(self, plan: StepDraft) -> None:
         """Hand out the rows that are left: half to the first in line, the rest to those that lack least."""
         planned = {id(chunk.sequence) for chunk in plan.chunks}
         filling = [s for s in self._running if s.num_pending > 0 and id(s) not in planned]
@@ -345,7 +283,7 @@ class Scheduler:
             return sequence.table.num_missing(sequence.num_total) + len(self._running)
         return sum(each.table.num_missing(each.max_computed) for each in [*self._running, sequence])
 
-    def _displace(self, plan: "_Plan") -> None:
+    def _displace(self, plan: StepDraft) -> None:
         """Start the first in line, if it is urgent and batch work holds the room for it."""
         if not self._waiting or self._waiting[0].tier != "fast" or self._can_start(self._waiting[0]):
             return
@@ -360,7 +298,7 @@ class Scheduler:
         if self._can_start(sequence):
             self._start(sequence, plan)
 
-    def _start(self, sequence: SequenceState, plan: "_Plan") -> None:
+    def _start(self, sequence: SequenceState, plan: StepDraft) -> None:
         """Give a waiting sequence its blocks: swapped in, found in the prefix cache, or new."""
         self._waiting.remove(sequence)
         if sequence.swap_slots:
@@ -400,8 +338,11 @@ class Scheduler:
         sequence.num_published = len(blocks)
         if sequence.num_preemptions == 0:
             sequence.num_cached = sequence.num_computed
+            self.counts.num_prompt_tokens += sequence.num_total
+            self.counts.num_queried_tokens += 0 if sequence.chain is None else sequence.num_total
+            self.counts.num_hit_tokens += sequence.num_cached
 
-    def _make_room(self, sequence: SequenceState, plan: "_Plan") -> bool:
+    def _make_room(self, sequence: SequenceState, plan: StepDraft) -> bool:
         """Allocate a block, preempting from the back; False if `sequence` itself had to go."""
         missing = sequence.table.num_missing(sequence.num_total)
         while not self.pool.can_allocate(missing):
@@ -412,14 +353,15 @@ class Scheduler:
         sequence.table.extend(self.pool.allocate(missing))
         return True
 
-    def _can_preempt(self, sequence: SequenceState, plan: "_Plan") -> bool:
+    def _can_preempt(self, sequence: SequenceState, plan: StepDraft) -> bool:
         """Whoever holds a reservation stays, and so does whoever has rows in this step or starts in it."""
         busy = [chunk.sequence for chunk in plan.chunks] + plan.started
         return not sequence.reserved and all(each is not sequence for each in busy)
 
-    def _preempt(self, victim: SequenceState, plan: "_Plan") -> None:
+    def _preempt(self, victim: SequenceState, plan: StepDraft) -> None:
         """Take all blocks away; the tokens, sampled ones too, are kept."""
         self._running.remove(victim)
+        self.counts.num_preempted += 1
         victim.num_preemptions += 1
         victim.drafts = victim.drafts[:0]
         num_blocks = -(-victim.num_computed // victim.table.block_size)
@@ -450,50 +392,3 @@ class Scheduler:
         assert len(self._running) <= self.limits.max_sequences, "more sequences than allowed"
         assert all(c.num_rows > 0 for c in schedule.chunks), "an empty chunk"
         assert schedule.chunks or not self.has_work, "there is work, and no step"
-
-
-class _Plan:
-    """A step while it is planned: chunks so far, what is left of the limits, and blocks to be moved."""
-
-    def __init__(self, limits: StepLimits, max_rows: int | None) -> None:
-        self.chunks: list[Chunk] = []
-        self.preempted: list[SequenceState] = []
-        self.started: list[SequenceState] = []
-        self.outs: list[tuple[int, int]] = []
-        self.ins: list[tuple[int, int]] = []
-        self.num_places = limits.max_out_rows
-        self._num_rows = limits.max_rows
-        self._num_wanted = limits.max_rows if max_rows is None else min(max_rows, limits.max_rows)
-
-    @property
-    def num_rows(self) -> int:
-        """Rows that may still be handed out."""
-        return max(0, self._num_wanted)
-
-    def take(self, sequence: SequenceState, most: int) -> None:
-        """Spend up to `most` rows on the sequence's next tokens."""
-        start = sequence.num_computed
-        # After a step that broke off more tokens may be known than there is room for.
-        stop = min(sequence.num_total, sequence.table.capacity, start + min(most, self._num_rows))
-        first_sampled = sequence.first_sampled
-        if stop > first_sampled and self.num_places == 0:
-            stop = first_sampled
-        if stop > start:
-            num_out_rows = max(0, min(stop - sequence.first_logits, stop - start))
-            self.chunks.append(Chunk(sequence, start, stop, num_out_rows))
-            self._spend(stop - start, max(0, stop - max(start, first_sampled)))
-
-    def extend(self, index: int, num_drafts: int) -> None:
-        """Add rows for drafts to a chunk; each is sampled."""
-        chunk = self.chunks[index]
-        self.chunks[index] = chunk._replace(
-            stop=chunk.stop + num_drafts,
-            num_out_rows=chunk.num_out_rows + num_drafts,
-            num_drafts=num_drafts,
-        )
-        self._spend(num_drafts, num_drafts)
-
-    def _spend(self, num_rows: int, num_places: int) -> None:
-        self._num_rows -= num_rows
-        self._num_wanted -= num_rows
-        self.num_places -= num_places

@@ -190,6 +190,7 @@ class GenerationState(SequenceState):
         # Text is made when it is asked for, if it cannot end the sequence.
         self._num_read = self.num_prompt
         self._pieces: list[str] = []
+        self._stop = ""
         self._logprobs: list[TokenLogprobs] = []
         self._prompt_logprobs: list[TokenLogprobs] = []
         self._num_pieces_taken = 0
@@ -324,6 +325,7 @@ class GenerationState(SequenceState):
             logprobs=None if params.logprobs is None else tuple(self._logprobs),
             prompt_logprobs=None if params.prompt_logprobs is None else tuple(self._prompt_logprobs),
             error=self.error,
+            stop=self._stop,
         )
 
     def branch(self, siblings: Sequence["GenerationState"]) -> None:
@@ -343,6 +345,7 @@ class GenerationState(SequenceState):
         self._num_read = len(self.tokens)
         piece = self._detokenizer.push(token_id)
         self._pieces.append(piece.text)
+        self._stop = piece.stop
         return piece.stopped
 
     def _follow_grammar(self, token_id: int, now_s: float) -> bool:

@@ -21,7 +21,8 @@ from tokenmill.engine.batch import BatchRows, flat_batch
 from tokenmill.engine.outputs import append_token, replace_refused
 from tokenmill.engine.runner import OutRows
 from tokenmill.engine.sampler import SamplingRow, choice_of
-from tokenmill.engine.scheduler import Chunk, Scheduler
+from tokenmill.engine.schedule import Chunk
+from tokenmill.engine.scheduler import Scheduler
 from tokenmill.engine.sequence import GenerationState
 from tokenmill.engine.step_time import ROW_TILE
 from tokenmill.kernels import KV_BLOCK, Choice, ChoiceTable, Executor, F32Array, I32Array, StepBatch

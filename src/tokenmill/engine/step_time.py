@@ -18,6 +18,7 @@ above 1, and a hiccup pulls the less the longer it is. When errors are usually l
 forgotten faster, so a lasting change is followed within some tens of steps.
 """
 
+import math
 from bisect import bisect_right
 from dataclasses import astuple, dataclass
 
@@ -31,6 +32,10 @@ _HALF_LIFE = 256
 _CALM_ERROR = 0.1
 _ERROR_RATE = 0.05
 _TINY_S = 1e-9
+_PATIENCE = 10.0
+_PATIENCE_AFTER_LONG = 3.0
+_KEEP_LONGEST = 0.99
+_SMALL_CONTEXT = 512
 _MAX_ROWS = 1 << 16
 # (rows, KV tokens, rows with logits) of the steps that stand for the prior, and how little they weigh:
 # as steps that took so many times as long.
@@ -59,6 +64,9 @@ class StepTimeModel:
         self._gram = [[0.0 for _ in size] for _ in size]
         self._moment = [0.0 for _ in size]
         self._error = 0.0
+        self._longest_s = 0.0
+        self._most_rows = 0
+        self._most_kv_tokens = 0
         for rows, kv_tokens, out_rows in _TYPICAL:
             expected = self.predict(rows, kv_tokens, out_rows)
             self._add(_features(rows, kv_tokens, out_rows), expected, _DOUBT * expected)
@@ -86,9 +94,25 @@ class StepTimeModel:
         """Learn from a step that took `seconds`."""
         expected = self.predict(num_rows, num_kv_tokens, num_out_rows)
         unit = max(expected, seconds)
+        self._longest_s = max(seconds, _KEEP_LONGEST * self._longest_s)
+        self._most_rows = max(self._most_rows, num_rows)
+        self._most_kv_tokens = max(self._most_kv_tokens, num_kv_tokens)
         self._error += _ERROR_RATE * (abs(seconds - expected) / unit - self._error)
         self._add(_features(num_rows, num_kv_tokens, num_out_rows), seconds, unit)
         self._descend()
+
+    def bound(self, num_rows: int, num_kv_tokens: int, num_out_rows: int) -> float:
+        """Seconds after which such a step must be hanging; infinite before any step was seen.
+
+        That is ten times what is expected, or three times the longest of the last steps; and more the larger
+        it is than all steps so far, for what was learnt from small ones says little about it.
+        """
+        if not self._most_rows:
+            return math.inf
+        unseen = max(1.0, num_rows / self._most_rows)
+        unseen *= max(1.0, num_kv_tokens / (self._most_kv_tokens + _SMALL_CONTEXT))
+        expected_s = _PATIENCE * self.predict(num_rows, num_kv_tokens, num_out_rows)
+        return unseen * max(expected_s, _PATIENCE_AFTER_LONG * self._longest_s)
 
     def rows_within(self, seconds: float, num_kv_tokens: int, num_out_rows: int) -> int:
         """The most rows that a step may have to end in this time; at least 1."""

@@ -12,6 +12,8 @@ from tokenmill.router.config import BudgetConfig
 __all__ = ["RetryBudget"]
 
 _MOST_SAVED: Final = 100.0
+_ONE: Final = 1.0 - 1e-9
+"""One, for sums of shares that are not exact."""
 
 
 class RetryBudget:
@@ -36,7 +38,7 @@ class RetryBudget:
     def take(self) -> bool:
         """Whether a call may be tried again now. If so, `give_back` when that try has begun or failed."""
         most = max(self._config.spare, self._config.share * self.num_live)
-        if self._credit < 1.0 or self.num_again + 1 > most:
+        if self._credit < _ONE or self.num_again + 1 > most:
             return False
         self._credit -= 1.0
         self.num_again += 1

@@ -46,7 +46,7 @@ class Price:
     def __post_init__(self) -> None:
         for name in ("input_usd", "output_usd", "cached_usd"):
             value = getattr(self, name)
-            if value is not None:
+            if value is not None or name != "cached_usd":
                 _check_number(name, value, 0.0, MAX_USD, "dollars for 10^6 tokens")
                 if _nano(value) is None:
                     raise UsageError(f"{name} is {value}", hint="use at most nine decimals")
@@ -77,7 +77,7 @@ class BreakerConfig:
     max_open_s: float = 3600.0
 
     def __post_init__(self) -> None:
-        _check_number("failures", self.failures, 1, 1000, "a count")
+        _check_number("failures", self.failures, 1, 1 << 20, "a count")
         _check_number("window", self.window, 2, 10_000, "a count")
         _check_number("share", self.share, 0.01, 1.0, "a share")
         _check_number("open_s", self.open_s, 0.001, _DAY_S, "seconds")

@@ -8,7 +8,7 @@ bytes alone is refused before. Not here: limits of users, prices, what other dep
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Final, Self
@@ -24,20 +24,26 @@ from tokenmill.core import (
     UsageError,
 )
 from tokenmill.costs.metering import Charge
+from tokenmill.engine.embedding import EmbeddingRequest
 from tokenmill.engine.serving.async_engine import AsyncEngine
 from tokenmill.engine.serving.handle import RequestHandle, StreamDelta
 from tokenmill.engine.serving.messages import EngineSpec
 from tokenmill.engine.serving.supervisor import SupervisorConfig
 from tokenmill.models.chat.template import ChatTemplate, encode_chat
+from tokenmill.models.chat.tool_calls import ToolFormat
+from tokenmill.models.chat.tool_reader import ToolReader
 from tokenmill.models.store.directory import ModelDirectory
 from tokenmill.router.backend import BackendState, Embedded, Job, Prepared, Spent
 from tokenmill.wire import Begin, Call, FieldError, Finish, Piece, Prompt, TextPiece, TokenText, Totals
+from tokenmill.wire.fields import named_fields
 
 __all__ = ["LocalAttempt", "LocalBackend", "LocalConfig"]
 
 _MAX_TOKEN_BYTES: Final = 64
 """No prompt of so many bytes a token of the context is tokenized: hardly any token is longer."""
 _NANO: Final = 1_000_000_000
+_FIELDS: Final = {name: name for name in ("logit_bias", "stop_token_ids", "bad_words", "logprobs")}
+"""What the engine refuses for the model's sake, by the words of its errors."""
 _ORDER: Final[tuple[FinishReason, ...]] = (
     "completed",
     "stopped",
@@ -66,6 +72,8 @@ class LocalBackend:
         self._architecture = directory.architecture
         self._tokenizer = directory.tokenizer()
         self._template: ChatTemplate | None = directory.chat_template()
+        self._tools = ToolFormat.of(self._template) if self._template else None
+        self.fingerprint = f"fp_{directory.digest[:12]}"
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="prompts")
         self._attempts: dict[str, LocalAttempt] = {}
         self._engine: AsyncEngine | None = None
@@ -119,9 +127,14 @@ class LocalBackend:
         """The most tokens of a prompt and its answer together."""
         return self._architecture.max_positions
 
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Tokens with which the model ends an answer."""
+        return frozenset(self._architecture.eos_token_ids)
+
     def token_text(self, token_id: int) -> str:
-        """A token as text; half a character is U+FFFD."""
-        return self._tokenizer.token_bytes(token_id).decode("utf-8", "replace")
+        """A token as text; bytes that are no character are lone surrogates (`surrogateescape`)."""
+        return self._tokenizer.token_bytes(token_id).decode("utf-8", "surrogateescape")
 
     async def prepare(self, call: Call) -> Prepared:
         """Tokens of the call's prompts. Raises UsageError for a call that this model cannot answer."""
@@ -134,7 +147,9 @@ class LocalBackend:
                 "messages" if call.is_chat else "prompt",
                 f"{longest} tokens need room for an answer; the model's context is {self.context_length}",
                 hint="shorten it",
+                code="context_length_exceeded",
             )
+        call = self._with_grammar(call)
         params = call.params
         room = sum(min(params.max_tokens, self.context_length - len(prompt)) for prompt in prompts)
         return Prepared(
@@ -161,9 +176,39 @@ class LocalBackend:
         attempt.handles = tuple(handles)
         return attempt
 
+    def tool_reader(self, call: Call, index: int) -> ToolReader | None:
+        """What reads the calls in a completion; None if there are no tools, or none may be called."""
+        if not call.tools or call.tool_choice.mode == "none" or self._tools is None:
+            return None
+        return self._tools.reader(call.tools, index=index, parallel=call.tool_choice.parallel)
+
     async def embed(self, texts: Sequence[Prompt], job: Job) -> Embedded:
-        """Vectors of texts."""
-        raise UsageError(f"the model {self.model} makes no embeddings", hint="name a model that does")
+        """Vectors of texts: the mean of the last layer's rows, of length 1.
+
+        Raises FieldError for a text that the model cannot read.
+        """
+        loop = asyncio.get_running_loop()
+        prompts = await loop.run_in_executor(self._threads, self._texts, texts)
+        handle = self.engine.embed(
+            EmbeddingRequest(
+                request_id=job.request_id,
+                prompts=prompts,
+                tier=job.tier,
+                tenant=job.tenant,
+                timeout_s=job.timeout_s,
+            )
+        )
+        found = await handle.result()
+        if found.finish_reason != "completed":
+            raise _no_answer(found.finish_reason, found.error)
+        nanoseconds, nanojoules = found.charge.total()[:2]
+        return Embedded(
+            vectors=tuple(tuple(row) for row in found.vectors_ND.tolist()),
+            usage=found.usage,
+            nanoseconds=nanoseconds,
+            nanojoules=nanojoules,
+            cost_nano_usd=self.cost_of(nanoseconds),
+        )
 
     async def drain(self, deadline_s: float) -> None:
         """Take no more; wait for those that there are."""
@@ -203,23 +248,44 @@ class LocalBackend:
             raise UsageError(
                 f"the model {self.model} has no chat template", hint="it is a base model: use /v1/completions"
             )
-        tools = () if call.tool_choice.mode == "none" else call.tools
-        return (
-            tuple(
-                encode_chat(
-                    self._tokenizer, self._template, call.messages, tools=tools, variables=call.variables
-                )
-            ),
-        )
+        assert self._tools is not None
+        given = () if call.tool_choice.mode == "none" else call.tools
+        messages, tools = self._tools.conversation(call.messages, given, call.tool_choice)
+        with named_fields({"variable": "chat_template_kwargs", "tools": "tools"}, "messages"):
+            ids = encode_chat(
+                self._tokenizer, self._template, messages, tools=tools, variables=call.variables
+            )
+        return (tuple(ids),)
 
-    def _prompt(self, prompt: Prompt) -> tuple[int, ...]:
+    def _prompt(self, prompt: Prompt, field: str = "prompt") -> tuple[int, ...]:
         ids = tuple(self._tokenizer.encode_prompt(prompt)) if isinstance(prompt, str) else prompt
         vocab_size = self._architecture.vocab_size
         if not ids:
-            raise FieldError("prompt", "has no tokens", hint="give some text")
+            raise FieldError(field, "has no tokens", hint="give some text")
         if max(ids) >= vocab_size:
-            raise FieldError("prompt", f"token {max(ids)} is outside the vocabulary of {vocab_size}")
+            raise FieldError(field, f"token {max(ids)} is outside the vocabulary of {vocab_size}")
         return ids
+
+    def _texts(self, texts: Sequence[Prompt]) -> tuple[tuple[int, ...], ...]:
+        """In a thread: the tokens of each text to be embedded."""
+        prompts = []
+        for at, text in enumerate(texts):
+            field = f"input[{at}]" if len(texts) > 1 else "input"
+            too_long = len(text) > _MAX_TOKEN_BYTES * self.context_length
+            ids = () if too_long else self._prompt(text, field)
+            if too_long or len(ids) > self.context_length:
+                message = f"is longer than the model's context of {self.context_length} tokens"
+                raise FieldError(field, message, hint="shorten it", code="context_length_exceeded")
+            prompts.append(ids)
+        return tuple(prompts)
+
+    def _with_grammar(self, call: Call) -> Call:
+        """The call with the grammar that its tools ask for."""
+        if not call.tools or self._tools is None:
+            return call
+        with named_fields({}, "tools"):
+            grammar = self._tools.grammar(call.tools, call.tool_choice, call.params.grammar)
+        return replace(call, params=replace(call.params, grammar=grammar))
 
 
 class LocalAttempt:
@@ -262,7 +328,7 @@ class LocalAttempt:
         return await asyncio.shield(self._spent)
 
     async def __aiter__(self) -> AsyncGenerator[Piece, None]:
-        yield Begin(self._id, self._backend.model, self._created)
+        yield Begin(self._id, self._backend.model, self._created, self._backend.fingerprint)
         news = self._one(0) if len(self.handles) == 1 else self._all()
         async with contextlib.aclosing(news):
             async for piece in news:
@@ -272,15 +338,35 @@ class LocalAttempt:
     async def _one(self, at: int) -> AsyncGenerator[Piece, None]:
         """The pieces of one of the requests."""
         first = at * self._call.params.n
+        readers: dict[int, ToolReader | None] = {}
         reader = self.handles[at].__aiter__()
         async with contextlib.aclosing(reader):
-            async for news in reader:
-                if isinstance(news, StreamDelta):
-                    logprobs = tuple(self._token_texts(news))
-                    if news.text or logprobs:
-                        yield TextPiece(news.text, first + news.index, logprobs=logprobs)
-                else:
-                    yield _finish(news, first + news.index)
+            with _named_grammar(self._call), named_fields(_FIELDS):
+                async for news in reader:
+                    index = first + news.index
+                    if index not in readers:
+                        readers[index] = self._backend.tool_reader(self._call, index)
+                    for piece in self._pieces(news, index, readers[index]):
+                        yield piece
+
+    def _pieces(
+        self, news: StreamDelta | Completion, index: int, tools: ToolReader | None
+    ) -> Iterator[Piece]:
+        """What one piece of news says; `tools` reads the text if there may be calls in it."""
+        if isinstance(news, StreamDelta):
+            logprobs = tuple(self._token_texts(news))
+            if tools is None:
+                if news.text or logprobs:
+                    yield TextPiece(news.text, index, logprobs=logprobs)
+                return
+            if logprobs:
+                yield TextPiece("", index, logprobs=logprobs)
+            yield from tools.feed(news.text)
+            return
+        end = _finish(news, index)
+        if tools is not None:
+            yield from tools.end()
+        yield end
 
     async def _all(self) -> AsyncGenerator[Piece, None]:
         """The pieces of all the requests as they come, in one stream."""
@@ -310,10 +396,16 @@ class LocalAttempt:
                 each.cancel()
 
     def _token_texts(self, delta: StreamDelta) -> list[TokenText]:
-        text = self._backend.token_text
+        """The tokens that are part of the text: not the one that ends it."""
+        texts, ends = self._backend.token_text, self._backend.end_tokens
         return [
-            TokenText(text(each.token_id), each.logprob, tuple((text(t), lp) for t, lp in each.top))
+            TokenText(
+                texts(each.token_id),
+                each.logprob,
+                tuple((texts(token), logprob) for token, logprob in each.top),
+            )
             for each in delta.logprobs
+            if each.token_id not in ends
         ]
 
     def _sum(self) -> Spent:
@@ -343,15 +435,29 @@ def _reseeded(call: Call, at: int) -> SamplingParams:
 
 def _finish(end: Completion, index: int) -> Finish:
     """The end of an answer. Raises for an end that is none."""
-    if end.finish_reason == "expired":
-        raise ExpiredError("the request's time was up", hint="ask for fewer tokens, or again later")
-    if end.finish_reason in ("failed", "cancelled"):
-        raise TokenmillError(
-            f"the request {'failed' if end.finish_reason == 'failed' else 'was cancelled'}"
-            + (f": {end.error}" if end.error else ""),
-            hint="try again",
-        )
-    return Finish(end.finish_reason, index)
+    if end.finish_reason in ("expired", "failed", "cancelled"):
+        raise _no_answer(end.finish_reason, end.error)
+    return Finish(end.finish_reason, index, end.stop)
+
+
+def _no_answer(reason: FinishReason, error: str) -> TokenmillError:
+    """Why there is none."""
+    if reason == "expired":
+        return ExpiredError("the request's time was up", hint="ask for fewer tokens, or again later")
+    what = "failed" if reason == "failed" else "was cancelled"
+    return TokenmillError(f"the request {what}" + (f": {error}" if error else ""), hint="try again")
+
+
+@contextlib.contextmanager
+def _named_grammar(call: Call) -> Iterator[None]:
+    """Names the field of a grammar that the engine refuses."""
+    try:
+        yield
+    except UsageError as error:
+        if isinstance(error, FieldError) or not error.message.startswith("the grammar"):
+            raise
+        is_tools = call.tools and call.tool_choice.mode in ("required", "named")
+        raise FieldError("tools" if is_tools else "response_format", error.message, hint=error.hint) from None
 
 
 def _worst(reasons: Iterable[FinishReason]) -> FinishReason:

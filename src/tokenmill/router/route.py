@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import Final
 
-from tokenmill.core import NotFoundError, UsageError
+from tokenmill.core import UsageError
 from tokenmill.router.backend import Backend, Job
 from tokenmill.router.breaker import Breaker, BreakerState
 from tokenmill.router.budget import RetryBudget
@@ -26,7 +26,7 @@ from tokenmill.router.events import OnEvent, RouteEvent, RouteEventKind
 from tokenmill.router.routed import Before, Deployment, Plan, Routed, no_before
 from tokenmill.router.shadow import OnPair, Pair, Shadows, ShadowTarget
 from tokenmill.router.vectors import RoutedVectors, ask_vectors
-from tokenmill.wire import Call, Prompt
+from tokenmill.wire import Call, Prompt, UnknownModelError
 
 __all__ = ["Route", "Router"]
 
@@ -114,7 +114,7 @@ class Router:
             more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
             shown = model[:80] if model.isprintable() else "of that name"
             hint = f"known here: {', '.join(names[:_MOST_NAMED])}{more}"
-            raise NotFoundError(f"there is no model {shown}", hint=hint)
+            raise UnknownModelError(f"there is no model {shown}", hint=hint)
         return route
 
     async def prepare(self, call: Call) -> Plan:

@@ -12,7 +12,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple, Protocol, TypeAlias
 
-from tokenmill.core import EndpointError, FinishReason, ResourceError, TokenmillError, Usage, UsageError
+from tokenmill.core import (
+    EndpointError,
+    ExpiredError,
+    FinishReason,
+    TokenmillError,
+    Usage,
+    UsageError,
+)
 from tokenmill.router.backend import Attempt, Backend, Job, Prepared, Spent
 from tokenmill.router.breaker import Breaker, Permit
 from tokenmill.router.budget import RetryBudget
@@ -165,6 +172,12 @@ class Routed:
         """
         return self._pieces()
 
+    async def ready(self) -> None:
+        """Wait until more than the beginning of an answer is there. Raises what its pieces would raise."""
+        won = await asyncio.shield(self._asking)
+        if isinstance(won, Exception):
+            raise won
+
     def cancel(self) -> None:
         """Give it up: the attempt that runs ends, and no other begins."""
         self._left.set()
@@ -300,7 +313,7 @@ class Routed:
             return await self._first(made, made.attempt, permit)
         except TokenmillError as error:
             self._failed(made, permit, error)
-            if isinstance(error, UsageError):
+            if isinstance(error, UsageError | ExpiredError):
                 raise
             self._last = error
             return None
@@ -324,7 +337,7 @@ class Routed:
             return self.job
         left_s = self._due_s - asyncio.get_running_loop().time()
         if left_s <= 0.0:
-            raise ResourceError("the time of this request is over", hint="allow it more time")
+            raise ExpiredError("the time of this request is over", hint="allow it more time")
         return replace(self.job, timeout_s=left_s)
 
     def _failed(self, made: _Try, permit: Permit, error: TokenmillError) -> None:
@@ -340,15 +353,18 @@ class Routed:
 
 
 def blame(permit: Permit, error: TokenmillError) -> None:
-    """What an error says about the deployment: it failed, it works, or nothing."""
+    """What an error says about the deployment: it failed, it works, or nothing.
+
+    An engine here that fails a request fails that one alone, and says itself when it takes no more.
+    """
     if isinstance(error, BusyError):
         permit.fail(error.wait_s)
     elif isinstance(error, UsageError):
         permit.succeed()
-    elif isinstance(error, ResourceError):
-        permit.leave()
-    else:
+    elif isinstance(error, EndpointError):
         permit.fail()
+    else:
+        permit.leave()
 
 
 async def no_before(number: int, backend: Backend, prepared: Prepared) -> None:

@@ -14,6 +14,7 @@ from typing import Final, NamedTuple
 
 from tokenmill.core import (
     EndpointError,
+    ExpiredError,
     FinishReason,
     NotFoundError,
     ResourceError,
@@ -125,7 +126,7 @@ class UpstreamBackend:
             async with asyncio.timeout(limit_s):
                 vectors, usage = await self.client.embed(texts, progress)
         except TimeoutError:
-            raise ResourceError(f"{self.name}: no answer in {limit_s:g} s", hint=_HINT) from None
+            raise EndpointError(f"{self.name}: no answer in {limit_s:g} s", hint=_HINT) from None
         except TokenmillError as error:
             raise self.told(error, progress) from error
         nanoseconds = round((time.monotonic() - began_s) * 1e9)
@@ -321,7 +322,7 @@ class UpstreamAttempt:
         yield self._limit(times.began_s + config.total_s, f"no end in {config.total_s:g} s")
         if self._job.timeout_s is not None:
             words = f"the time of this request is over ({self._job.timeout_s:g} s)"
-            error = ResourceError(words, hint="allow it more time, or ask for less")
+            error = ExpiredError(words, hint="allow it more time, or ask for less")
             yield _Limit(times.began_s + self._job.timeout_s, "expired", error)
 
     def _limit(self, due_s: float, words: str) -> "_Limit":

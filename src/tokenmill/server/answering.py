@@ -13,7 +13,7 @@ from typing import Final, Protocol
 from tokenmill.core import TokenmillError
 from tokenmill.server.edge import Receive, Scope_, Send
 from tokenmill.server.gateway import Answer
-from tokenmill.wire import Api, Begin, Piece, Reply, encode_sse, write_stream_error
+from tokenmill.wire import Api, Begin, Finish, Piece, Reply, Totals, encode_sse, write_stream_error
 
 __all__ = ["EventStream", "JsonAnswer", "PieceWriter", "send_json"]
 
@@ -70,11 +70,19 @@ class JsonAnswer:
 
 
 class EventStream:
-    """Answers event by event."""
+    """Answers event by event: what one step of the engine gave is one write, and so is all of the end."""
 
-    def __init__(self, answer: Answer, writer: PieceWriter) -> None:
+    def __init__(
+        self,
+        answer: Answer,
+        writer: PieceWriter,
+        *,
+        fail: Callable[[TokenmillError], bytes] | None = None,
+    ) -> None:
+        """`fail` writes an error as the stream's last event, where it is another one than usual."""
         self._answer = answer
         self._writer = writer
+        self._fail = fail
         self._has_begun = False
         self._has_sent = False
 
@@ -87,39 +95,38 @@ class EventStream:
         ]
         try:
             async with contextlib.aclosing(self._answer.pieces()) as pieces:
-                await self._send_pieces(pieces, send)
-            await self._send(send, self._writer.end())
+                last = await self._send_pieces(pieces, send) + self._writer.end()
         except TokenmillError as error:
             if not self._has_begun:
                 raise
-            await self._send(send, write_stream_error(api, error))
+            name = self._answer.caller.request_id
+            last = self._fail(error) if self._fail else write_stream_error(api, error, request_id=name)
         finally:
             for helper in helpers:
                 helper.cancel()
-        await send({"type": "http.response.body", "body": b""})
+        await self._send(send, last, is_last=True)
 
-    async def _send_pieces(self, pieces: AsyncIterator[Piece], send: Send) -> None:
+    async def _send_pieces(self, pieces: AsyncIterator[Piece], send: Send) -> bytes:
+        """Send them but for the last ones, which are returned: what only says that it ends."""
         held = b""
         async for piece in pieces:
-            data = held + self._writer.write(piece)
-            held = b""
-            if isinstance(piece, Begin):
-                held = data  # until the call is sure to be answered
-            elif data:
-                await self._send(send, data)
+            held += self._writer.write(piece)
+            # Nothing is sent until the call is sure to be answered, nor ends one by one.
+            if held and not isinstance(piece, Begin | Finish | Totals):
+                await self._send(send, held)
+                held = b""
+        return held
 
-    async def _send(self, send: Send, data: bytes) -> None:
+    async def _send(self, send: Send, data: bytes, *, is_last: bool = False) -> None:
         self._has_sent = True
         if not self._has_begun:
-            await self._begin(send)
-        await send({"type": "http.response.body", "body": data, "more_body": True})
-
-    async def _begin(self, send: Send) -> None:
-        self._has_begun = True
-        headers = [*_STREAM_HEADERS, *_headers_of(self._answer)]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+            self._has_begun = True
+            headers = [*_STREAM_HEADERS, *_headers_of(self._answer)]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": data, "more_body": not is_last})
 
     async def _keep_alive(self, send: Send, api: Api) -> None:
+        """What keeps proxies from giving up while nothing comes."""
         await asyncio.sleep(_FIRST_S)
         if not self._has_begun:
             await self._send(send, _PINGS["openai"])

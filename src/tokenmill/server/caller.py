@@ -6,16 +6,20 @@ from tokenmill.core import Tier
 from tokenmill.store import Key, Scope
 from tokenmill.wire import Api
 
-__all__ = ["ANONYMOUS", "Caller"]
+__all__ = ["ANONYMOUS", "NOBODY", "Caller"]
 
 ANONYMOUS = Key(
     id="anonymous",
     name="no key, on this machine",
     project="default",
+    scopes=("inference", "metrics"),
     tiers=("standard", "fast", "batch"),
     created_s=0.0,
 )
-"""Stands for everybody on this machine where a server asks for no key. It opens nothing but inference."""
+"""Stands for everybody on this machine where a server asks for no key. It opens no more than these."""
+
+NOBODY = Key(id="nobody", name="no key", project="default", scopes=(), created_s=0.0)
+"""Stands for who shows no key where one is asked for. It opens what is open to everybody."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +35,6 @@ class Caller:
         """Whether the key has the scope."""
         return scope in self.key.scopes
 
-    def tier(self, asked: Tier) -> Tier:
-        """The tier that the key gets if it asks for this one: its own first, if it may not have it."""
+    def tier(self, asked: Tier | None) -> Tier:
+        """The tier that the key gets if it asks for this one: its own first for none, or if it may not."""
         return asked if asked in self.key.tiers else self.key.tiers[0]

@@ -25,6 +25,10 @@ from tokenmill.core import NotFoundError, StorageError, Tier, UsageError
 from tokenmill.engine import LLMConfig
 from tokenmill.engine.mock import MockScript
 from tokenmill.router.config import Price, RouteConfig, UpstreamConfig
+from tokenmill.server.batches import BatchConfig
+from tokenmill.server.edge import is_loopback
+from tokenmill.server.observer import ObserverConfig
+from tokenmill.server.protocol import HttpLimits
 
 __all__ = ["Deployment", "HttpConfig", "MachineConfig", "ModelConfig", "read_deployment"]
 
@@ -47,6 +51,7 @@ class HttpConfig:
     drain_s: float = 30.0
     keep_alive_s: int = 75
     backlog: int = 4096
+    limits: HttpLimits = field(default_factory=HttpLimits)
     max_calls: int = 1024
     fast_s: float = 120.0
     standard_s: float = 600.0
@@ -67,7 +72,7 @@ class HttpConfig:
     @property
     def is_loopback(self) -> bool:
         """Whether only this machine reaches it."""
-        return self.host in ("localhost", "::1") or self.host.startswith("127.")
+        return is_loopback(self.host)
 
     @property
     def asks_for_keys(self) -> bool:
@@ -126,6 +131,8 @@ class Deployment:
     http: HttpConfig = field(default_factory=HttpConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
     prices: Mapping[str, Mapping[Tier, Price]] = field(default_factory=dict)
+    observe: ObserverConfig = field(default_factory=ObserverConfig)
+    batches: BatchConfig = field(default_factory=BatchConfig)
     store: str = ""
 
     def __post_init__(self) -> None:

@@ -4,32 +4,47 @@ Whatever is opened here is closed here, in the reverse order and also if a later
 """
 
 import contextlib
-import hashlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Final
 
+from starlette.routing import Route
+
 from tokenmill.core import Tier
+from tokenmill.costs.prices import load_prices
 from tokenmill.engine.mock import MockModel
 from tokenmill.engine.serving.messages import EngineSpec
 from tokenmill.models.store.directory import ModelDirectory
 from tokenmill.models.store.library import Library
 from tokenmill.router import Backend, Price, Router, UpstreamBackend
 from tokenmill.router.local import LocalBackend, LocalConfig
-from tokenmill.server.app import create_app
+from tokenmill.server.anthropic_batches import AnthropicBatches
+from tokenmill.server.app import api_routes, create_app
+from tokenmill.server.batch_room import BatchRoom, endpoints_of
 from tokenmill.server.config import Deployment, ModelConfig
-from tokenmill.server.edge import Edge, EdgeConfig
+from tokenmill.server.dashboard import Ledger
+from tokenmill.server.edge import EdgeConfig, check_exposure
 from tokenmill.server.gateway import Gateway, GatewayConfig
+from tokenmill.server.keys import KeyCache
+from tokenmill.server.observer import Observer
+from tokenmill.server.openai_batches import OpenAIBatches
 from tokenmill.server.pricing import PriceList
 from tokenmill.server.run import bind, serve_until_told
-from tokenmill.store import Accounts, Key, Store, open_store
+from tokenmill.store import Accounts, SqliteStore, Store, open_store
 
-__all__ = ["check_deployment", "opened_gateway", "serve"]
+__all__ = ["check_deployment", "serve"]
 
 _LOG: Final = logging.getLogger(__name__)
 _LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
+_MOCK_TEMPLATE: Final = (
+    "{% if tools %}<tools>{{ tools | tojson }}{% endif %}"
+    "{% for message in messages %}<{{ message.role }}>{{ message.content or '' }}"
+    "{% for call in message.tool_calls or [] %}<call>{{ call | tojson }}{% endfor %}{% endfor %}<assistant>"
+)
+"""How a mock is shown a conversation: it has no template of its own."""
 
 
 async def serve(deployment: Deployment, *, on_ready: Callable[[str], None] = lambda _: None) -> None:
@@ -39,40 +54,71 @@ async def serve(deployment: Deployment, *, on_ready: Callable[[str], None] = lam
     store raises.
     """
     http = deployment.http
+    edge = EdgeConfig(
+        keyless=not http.asks_for_keys,
+        hosts=(*_LOOPBACK, *http.hosts) if http.hosts or http.is_loopback else (),
+    )
     listener = bind(http)
     with contextlib.closing(listener):
-        async with opened_gateway(deployment) as (gateway, store):
-            edge = EdgeConfig(
-                keyless=not http.asks_for_keys,
-                hosts=(*_LOOPBACK, *http.hosts) if http.hosts or http.is_loopback else (),
-            )
-            app: Edge = create_app(gateway, edge, _finder(store))
-            await serve_until_told(app, gateway, http, listener, on_ready=on_ready)
+        check_exposure(listener.getsockname()[0], edge)
+        observer = Observer(deployment.observe, prices=load_prices())
+        async with _opened(deployment, observer) as (gateway, store, room), observer.looking():
+            routes = [*observer.routes, *([] if room is None else _batch_routes(room))]
+            app = observer.wrap(create_app(gateway, edge, KeyCache(store), routes))
+            stop = None if room is None else room.stop
+            await serve_until_told(app, gateway, http, listener, on_ready=on_ready, before_drain=stop)
 
 
 @asynccontextmanager
-async def opened_gateway(deployment: Deployment) -> AsyncIterator[tuple[Gateway, Store]]:
-    """The gateway of a deployment with everything behind it."""
+async def _opened(
+    deployment: Deployment, observer: Observer
+) -> AsyncIterator[tuple[Gateway, Store, BatchRoom | None]]:
+    """The gateway of a deployment with everything behind it, watched; batches where the store has them."""
     async with contextlib.AsyncExitStack() as stack:
-        store = open_store(deployment.store or str(Library().home / "server.db"))
+        url = deployment.store or str(Library().home / "server.db")
+        store = open_store(url)
         stack.push_async_callback(store.close)
         accounts = Accounts(store)
         await accounts.start()
-        backends: list[Backend] = []
-        for model in deployment.models:
-            backend = await _local(model, deployment)
-            stack.push_async_callback(backend.close)
-            backends.append(backend)
-        for upstream in deployment.upstreams:
-            endpoint = UpstreamBackend(upstream)
-            stack.push_async_callback(endpoint.close)
-            backends.append(endpoint)
-        router = Router(backends, deployment.routes)
+        backends = await _backends(deployment, stack)
+        router = Router(backends, deployment.routes, on_event=observer.routed)
         http = deployment.http
         config = GatewayConfig(
             max_calls=http.max_calls, fast_s=http.fast_s, standard_s=http.standard_s, batch_s=http.batch_s
         )
-        yield Gateway(router, accounts, _prices(deployment), config), store
+        gateway = Gateway(router, accounts, _prices(deployment), config, on_settled=observer.settled)
+        observer.watch(gateway, backends, Ledger(store, accounts.remaining))
+        room = None
+        if isinstance(store, SqliteStore):
+            room = BatchRoom(
+                store,
+                accounts,
+                Path(f"{url}.files").expanduser(),
+                endpoints_of(api_routes(gateway)),
+                lambda: gateway.num_calls,
+                config=deployment.batches,
+            )
+            await room.start()
+            stack.push_async_callback(room.stop)
+        yield gateway, store, room
+
+
+def _batch_routes(room: BatchRoom) -> list[Route]:
+    return [*OpenAIBatches(room).routes(), *AnthropicBatches(room).routes()]
+
+
+async def _backends(deployment: Deployment, stack: contextlib.AsyncExitStack) -> list[Backend]:
+    """Engines and upstreams, closed by the stack."""
+    backends: list[Backend] = []
+    for model in deployment.models:
+        backend = await _local(model, deployment)
+        stack.push_async_callback(backend.close)
+        backends.append(backend)
+    for upstream in deployment.upstreams:
+        endpoint = UpstreamBackend(upstream)
+        stack.push_async_callback(endpoint.close)
+        backends.append(endpoint)
+    return backends
 
 
 def check_deployment(deployment: Deployment) -> list[str]:
@@ -119,11 +165,8 @@ async def _local(model: ModelConfig, deployment: Deployment) -> LocalBackend:
 
 
 def _directory(model: ModelConfig) -> ModelDirectory:
-    return Library().find(model.model) if model.mock is None else MockModel(model.mock)
-
-
-def _finder(store: Store) -> Callable[[str], Coroutine[None, None, Key | None]]:
-    async def find(secret: str) -> Key | None:
-        return await store.find_key(hashlib.sha256(secret.encode()).digest())
-
-    return find
+    return (
+        Library().find(model.model)
+        if model.mock is None
+        else MockModel(model.mock, template=model.mock.template or _MOCK_TEMPLATE)
+    )

@@ -1,10 +1,13 @@
 """What every request passes before a route sees it: names, sizes, encodings and keys, on the raw ASGI path.
 
-Default deny: a path that is in no list needs a key with the scope `admin`, whether a route exists or not, so
-that a new route is closed until somebody says otherwise. What a header says of the path decides nothing.
+Default deny: a path that is in no list, or is not written plainly, needs a key with the scope `admin`, with a
+route or without, so that a new route is closed until somebody says otherwise. What a header says of the path
+decides nothing.
 
 On loopback without keys, inference and metrics need none, but the Host must be a name of this machine and an
 Origin, if there is one, too: a page of the web cannot reach the server through somebody's browser.
+
+Bounds of heads, of time and of connections are those of `protocol.py`.
 """
 
 import ipaddress
@@ -12,17 +15,28 @@ import logging
 import re
 import secrets
 import time
+import traceback
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
-from urllib.parse import urlsplit
 
-from tokenmill.core import TokenmillError, UsageError
-from tokenmill.server.caller import ANONYMOUS, Caller
+from tokenmill.core import ResourceError, TokenmillError, UsageError
+from tokenmill.server.caller import ANONYMOUS, NOBODY, Caller
 from tokenmill.store import Key, Scope
 from tokenmill.wire import Api, write_error
 
-__all__ = ["Asgi", "Edge", "EdgeConfig", "Receive", "Scope_", "Send", "api_of", "needed_scope"]
+__all__ = [
+    "Asgi",
+    "Edge",
+    "EdgeConfig",
+    "Receive",
+    "Scope_",
+    "Send",
+    "api_of",
+    "check_exposure",
+    "is_loopback",
+    "needed_scope",
+]
 
 Scope_: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -31,11 +45,21 @@ Asgi: TypeAlias = Callable[[Scope_, Receive, Send], Awaitable[None]]
 _FindKey: TypeAlias = Callable[[str], Awaitable[Key | None]]
 
 _LOG: Final = logging.getLogger(__name__)
-_PUBLIC: Final = frozenset({"/health", "/health/live", "/health/ready", "/health/drained"})
-_METRICS: Final = frozenset({"/", "/metrics"})
+_PUBLIC: Final = frozenset(
+    {"/health", "/health/live", "/health/ready", "/health/drained"}
+    | {"/", "/dashboard/style.css", "/dashboard/app.js"}  # without figures: those need a key
+)
+_METRICS: Final = frozenset({"/metrics"})
 _ID: Final = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 _FEATURE: Final = b"x-tokenmill-feature"
 _JSON: Final = (b"content-type", b"application/json")
+_NO_SNIFFING: Final = (b"x-content-type-options", b"nosniff")
+_HOST: Final = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{1,253})(:[0-9]{1,5})?")
+_ORIGIN: Final = re.compile(rf"https?://{_HOST.pattern}")
+_ODD: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\\%\ufffd]|//|/\.{1,2}(/|$)")
+"""What no path of ours has: another reader could take it for another path."""
+_KEPT_BYTES: Final = 64 << 10
+"""A refused request's body of at most so many bytes is read past; for a longer one the connection ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,13 +104,16 @@ class Edge:
             scope["tokenmill.caller"] = caller
             await self._app(scope, _Bounded(receive, headers, limit), reply)
         except _Refused as refused:
-            await _answer(reply, refused, api, request_id)
-        except Exception:
-            _LOG.exception("request %s failed", request_id)
+            is_kept = refused.status != 413 and _is_short(headers)
+            await _answer(reply, refused, api, request_id, is_kept)
+        except Exception as failure:
+            # Not its message, which may hold what a user wrote.
+            frames = "".join(traceback.format_tb(failure.__traceback__))
+            _LOG.error("request %s failed: %s\n%s", request_id, type(failure).__name__, frames)
             if reply.has_begun:
-                raise
+                return  # uvicorn ends the connection, so that the answer is seen to be cut
             error = TokenmillError("the server failed", hint=f"its log says why, at {request_id}")
-            await _answer(reply, _Refused(500, error), api, request_id)
+            await _answer(reply, _Refused(500, error), api, request_id, False)
 
     async def _caller(
         self, scope: Scope_, headers: Mapping[bytes, bytes], request_id: str, api: Api
@@ -98,31 +125,34 @@ class Edge:
         needed = needed_scope(scope["path"])
         key = await self._key(headers)
         if needed is not None and (key is None or needed not in key.scopes):
-            if key is None:
+            if key is None or key is ANONYMOUS:
                 hint = "give one as `Authorization: Bearer KEY` or `x-api-key: KEY`"
-                raise _Refused(401, UsageError("this needs a key", hint=hint))
-            raise _Refused(403, UsageError(f"the key {key.id} has not the scope {needed}"))
+                raise _Refused(401, UsageError(f"this needs a key with the scope {needed}", hint=hint))
+            hint = "ask for a key that has it"
+            raise _Refused(403, UsageError(f"the key {key.id} has not the scope {needed}", hint=hint))
         feature = headers.get(_FEATURE, b"").decode("latin-1")
         if feature and not _ID.fullmatch(feature):
             raise _Refused(
                 400, UsageError("x-tokenmill-feature is no plain name", hint="use A-Z a-z 0-9 _.:-")
             )
-        return Caller(key=key or ANONYMOUS, request_id=request_id, api=api, feature=feature)
+        return Caller(key=key or NOBODY, request_id=request_id, api=api, feature=feature)
 
     def _check_names(self, headers: Mapping[bytes, bytes]) -> None:
         """Refuse a Host or an Origin that is not ours."""
         if not self._config.hosts:
             return
-        host = _host_name(headers.get(b"host", b"").decode("latin-1"))
-        if host not in self._config.hosts:
-            raise _Refused(
-                421, UsageError(f"this server is not {host[:80]!r}", hint="name it with --host-name")
-            )
-        origin = headers.get(b"origin")
-        if (
-            origin is not None
-            and (urlsplit(origin.decode("latin-1")).hostname or "") not in self._config.hosts
-        ):
+        host = headers.get(b"host", b"").decode("latin-1")
+        if not _HOST.fullmatch(host) or _host_name(host) not in self._config.hosts:
+            hint = "call it by a name of this machine, or add the name to `hosts`"
+            raise _Refused(421, UsageError(f"this server is not {host[:80]!r}", hint=hint))
+        origin = headers.get(b"origin", b"").decode("latin-1")
+        is_other = bool(origin) and (
+            not _ORIGIN.fullmatch(origin) or _host_name(origin.partition("//")[2]) not in self._config.hosts
+        )
+        is_other |= headers.get(b"sec-fetch-site") == b"cross-site" and (
+            headers.get(b"sec-fetch-mode") != b"navigate"
+        )
+        if is_other:
             raise _Refused(403, UsageError("a page of another origin may not ask", hint="ask from this one"))
 
     async def _key(self, headers: Mapping[bytes, bytes]) -> Key | None:
@@ -130,7 +160,11 @@ class Edge:
         secret = _secret(headers)
         if not secret:
             return ANONYMOUS if self._config.keyless else None
-        key = await self._find_key(secret)
+        try:
+            key = await self._find_key(secret)
+        except TokenmillError:
+            error = ResourceError("keys cannot be checked at the moment", hint="try again in a second")
+            raise _Refused(503, error) from None
         if key is None or not key.is_valid(time.time()):
             if self._config.keyless and not secret.startswith("tm_"):
                 return ANONYMOUS  # clients send some key always
@@ -161,7 +195,7 @@ class _Named:
     async def __call__(self, message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
             self.has_begun = True
-            message["headers"] = [*message.get("headers", ()), self._header]
+            message["headers"] = [*message.get("headers", ()), self._header, _NO_SNIFFING]
         await self._send(message)
 
 
@@ -173,7 +207,7 @@ class _Bounded:
         self._limit = limit
         self._num_bytes = 0
         length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > limit:
+        if length.isdigit() and (len(length) > 18 or int(length) > limit):
             self._refuse()
 
     async def __call__(self) -> MutableMapping[str, Any]:
@@ -192,9 +226,11 @@ def needed_scope(path: str) -> Scope | None:
     """The scope that a path needs; None for what is open to everybody."""
     if path in _PUBLIC:
         return None
+    if _ODD.search(path):
+        return "admin"
     if path in _METRICS or path.startswith(("/dashboard/", "/health/")):
         return "metrics"
-    if path.startswith("/v1/"):
+    if path.startswith("/v1/") or path == "/openapi.json":
         return "inference"
     return "admin"
 
@@ -204,6 +240,24 @@ def api_of(path: str, headers: Mapping[bytes, bytes]) -> Api:
     if path.startswith("/v1/messages") or b"anthropic-version" in headers:
         return "anthropic"
     return "openai"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens on this address, or on that of `localhost`."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost"
+    return address.is_loopback
+
+
+def check_exposure(host: str, config: EdgeConfig) -> None:
+    """Raise UsageError if everybody who reaches `host`, the address that is listened on, could ask."""
+    if config.keyless and not is_loopback(host):
+        raise UsageError(
+            f"{host} is reached from other machines, and no key is asked for",
+            hint="make a key (tokenmill keys create) and leave keyless out, or listen on 127.0.0.1",
+        )
 
 
 def _is_upload(path: str) -> bool:
@@ -235,10 +289,21 @@ def _host_name(host: str) -> str:
         return name.lower().removesuffix(".")
 
 
-async def _answer(send: _Named, refused: _Refused, api: Api, request_id: str) -> None:
+def _is_short(headers: Mapping[bytes, bytes]) -> bool:
+    """Whether the request's body is worth reading past, to keep the connection."""
+    length = headers.get(b"content-length", b"0")
+    is_known = b"transfer-encoding" not in headers and length.isdigit() and len(length) < 9
+    return is_known and int(length) <= _KEPT_BYTES
+
+
+async def _answer(send: _Named, refused: _Refused, api: Api, request_id: str, is_kept: bool) -> None:
     body = write_error(api, refused.error, status=refused.status, request_id=request_id)
-    headers = [_JSON, (b"content-length", str(len(body)).encode()), (b"connection", b"close")]
+    headers = [_JSON, (b"content-length", str(len(body)).encode())]
+    if not is_kept:
+        headers.append((b"connection", b"close"))
     if refused.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
+    if refused.status == 503:
+        headers.append((b"retry-after", b"1"))
     await send({"type": "http.response.start", "status": refused.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -12,7 +12,7 @@ the one that answered, as far as it got. Both APIs, batches and the playground c
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -112,6 +112,7 @@ class Gateway:
         self._on_settled = on_settled
         self._limits = KeyLimits()
         self._settling: set[asyncio.Task[None]] = set()
+        self._answers: set[Answer] = set()
         self._num_calls = 0
         self._is_draining = False
 
@@ -124,6 +125,16 @@ class Gateway:
     def num_calls(self) -> int:
         """Calls that are admitted and not settled."""
         return self._num_calls
+
+    @property
+    def answers(self) -> Collection["Answer"]:
+        """Calls that are being answered, for whoever counts them."""
+        return self._answers
+
+    @property
+    def num_unsettled(self) -> int:
+        """Calls whose end is not yet in the ledger."""
+        return len(self._settling)
 
     @property
     def is_draining(self) -> bool:
@@ -149,11 +160,19 @@ class Gateway:
             undo.pop_all()
         return answer
 
-    async def embed(self, model: str, texts: Sequence[Prompt], caller: Caller, user: str = "") -> Embedded:
+    async def embed(
+        self,
+        model: str,
+        texts: Sequence[Prompt],
+        caller: Caller,
+        *,
+        user: str = "",
+        tier: Tier | None = None,
+    ) -> Embedded:
         """Vectors of texts. Raises what `open` and reading its answer raise."""
         self.router.resolve(model)
         self._enter()
-        work = asyncio.create_task(self._embed(model, texts, caller, user))
+        work = asyncio.create_task(self._embed(model, texts, caller, user, caller.tier(tier)))
         self._settling.add(work_done := asyncio.create_task(_quiet(work)))
         work_done.add_done_callback(self._settling.discard)
         return await asyncio.shield(work)
@@ -195,6 +214,7 @@ class Gateway:
             caller.money.begin()
         routed = self.router.start(plan, self._job(caller, tier), self._before(plan.call.model, caller, tier))
         answer = Answer(routed, prepared, caller, tier)
+        self._answers.add(answer)
         task = asyncio.create_task(self._settle(answer, permit))
         self._settling.add(task)
         task.add_done_callback(self._settling.discard)
@@ -226,6 +246,8 @@ class Gateway:
     async def _settle(self, answer: "Answer", permit: Permit) -> None:
         """Wait for the end of a call, whoever still listens, and write what it came to."""
         records = await answer.routed.spent()
+        total_s = time.monotonic() - answer.started_s
+        self._answers.discard(answer)
         permit.leave(sum(record.spent.usage.num_total_tokens for record in records))
         self._leave()
         call = answer.call
@@ -239,13 +261,15 @@ class Gateway:
                 entries=entries,
                 records=records,
                 ttft_s=answer.ttft_s,
-                total_s=time.monotonic() - answer.started_s,
+                total_s=total_s,
             )
         )
 
-    async def _embed(self, model: str, texts: Sequence[Prompt], caller: Caller, user: str) -> Embedded:
+    async def _embed(
+        self, model: str, texts: Sequence[Prompt], caller: Caller, user: str, tier: Tier
+    ) -> Embedded:
         started_s = time.monotonic()
-        tier, money = caller.tier("standard"), self._money_of(caller)
+        money = self._money_of(caller)
         try:
             permit = self._permit(caller, 0)
             try:

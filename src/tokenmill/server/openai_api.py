@@ -5,14 +5,16 @@ from typing import Final
 from starlette.requests import Request
 from starlette.routing import Route
 
-from tokenmill.core import NotFoundError, SamplingParams
+from tokenmill.core import SamplingParams
 from tokenmill.server.answering import EventStream, JsonAnswer, send_json
 from tokenmill.server.caller import Caller
 from tokenmill.server.edge import Asgi, Receive, Scope_, Send
 from tokenmill.server.gateway import Gateway
 from tokenmill.wire import (
     Call,
+    OpenAIHead,
     OpenAIWriter,
+    UnknownModelError,
     parse_openai_chat,
     parse_openai_completion,
     write_openai_reply,
@@ -61,15 +63,17 @@ class OpenAIApi:
         """GET /v1/models/{model}."""
         name = request.path_params["model"]
         if name not in self._gateway.models:
-            raise NotFoundError(f"the model {name[:80]!r} is not served", hint="see GET /v1/models")
+            raise UnknownModelError(f"the model {name[:80]!r} is not served", hint="see GET /v1/models")
         return _Json(self._model(name))
 
     async def _answer(self, request: Request, call: Call, *, chat: bool) -> Asgi:
         caller: Caller = request.scope["tokenmill.caller"]
         answer = await self._gateway.open(call, caller)
+        prefix = "chatcmpl" if chat else "cmpl"
+        head = OpenAIHead(id=f"{prefix}-{caller.request_id.removeprefix('req_')}", tier=answer.tier)
         if call.stream:
-            return EventStream(answer, OpenAIWriter(chat=chat, include_usage=call.include_usage))
-        return JsonAnswer(answer, lambda reply: write_openai_reply(reply, chat=chat))
+            return EventStream(answer, OpenAIWriter(chat=chat, include_usage=call.include_usage, head=head))
+        return JsonAnswer(answer, lambda reply: write_openai_reply(reply, chat=chat, head=head))
 
     def _model(self, name: str) -> dict[str, object]:
         return {"id": name, "object": "model", "created": self._started, "owned_by": "tokenmill"}

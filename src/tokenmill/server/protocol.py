@@ -184,7 +184,8 @@ class HttpProtocol(HttpToolsProtocol):
             reason = UsageError(f"this is no HTTP request ({_reason(error)})", hint="see RFC 9112")
             self._refuse(*(self._refusal or (400, reason)))
         else:
-            self._num_dull_bytes = 0 if self._has_news else self._num_dull_bytes + len(data)
+            is_first = self._is_head and self._num_bytes == len(data)
+            self._num_dull_bytes = 0 if self._has_news and not is_first else self._num_dull_bytes + len(data)
             if self._num_dull_bytes > self._limits.max_head_bytes:
                 self._refuse(431, self._too_long())
 

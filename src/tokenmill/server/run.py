@@ -7,10 +7,12 @@ who calls, and closed here. The bounds of connections are those of `protocol.py`
 
 import asyncio
 import contextlib
+import resource
 import signal
 import socket
-from collections.abc import Callable, Iterator
-from typing import Final
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
+from typing import Any, Final, cast
 
 import uvicorn
 
@@ -18,6 +20,7 @@ from tokenmill.core import UsageError
 from tokenmill.server.config import HttpConfig
 from tokenmill.server.edge import Asgi
 from tokenmill.server.gateway import Gateway
+from tokenmill.server.protocol import Connections, protocol_factory
 
 __all__ = ["bind", "serve_until_told"]
 
@@ -32,19 +35,19 @@ _OWN_FILES: Final = 256
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its own idea of signals, which says when it listens."""
+    """uvicorn without its own idea of signals, and with more connections in the system's queue than it
+    accepts at once.
+    """
 
-    def __init__(self, config: uvicorn.Config, backlog: int, on_listening: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, backlog: int) -> None:
         super().__init__(config)
         self._backlog = backlog
-        self._on_listening = on_listening
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and say so."""
+        """Listen."""
         await super().startup(sockets)
         for each in sockets or ():
             each.listen(self._backlog)
-        self._on_listening()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -77,24 +80,10 @@ async def serve_until_told(
     listener: socket.socket,
     *,
     on_ready: Callable[[str], None] = lambda _: None,
+    before_drain: Callable[[], Awaitable[None]] | None = None,
 ) -> None:
-    """Serve until a signal comes. `on_ready` is told the URL once it listens."""
-    server = _Server(
-        uvicorn.Config(
-            app,
-            http="httptools",
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            date_header=True,
-            backlog=config.backlog,
-            timeout_keep_alive=config.keep_alive_s,
-        ),
-        config.backlog,
-        lambda: None,
-    )
+    """Serve until a signal comes. `on_ready` is told the URL once it listens; `before_drain` comes first."""
+    server = _Server(_uvicorn_config(app, config), config.backlog)
     told = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -112,9 +101,38 @@ async def serve_until_told(
         waiting = asyncio.create_task(told.wait())
         await asyncio.wait({serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
+        if before_drain is not None:
+            await before_drain()
         await gateway.drain(config.drain_s)
     finally:
         server.should_exit = True
         await serving
         for each in _SIGNALS:
             loop.remove_signal_handler(each)
+
+
+def _uvicorn_config(app: Asgi, config: HttpConfig) -> uvicorn.Config:
+    """How uvicorn is to serve, with as many connections as there are open files for them."""
+    room = max(1, _raise_open_files() - _OWN_FILES)
+    limits = replace(config.limits, max_connections=min(config.limits.max_connections, room))
+    connections = Connections(limits)
+    return uvicorn.Config(
+        app,
+        http=cast(Any, protocol_factory(connections)),
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        date_header=True,
+        backlog=_ACCEPTED,
+        timeout_keep_alive=config.keep_alive_s,
+    )
+
+
+def _raise_open_files() -> int:
+    """Let this process open as many files as it may; how many that is."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return 1 << 20 if hard == resource.RLIM_INFINITY else hard

@@ -18,10 +18,11 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeAlias, TypeVar
 
-from tokenmill.core import BudgetError, UsageError
+from tokenmill.core import UsageError
 from tokenmill.store.interface import Hold, Store
 from tokenmill.store.periods import Period, SteadyClock, period_of
 from tokenmill.store.records import BudgetPeriod, Entry, Key
+from tokenmill.store.rows import budget_error
 
 __all__ = ["Accounts", "Ticket"]
 
@@ -114,7 +115,8 @@ class Accounts:
             await self._refresh(account, key)
             # From here to the reservation nothing awaits: that is what makes it atomic.
             if account.spent + account.reserved + nano_usd > key.budget.nano_usd:
-                raise _too_little(key, account, nano_usd)
+                left = key.budget.nano_usd - account.spent - account.reserved
+                raise budget_error(key.id, key.budget, left, nano_usd)
         ticket = Ticket(
             request_id=request_id,
             attempt=attempt,
@@ -299,17 +301,6 @@ class Accounts:
         self._tasks.discard(task)
         if not task.cancelled():
             task.exception()  # seen by whoever waits; if nobody does, what was set aside stays so
-
-
-def _too_little(key: Key, account: _Account, nano_usd: int) -> BudgetError:
-    assert key.budget is not None
-    left = key.budget.nano_usd - account.spent - account.reserved
-    period = {"total": "", "day": " of today (UTC)", "month": " of this month (UTC)"}[key.budget.period]
-    return BudgetError(
-        f"{left / 1e9:.9f} USD are left of the budget{period} of key {key.id}, and this call may come to "
-        f"{nano_usd / 1e9:.9f} USD",
-        hint="ask for fewer tokens, wait for calls that run, or raise the budget",
-    )
 
 
 def _lost_line(hold: Hold, project: str, now_s: float) -> Entry:

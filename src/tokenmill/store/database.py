@@ -208,6 +208,8 @@ class Database:
         flags = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE
         connection = apsw.Connection(str(self.path), flags=flags, vfs=self._vfs)
         connection.set_busy_timeout(round(self._config.busy_s * 1000))
+        # For the one transaction that makes it a log: its journal must not come back after a power cut.
+        connection.pragma("synchronous", "EXTRA")
         mode = connection.pragma("journal_mode", "wal")
         if mode != "wal":
             connection.close()

@@ -15,7 +15,7 @@ from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
-from tokenmill.core import BudgetError, NotFoundError, StorageError, UsageError
+from tokenmill.core import NotFoundError, StorageError, UsageError
 from tokenmill.store import rows
 from tokenmill.store.interface import Hold, LedgerQuery, LedgerSum, Remembered, SumBy
 from tokenmill.store.periods import DAY_S, period_of
@@ -335,8 +335,9 @@ def _check_budget(connection: _Connection, hold: Hold, budget: Budget) -> None:
     values = (hold.key_id, rows.day_of(period.begin_s), last, hold.key_id)
     found = connection.execute(_LEFT, values).fetchone()
     assert found is not None
-    if int(found[0]) + hold.nano_usd > budget.nano_usd:
-        raise BudgetError(f"the budget of {hold.key_id} does not have what this call may come to")
+    left = budget.nano_usd - int(found[0])
+    if hold.nano_usd > left:
+        raise rows.budget_error(hold.key_id, budget, left, hold.nano_usd)
 
 
 def _settle(connection: _Connection, entry: Entry) -> int:

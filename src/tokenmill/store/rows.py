@@ -11,10 +11,10 @@ from typing import Any, Final, NamedTuple, TypeAlias, get_args
 
 import msgspec
 
-from tokenmill.core import StorageError, UsageError
+from tokenmill.core import BudgetError, StorageError, UsageError
 from tokenmill.store.interface import Hold, LedgerQuery, LedgerSum, SumBy
 from tokenmill.store.periods import DAY_S
-from tokenmill.store.records import Entry, Key
+from tokenmill.store.records import Budget, Entry, Key
 
 __all__ = [
     "ENTRY_COLUMNS",
@@ -22,6 +22,7 @@ __all__ = [
     "Question",
     "Value",
     "body_of_key",
+    "budget_error",
     "check_entries",
     "check_idempotency_name",
     "day_of",
@@ -80,6 +81,16 @@ def key_of_body(body: Any) -> Key:
         return msgspec.json.decode(body, type=Key)
     except (msgspec.DecodeError, UsageError) as error:
         raise StorageError(f"a key in the database makes no sense ({error})") from error
+
+
+def budget_error(key_id: str, budget: Budget, left: int, nano_usd: int) -> BudgetError:
+    """What a call is told for which a key has too little left."""
+    period = {"total": "", "day": " of today (UTC)", "month": " of this month (UTC)"}[budget.period]
+    return BudgetError(
+        f"{left / 1e9:.9f} USD are left of the budget{period} of key {key_id}, and this call may come to "
+        f"{nano_usd / 1e9:.9f} USD",
+        hint="ask for fewer tokens, wait for calls that run, or raise the budget",
+    )
 
 
 def check_entries(entries: Sequence[Entry]) -> None:

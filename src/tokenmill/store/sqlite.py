@@ -8,7 +8,7 @@ from typing import Any, Final, TypeVar
 
 import apsw
 
-from tokenmill.core import BudgetError, NotFoundError, UsageError
+from tokenmill.core import NotFoundError, UsageError
 from tokenmill.store import rows
 from tokenmill.store.database import Database, SqliteConfig
 from tokenmill.store.interface import Hold, LedgerQuery, LedgerSum, Remembered, SumBy
@@ -255,8 +255,9 @@ def _check_budget(connection: apsw.Connection, hold: Hold, budget: Budget) -> No
     period = period_of(budget.period, hold.at_s)
     spent = _spent(connection, hold.key_id, period.begin_s, period.end_s)
     held = connection.execute("SELECT sum(nano_usd) FROM holds WHERE key_id = ?", (hold.key_id,)).get or 0
-    if spent + held + hold.nano_usd > budget.nano_usd:
-        raise BudgetError(f"the budget of {hold.key_id} does not have what this call may come to")
+    left = budget.nano_usd - spent - held
+    if hold.nano_usd > left:
+        raise rows.budget_error(hold.key_id, budget, left, hold.nano_usd)
 
 
 def _release(connection: apsw.Connection, request_id: str, attempt: int) -> None:

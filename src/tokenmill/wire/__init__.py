@@ -1,12 +1,13 @@
 """OpenAI and Anthropic shapes to and from `core`: one codec for what calls endpoints and for what is one."""
 
-from tokenmill.wire.anthropic_answer import AnthropicWriter, write_anthropic_reply
-from tokenmill.wire.anthropic_parse import parse_anthropic_call
+from tokenmill.wire.anthropic_answer import AnthropicHead, AnthropicWriter, write_anthropic_reply
+from tokenmill.wire.anthropic_parse import parse_anthropic_call, parse_anthropic_count
 from tokenmill.wire.anthropic_read import AnthropicReader, read_anthropic_reply
 from tokenmill.wire.anthropic_write import write_anthropic_call
 from tokenmill.wire.call import Api, Call, Prompt, ToolChoice
 from tokenmill.wire.embedding import read_openai_embeddings, write_openai_embeddings
 from tokenmill.wire.errors import (
+    UnknownModelError,
     error_of,
     retry_after,
     status_of,
@@ -15,7 +16,7 @@ from tokenmill.wire.errors import (
     write_stream_error,
 )
 from tokenmill.wire.fields import FieldError, quoted
-from tokenmill.wire.openai_answer import OpenAIWriter, write_openai_reply
+from tokenmill.wire.openai_answer import OpenAIHead, OpenAIWriter, write_openai_reply
 from tokenmill.wire.openai_parse import parse_openai_chat, parse_openai_completion
 from tokenmill.wire.openai_read import OpenAIReader, read_models, read_openai_reply
 from tokenmill.wire.openai_write import write_openai_call
@@ -36,6 +37,7 @@ from tokenmill.wire.reply import (
 from tokenmill.wire.sse import SseEvent, SseParser, encode_sse
 
 __all__ = [
+    "AnthropicHead",
     "AnthropicReader",
     "AnthropicWriter",
     "Api",
@@ -45,6 +47,7 @@ __all__ = [
     "Choice",
     "FieldError",
     "Finish",
+    "OpenAIHead",
     "OpenAIReader",
     "OpenAIWriter",
     "Piece",
@@ -58,9 +61,11 @@ __all__ = [
     "ToolChoice",
     "ToolPiece",
     "Totals",
+    "UnknownModelError",
     "encode_sse",
     "error_of",
     "parse_anthropic_call",
+    "parse_anthropic_count",
     "parse_openai_chat",
     "parse_openai_completion",
     "quoted",

@@ -37,7 +37,7 @@ class Call:
 
     `tools` are in the OpenAI shape. `include_usage` asks a stream for its token counts, `echo` for the prompt
     in front of its continuation (and its log-probabilities). `user` is the client's name for its own user,
-    `variables` are for the chat template.
+    `variables` are for the chat template. Without a `tier` it is the one that the caller's key has first.
     """
 
     model: str
@@ -49,7 +49,7 @@ class Call:
     stream: bool = False
     include_usage: bool = False
     echo: bool = False
-    tier: Tier = "standard"
+    tier: Tier | None = None
     user: str = ""
     metadata: Mapping[str, str] = field(default_factory=dict)
     variables: Mapping[str, Any] = field(default_factory=dict)

@@ -12,6 +12,7 @@ from typing import Any, Final
 import msgspec
 
 from tokenmill.core import (
+    BudgetError,
     EndpointError,
     ExpiredError,
     NotFoundError,
@@ -23,7 +24,15 @@ from tokenmill.wire.call import Api
 from tokenmill.wire.fields import FieldError, encode_json, quoted
 from tokenmill.wire.sse import encode_sse
 
-__all__ = ["error_of", "retry_after", "status_of", "stream_error", "write_error", "write_stream_error"]
+__all__ = [
+    "UnknownModelError",
+    "error_of",
+    "retry_after",
+    "status_of",
+    "stream_error",
+    "write_error",
+    "write_stream_error",
+]
 
 _OPENAI: Final[dict[int, tuple[str, str | None]]] = {
     401: ("invalid_request_error", "invalid_api_key"),
@@ -60,8 +69,19 @@ _CLASS_STATUS: Final[tuple[tuple[type[TokenmillError], int], ...]] = (
 )
 
 
-def status_of(error: TokenmillError) -> int:
-    """The HTTP status that an error is answered with."""
+class UnknownModelError(NotFoundError):
+    """A model that is not served here."""
+
+
+def status_of(error: TokenmillError, api: Api = "openai") -> int:
+    """The HTTP status that an error is answered with.
+
+    To Anthropic's clients a server that is full is 529, money that is not left 402: neither is a rate limit.
+    """
+    if api == "anthropic":
+        own: dict[type[TokenmillError], int] = {BudgetError: 402, ResourceError: 529}
+        if type(error) in own:
+            return own[type(error)]
     return next((status for kind, status in _CLASS_STATUS if isinstance(error, kind)), 500)
 
 
@@ -69,21 +89,28 @@ def write_error(
     api: Api, error: TokenmillError, *, status: int = 0, code: str | None = None, request_id: str = ""
 ) -> bytes:
     """The body of an error, in the shape of the API. `status` and `code` where the class does not say it."""
-    status = status or status_of(error)
+    status = status or status_of(error, api)
     if api == "anthropic":
         kind = _ANTHROPIC.get(status, "invalid_request_error" if status < 500 else "api_error")
         name = {"request_id": request_id} if request_id else {}
         return encode_json({"type": "error", "error": {"type": kind, "message": _clean(str(error))}, **name})
     default = ("invalid_request_error" if status < 500 else "server_error", None)
     kind, usual_code = _OPENAI.get(status, default)
-    field = (error.field or None) if isinstance(error, FieldError) else None
+    if isinstance(error, BudgetError):
+        kind = usual_code = "insufficient_quota"
+    field: str | None = None
+    if isinstance(error, FieldError):
+        field, code = error.field or None, code or error.code
+    elif isinstance(error, UnknownModelError):
+        field, usual_code = "model", "model_not_found"
     inner = {"message": _clean(str(error)), "type": kind, "param": field, "code": code or usual_code}
     return encode_json({"error": inner})
 
 
-def write_stream_error(api: Api, error: TokenmillError) -> bytes:
+def write_stream_error(api: Api, error: TokenmillError, *, request_id: str = "") -> bytes:
     """The event of an error after a stream has begun."""
-    return encode_sse(write_error(api, error), "error" if api == "anthropic" else "")
+    body = write_error(api, error, request_id=request_id)
+    return encode_sse(body, "error" if api == "anthropic" else "")
 
 
 def error_of(status: int, body: bytes, *, key_name: str = "") -> TokenmillError:

@@ -13,6 +13,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from tokenmill.core import EndpointError, UsageError
+from tokenmill.wire.scan import BadJsonError, check_json
 
 __all__ = [
     "FieldError",
@@ -30,22 +31,30 @@ _PLACE: Final = re.compile(r" - at (?:`key` in )?`\$\.?([^`]*)`$")
 _UNKNOWN: Final = re.compile(r"unknown field `([^`]*)`")
 _MISSING: Final = re.compile(r"missing required field `([^`]*)`")
 _QUOTE_CHARS: Final = 200
+_SEE: Final = "see /openapi.json for what can be asked"
 
 
 class FieldError(UsageError):
-    """A field of a request that cannot be used; `field` is its path, such as `messages[0].content`."""
+    """A field of a request that cannot be used; `field` is its path, such as `messages[0].content`.
 
-    def __init__(self, field: str, message: str, *, hint: str = "") -> None:
+    `code` is OpenAI's word for what is wrong, where it has one.
+    """
+
+    def __init__(self, field: str, message: str, *, hint: str = "", code: str = "") -> None:
         super().__init__(f"{field}: {message}" if field else message, hint=hint)
         self.field = field
+        self.code = code
 
 
-def decode_request(body: bytes, kind: type[_T]) -> _T:
-    """A request's body as a record. Raises FieldError."""
+def decode_request(body: bytes, kind: type[_T], *, hint: str = _SEE) -> _T:
+    """A request's body as a record. `hint` is for wrong fields. Raises FieldError."""
     try:
+        check_json(body)
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
-        raise _field_error(str(error)) from None
+        raise _field_error(str(error), hint) from None
+    except BadJsonError as error:
+        raise FieldError(error.path, str(error), hint="send plain JSON, as RFC 8259 has it") from None
     except (ValueError, RecursionError) as error:
         raise FieldError("", f"the body is no JSON ({error})", hint="send a JSON object in UTF-8") from None
 
@@ -110,7 +119,7 @@ def named_fields(names: Mapping[str, str], path: str = "") -> Iterator[None]:
         raise FieldError(names[found[0][1]] if found else path, error.message, hint=error.hint) from None
 
 
-def _field_error(message: str) -> FieldError:
+def _field_error(message: str, hint: str) -> FieldError:
     """What msgspec found wrong, with the field's path in front."""
     place = _PLACE.search(message)
     path = place[1] if place else ""
@@ -119,4 +128,4 @@ def _field_error(message: str) -> FieldError:
     if name:
         path = f"{path}.{name[1]}" if path else name[1]
         said = "this field is not known" if _UNKNOWN.search(said) else "is missing"
-    return FieldError(path, said[0].lower() + said[1:], hint="see docs/endpoints.md for what can be asked")
+    return FieldError(path, said[0].lower() + said[1:], hint=hint)

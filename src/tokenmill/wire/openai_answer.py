@@ -1,17 +1,40 @@
 """Replies in the shapes of the OpenAI API: at once, and as the events of a stream."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
-from tokenmill.core import FinishReason, Usage
+from tokenmill.core import FinishReason, Tier, Usage
 from tokenmill.wire.fields import encode_json
 from tokenmill.wire.reply import Begin, Choice, Finish, Piece, Reply, TextPiece, TokenText, ToolPiece
 from tokenmill.wire.sse import encode_sse
 
-__all__ = ["OpenAIWriter", "write_openai_reply"]
+__all__ = ["OPENAI_TIERS", "OpenAIHead", "OpenAIWriter", "token_logprob", "write_openai_reply"]
+
+OPENAI_TIERS: Final[dict[Tier, str]] = {"standard": "default", "fast": "priority", "batch": "flex"}
+"""Our tiers as `service_tier` in an answer."""
 
 _FINISHES: Final[dict[FinishReason, str]] = {"completed": "stop", "stopped": "stop", "length": "length"}
 """Ends that are answers. What failed, expired or was cancelled is an error, not a reply."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenAIHead:
+    """What the server says of an answer: its `id`, if it is not that of whoever answers, and its tier."""
+
+    id: str = ""
+    tier: Tier | None = None
+
+    def fields(self, begin: Begin, *, chat: bool, kind: str) -> dict[str, Any]:
+        """What every body and event begins with."""
+        result = {
+            "id": self.id or begin.id,
+            "object": kind,
+            "created": begin.created,
+            "model": begin.model,
+            "system_fingerprint": begin.fingerprint or None,
+        }
+        return result | {"service_tier": OPENAI_TIERS[self.tier]} if chat and self.tier else result
 
 
 class OpenAIWriter:
@@ -20,8 +43,9 @@ class OpenAIWriter:
     `chat` says which of the two kinds of stream it is. Totals are written if `include_usage` asks for them.
     """
 
-    def __init__(self, *, chat: bool, include_usage: bool = False) -> None:
+    def __init__(self, *, chat: bool, include_usage: bool = False, head: OpenAIHead | None = None) -> None:
         self._chat = chat
+        self._told = head or OpenAIHead()
         self._include_usage = include_usage
         self._head: dict[str, Any] = {}
         self._spoken: set[int] = set()
@@ -33,7 +57,7 @@ class OpenAIWriter:
         """The events of one piece, which may be none."""
         if isinstance(piece, Begin):
             kind = "chat.completion.chunk" if self._chat else "text_completion"
-            self._head = {"id": piece.id, "object": kind, "created": piece.created, "model": piece.model}
+            self._head = self._told.fields(piece, chat=self._chat, kind=kind)
             return b""
         if isinstance(piece, TextPiece):
             return self._text(piece)
@@ -88,15 +112,12 @@ class OpenAIWriter:
         return encode_sse(encode_json(body | {"usage": usage} if self._include_usage else body))
 
 
-def write_openai_reply(reply: Reply, *, chat: bool) -> bytes:
+def write_openai_reply(reply: Reply, *, chat: bool, head: OpenAIHead | None = None) -> bytes:
     """The body of an answer at once, of a chat or of a completion."""
-    body = {
-        "id": reply.id,
-        "object": "chat.completion" if chat else "text_completion",
-        "created": reply.created,
-        "model": reply.model,
-        "choices": [(_chat_choice if chat else _text_choice)(choice) for choice in reply.choices],
-    }
+    begin = Begin(reply.id, reply.model, reply.created, reply.fingerprint)
+    kind = "chat.completion" if chat else "text_completion"
+    body = (head or OpenAIHead()).fields(begin, chat=chat, kind=kind)
+    body["choices"] = [(_chat_choice if chat else _text_choice)(choice) for choice in reply.choices]
     return encode_json(body if reply.usage is None else body | {"usage": _usage(reply.usage)})
 
 
@@ -130,20 +151,31 @@ def _end(choice: Choice) -> dict[str, Any]:
 
 def _finish(reason: FinishReason, *, has_calls: bool) -> str:
     assert reason in _FINISHES, f"{reason} is an error, not a reply"
-    return "tool_calls" if has_calls and reason == "completed" else _FINISHES[reason]
+    return "tool_calls" if has_calls and reason != "length" else _FINISHES[reason]
 
 
 def _chat_logprobs(logprobs: Iterable[TokenText]) -> dict[str, Any] | None:
     tokens = [
-        {**_token(each.text, each.logprob), "top_logprobs": [_token(*top) for top in each.top]}
+        {**token_logprob(each.text, each.logprob), "top_logprobs": [token_logprob(*top) for top in each.top]}
         for each in logprobs
     ]
     return {"content": tokens, "refusal": None} if tokens else None
 
 
-def _token(text: str, logprob: float | None) -> dict[str, Any]:
-    """A token; the bytes of one that is a part of a character are not known here."""
-    return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
+def token_logprob(text: str, logprob: float | None) -> dict[str, Any]:
+    """A token with its bytes; U+FFFD that came so from an endpoint stands for bytes that nobody knows."""
+    data = text.encode("utf-8", "surrogateescape")
+    shown = data.decode("utf-8", "replace")
+    return {"token": shown, "logprob": logprob, "bytes": None if "\ufffd" in text else list(data)}
+
+
+def _token_name(text: str) -> str:
+    """A token in the lists of a completion; one that is no text is named by its bytes."""
+    data = text.encode("utf-8", "surrogateescape")
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
 def _text_logprobs(logprobs: Sequence[TokenText], offset: int) -> dict[str, Any] | None:
@@ -156,11 +188,15 @@ def _text_logprobs(logprobs: Sequence[TokenText], offset: int) -> dict[str, Any]
         offset += len(each.text)
     has_top = any(each.top for each in logprobs)
     return {
-        "tokens": [each.text for each in logprobs],
+        "tokens": [_token_name(each.text) for each in logprobs],
         "token_logprobs": [each.logprob for each in logprobs],
-        "top_logprobs": [dict(each.top) or None for each in logprobs] if has_top else None,
+        "top_logprobs": [_tops(each) for each in logprobs] if has_top else None,
         "text_offset": offsets,
     }
+
+
+def _tops(token: TokenText) -> dict[str, float] | None:
+    return {_token_name(text): logprob for text, logprob in token.top} or None
 
 
 def _usage(usage: Usage) -> dict[str, Any]:
@@ -168,5 +204,11 @@ def _usage(usage: Usage) -> dict[str, Any]:
         "prompt_tokens": usage.num_prompt_tokens,
         "completion_tokens": usage.num_output_tokens,
         "total_tokens": usage.num_total_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.num_cached_tokens},
+        "prompt_tokens_details": {"cached_tokens": usage.num_cached_tokens, "audio_tokens": 0},
+        "completion_tokens_details": {
+            "reasoning_tokens": 0,
+            "audio_tokens": 0,
+            "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
+        },
     }

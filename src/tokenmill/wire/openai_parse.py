@@ -5,23 +5,39 @@ range are a `FieldError`. Parameters that OpenAI does not have are those that vL
 """
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgspec
 
-from tokenmill.core import Grammar, Message, SamplingParams, Tier, ToolCall
+from tokenmill.core import Grammar, Message, SamplingParams, Tier, ToolCall, UsageError
 from tokenmill.wire.call import Call, Prompt, ToolChoice
 from tokenmill.wire.fields import FieldError, decode_request, encode_json, named_fields
 from tokenmill.wire.parts import arguments_text, filled, text_of, tool_name, whole_tool
 
-__all__ = ["parse_openai_chat", "parse_openai_completion"]
+__all__ = [
+    "CHAT_REQUEST",
+    "COMPLETION_REQUEST",
+    "check_temperature",
+    "check_tools",
+    "parse_openai_chat",
+    "parse_openai_completion",
+    "tier_of",
+    "told_call",
+]
 
-_TIERS: Final[dict[str, Tier]] = {
-    "auto": "standard",
-    "default": "standard",
+_TIERS: Final[dict[str, Tier | None]] = {
+    "auto": None,
+    "default": None,
     "flex": "batch",
     "priority": "fast",
+    "fast": "fast",
+    "standard": "standard",
+    "batch": "batch",
 }
+"""OpenAI's names and ours; None is the tier that the key has first."""
+
+_MAX_TEMPERATURE: Final = 2.0
+_MAX_TOOLS: Final = 128
 _ROLES: Final = ("system", "developer", "user", "assistant", "tool")
 _SAMPLING: Final = (
     "max_tokens",
@@ -82,6 +98,7 @@ class _Tool(_Strict, kw_only=True):
 
 class _StreamOptions(_Strict, kw_only=True):
     include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
 
 
 class _Schema(_Strict, kw_only=True):
@@ -132,6 +149,7 @@ class _Request(_Strict, kw_only=True):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     metadata: dict[str, str] | None = None
+    prompt_cache_retention: None = None
 
 
 class _ChatRequest(_Request, kw_only=True):
@@ -145,6 +163,14 @@ class _ChatRequest(_Request, kw_only=True):
     chat_template_kwargs: dict[str, Any] | None = None
     modalities: list[str] | None = None
     store: bool | None = None
+    audio: None = None
+    functions: None = None
+    function_call: None = None
+    prediction: None = None
+    reasoning_effort: None = None
+    verbosity: None = None
+    web_search_options: None = None
+    moderation: None = None
 
 
 class _CompletionRequest(_Request, kw_only=True):
@@ -152,6 +178,7 @@ class _CompletionRequest(_Request, kw_only=True):
     logprobs: int | None = None
     echo: bool | None = None
     best_of: int | None = None
+    suffix: None = None
 
 
 def parse_openai_chat(body: bytes, defaults: SamplingParams) -> Call:
@@ -179,6 +206,7 @@ def parse_openai_chat(body: bytes, defaults: SamplingParams) -> Call:
     if not request.messages:
         raise FieldError("messages", "is empty", hint="give at least one")
     tools = [_tool(tool, f"tools[{at}]") for at, tool in enumerate(request.tools or ())]
+    check_tools([tool["function"]["name"] for tool in tools])
     with named_fields({"model": "model", "tool_choice": "tool_choice", "tools": "tools"}):
         return Call(
             **_envelope(request),
@@ -204,6 +232,7 @@ def parse_openai_completion(body: bytes, defaults: SamplingParams) -> Call:
 
 def _sampling(request: _Request) -> dict[str, Any]:
     """Parameters by our names; None where they are not given."""
+    check_temperature(request.temperature)
     stop = (request.stop,) if isinstance(request.stop, str) else request.stop
     lists = {"stop": stop, "stop_token_ids": request.stop_token_ids, "bad_words": request.bad_words}
     return {
@@ -246,10 +275,20 @@ def _format_grammar(format_: _Format) -> Grammar:
     return Grammar(kind="json_schema", source=encode_json(format_.json_schema.schema).decode())
 
 
+def tier_of(name: str | None) -> Tier | None:
+    """The tier that a `service_tier` means; None: the one that the key has first. Raises FieldError."""
+    if name is not None and name not in _TIERS:
+        raise FieldError("service_tier", f"it is {name[:40]!r}", hint=f"use one of {', '.join(_TIERS)}")
+    return _TIERS[name or "auto"]
+
+
+def check_temperature(value: float | None) -> None:
+    """Raise FieldError for one above what OpenAI takes."""
+    if value is not None and value > _MAX_TEMPERATURE:
+        raise FieldError("temperature", f"is {value}", hint=f"use a value from 0 to {_MAX_TEMPERATURE:g}")
+
+
 def _envelope(request: _Request) -> dict[str, Any]:
-    tier = request.service_tier or "auto"
-    if tier not in _TIERS:
-        raise FieldError("service_tier", f"it is {tier[:40]!r}", hint=f"use one of {', '.join(_TIERS)}")
     if request.stream_options is not None and not request.stream:
         raise FieldError("stream_options", "is for streams", hint='"stream": true')
     options = request.stream_options or _StreamOptions()
@@ -257,7 +296,7 @@ def _envelope(request: _Request) -> dict[str, Any]:
         "model": request.model,
         "stream": bool(request.stream),
         "include_usage": bool(options.include_usage),
-        "tier": _TIERS[tier],
+        "tier": tier_of(request.service_tier),
         "user": request.user or request.safety_identifier or "",
         "metadata": request.metadata or {},
     }
@@ -288,9 +327,32 @@ def _message(message: _Message, path: str) -> Message:
 def _call(call: _ToolCall, path: str) -> ToolCall:
     if call.type != "function":
         raise FieldError(f"{path}.type", f"it is {call.type[:40]!r}", hint="use function")
-    with named_fields({"arguments": f"{path}.function.arguments"}, path):
-        function = call.function
-        return ToolCall(id=call.id, name=function.name, arguments=arguments_text(function.arguments))
+    return told_call(call.id, call.function.name, call.function.arguments, path)
+
+
+def told_call(call_id: str, name: str, arguments: str | dict[str, Any], path: str) -> ToolCall:
+    """A call of the conversation. Raises FieldError.
+
+    Arguments that are no JSON object came from a model, which must not end its conversation: they are told to
+    it as a text.
+    """
+    text = arguments_text(arguments) or "{}"
+    with named_fields({"name": f"{path}.name", "id": f"{path}.id"}, path):
+        try:
+            return ToolCall(id=call_id, name=name, arguments=text)
+        except UsageError as error:
+            if "no JSON object" not in error.message:
+                raise
+        return ToolCall(id=call_id, name=name, arguments=encode_json({"invalid_json": text}).decode())
+
+
+def check_tools(names: Sequence[str]) -> None:
+    """Raise FieldError for too many tools, and for two of one name."""
+    if len(names) > _MAX_TOOLS:
+        raise FieldError("tools", f"has {len(names)} entries", hint=f"use at most {_MAX_TOOLS}")
+    for at, name in enumerate(names):
+        if name in names[:at]:
+            raise FieldError(f"tools[{at}].function.name", f"{name!r} is there twice", hint="name each once")
 
 
 def _tool(tool: _Tool, path: str) -> dict[str, Any]:
@@ -344,3 +406,9 @@ def _tokens(ids: Sequence[object]) -> tuple[int, ...]:
     if not tokens or len(tokens) != len(ids):
         raise FieldError("prompt", "has token ids that cannot be", hint="use whole numbers from 0")
     return tokens
+
+
+CHAT_REQUEST: Final = _ChatRequest
+"""The type of a body of POST /v1/chat/completions, for the OpenAPI document."""
+COMPLETION_REQUEST: Final = _CompletionRequest
+"""The type of a body of POST /v1/completions, for the OpenAPI document."""

@@ -35,7 +35,8 @@ _MAX_CALLS: Final = 128
 class TokenText(msgspec.Struct, frozen=True):
     """A token's text, its natural log-probability, and the most likely (text, log-probability) there.
 
-    The first token of an echoed prompt has none.
+    Bytes that are no whole character are lone surrogates in the text (`surrogateescape`, PEP 383). The first
+    token of an echoed prompt has no log-probability.
     """
 
     text: str
@@ -44,11 +45,15 @@ class TokenText(msgspec.Struct, frozen=True):
 
 
 class Begin(msgspec.Struct, frozen=True):
-    """The first event of a stream: the endpoint's name for the reply, and the model that answers."""
+    """The first event of a stream: the endpoint's name for the reply, and the model that answers.
+
+    `fingerprint` tells one build of a model from another under the same name, if it is known.
+    """
 
     id: str
     model: str
     created: int = 0
+    fingerprint: str = ""
 
 
 class TextPiece(msgspec.Struct, frozen=True):
@@ -124,6 +129,7 @@ class Reply:
     choices: tuple[Choice, ...]
     usage: Usage | None
     created: int = 0
+    fingerprint: str = ""
     raw_usage: Mapping[str, Any] = field(default_factory=dict)
 
     def completion(self, request_id: str, *, ttft_s: float, total_s: float) -> Completion:
@@ -155,6 +161,7 @@ class Reply:
             index=choice.index,
             error=error,
             tool_calls=calls,
+            stop=choice.stop,
         )
 
 
@@ -179,6 +186,7 @@ def reply_of(completions: Sequence[Completion], begin: Begin, token_text: Callab
             index=each.index,
             text=each.text,
             finish_reason=each.finish_reason,
+            stop=each.stop,
             tool_calls=tuple(CallText(call.id, call.name, call.arguments) for call in each.tool_calls),
             logprobs=None if each.logprobs is None else tuple(_token_texts(each.logprobs, token_text)),
         )
@@ -268,6 +276,7 @@ class ReplyBuilder:
             id=self._begin.id,
             model=self._begin.model,
             created=self._begin.created,
+            fingerprint=self._begin.fingerprint,
             choices=tuple(self._choices[at].choice(at) for at in sorted(self._choices)),
             usage=None if self._totals is None else self._totals.usage,
             raw_usage={} if self._totals is None else self._totals.raw,

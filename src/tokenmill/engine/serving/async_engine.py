@@ -21,12 +21,13 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, Self, TypeAlias
+from typing import Literal, Self, TypeAlias, get_args
 
 import numpy as np
 
-from tokenmill.core import Completion, FinishReason, Request, ResourceError, TokenmillError, UsageError
+from tokenmill.core import Completion, FinishReason, Request, ResourceError, Tier, TokenmillError, UsageError
 from tokenmill.core import errors as error_tree
+from tokenmill.engine.counts import EngineCounts
 from tokenmill.engine.embedding import EmbeddingRequest
 from tokenmill.engine.serving.handle import (
     Embedding,
@@ -37,6 +38,7 @@ from tokenmill.engine.serving.handle import (
 )
 from tokenmill.engine.serving.messages import (
     Advance,
+    Beat,
     Cancel,
     Embed,
     Embedded,
@@ -67,7 +69,9 @@ _MAX_TRIES = 2
 
 @dataclass(frozen=True, kw_only=True)
 class EngineStats:
-    """The front end's counts, and the last ones that the present process reported.
+    """The front end's counts, and the last ones that the present process reported: after a restart they begin
+    at 0. `busy_ns` of its time, and `busy_nj` of the machine's energy, were charged to requests, `idle_ns`
+    passed without work.
 
     `num_in_flight` requests have not ended; `num_ended` counts completions by finish reason. An idle engine
     has 0 `num_blocks_in_use`. `failure` says why the last process ended; `pid` is 0 without one.
@@ -85,6 +89,9 @@ class EngineStats:
     num_running: int
     num_blocks: int
     num_blocks_in_use: int
+    running_by_tier: Mapping[Tier, int]
+    waiting_by_tier: Mapping[Tier, int]
+    counts: EngineCounts
     busy_ns: int
     idle_ns: int
     busy_nj: int
@@ -161,7 +168,7 @@ class AsyncEngine:
     def stats(self) -> EngineStats:
         """The counts now."""
         process = self._process
-        beat = None if process is None else process.beat
+        beat = Beat() if process is None else process.beat
         return EngineStats(
             state=self.state,
             pid=0 if process is None else process.pid,
@@ -170,14 +177,17 @@ class AsyncEngine:
             num_restarts=self._num_restarts,
             num_resubmitted=self._num_resubmitted,
             failure=self._failure,
-            num_steps=0 if beat is None else beat.num_steps,
-            num_waiting=0 if beat is None else beat.num_waiting,
-            num_running=0 if beat is None else beat.num_running,
-            num_blocks=0 if beat is None else beat.num_blocks,
-            num_blocks_in_use=0 if beat is None else beat.num_blocks_in_use,
-            busy_ns=0 if beat is None else beat.busy_ns,
-            idle_ns=0 if beat is None else beat.idle_ns,
-            busy_nj=0 if beat is None else beat.busy_nj,
+            num_steps=beat.num_steps,
+            num_waiting=beat.num_waiting,
+            num_running=beat.num_running,
+            num_blocks=beat.num_blocks,
+            num_blocks_in_use=beat.num_blocks_in_use,
+            running_by_tier={tier: beat.running_by_tier.get(tier, 0) for tier in get_args(Tier)},
+            waiting_by_tier={tier: beat.waiting_by_tier.get(tier, 0) for tier in get_args(Tier)},
+            counts=beat.counts,
+            busy_ns=beat.busy_ns,
+            idle_ns=beat.idle_ns,
+            busy_nj=beat.busy_nj,
         )
 
     def submit(self, request: Request) -> RequestHandle:

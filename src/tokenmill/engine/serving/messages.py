@@ -15,6 +15,7 @@ cannot reach another request.
         ◄──────── Draining, when it was told to end: no new requests
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
@@ -22,9 +23,10 @@ from typing import Annotated, TypeAlias
 
 import msgspec
 
-from tokenmill.core import Completion, FinishReason, Request, ResourceError, TokenLogprobs, UsageError
+from tokenmill.core import Completion, FinishReason, Request, ResourceError, Tier, TokenLogprobs, UsageError
 from tokenmill.costs.metering import Charge
 from tokenmill.engine.config import LLMConfig
+from tokenmill.engine.counts import EngineCounts
 from tokenmill.engine.embedding import EmbeddingRequest
 from tokenmill.engine.mock import MockScript
 
@@ -167,15 +169,21 @@ class Refused(_Message, frozen=True, kw_only=True):
 
 class Beat(_Message, frozen=True, kw_only=True):
     """The process is alive. Whether it also works shows in `num_steps`, which grows while there is work,
-    and `num_pauses`, which grows while there is none but to check grammars.
+    and `num_pauses`, which grows while there is none but to check grammars; a step that takes more than
+    `patience_s` hangs. `busy_ns` and `busy_nj` were
+    charged to requests, `idle_ns` passed without any. Counts by tier may be as old as a beat.
     """
 
+    patience_s: Annotated[float, msgspec.Meta(ge=0)] = math.inf
     num_steps: _Count = 0
     num_pauses: _Count = 0
     num_waiting: _Count = 0
     num_running: _Count = 0
     num_blocks: _Count = 0
     num_blocks_in_use: _Count = 0
+    running_by_tier: dict[Tier, _Count] = {}
+    waiting_by_tier: dict[Tier, _Count] = {}
+    counts: EngineCounts = msgspec.field(default_factory=EngineCounts)
     busy_ns: _Count = 0
     idle_ns: _Count = 0
     busy_nj: _Count = 0

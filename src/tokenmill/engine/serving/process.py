@@ -25,8 +25,10 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import msgspec
 
 from tokenmill.core import Request, ResourceError, TokenmillError
 from tokenmill.costs.power import Unmeasured, find_counters
@@ -132,6 +134,8 @@ class EngineServer:
         self._embeddings = EmbeddingJobs(engine)
         self._checks = GrammarChecks(engine.check_grammar)
         self._checking: dict[int, tuple[GenerationState, ...]] = {}
+        self._tiers_at = 0.0
+        self._running_by_tier, self._waiting_by_tier = engine.by_tier()
         self._num_steps = 0
         self._num_pauses = 0
         self._told_to_end = False
@@ -257,6 +261,11 @@ class EngineServer:
 
     def _count(self) -> None:
         engine = self._engine
+        now_s = time.monotonic()
+        # A long queue is counted now and then, and always once it is empty.
+        if now_s >= self._tiers_at or not engine.has_work:
+            self._running_by_tier, self._waiting_by_tier = engine.by_tier()
+            self._tiers_at = now_s + self._beat_s
         self._beat = Beat(
             num_steps=self._num_steps,
             num_pauses=self._num_pauses,
@@ -264,6 +273,9 @@ class EngineServer:
             num_running=engine.num_running,
             num_blocks=engine.num_blocks,
             num_blocks_in_use=engine.num_blocks_in_use,
+            running_by_tier=self._running_by_tier,
+            waiting_by_tier=self._waiting_by_tier,
+            counts=replace(engine.counts),
             busy_ns=engine.meter.busy_ns,
             idle_ns=engine.idle_ns,
             busy_nj=engine.meter.busy_nj,
@@ -272,7 +284,8 @@ class EngineServer:
     def _send_beats(self, stop: threading.Event) -> None:
         with contextlib.suppress(OSError):  # the front end is gone: the other thread ends the process
             while not stop.wait(self._beat_s):
-                self._link.send([self._beat])
+                beat = msgspec.structs.replace(self._beat, patience_s=self._engine.step_bound_s)
+                self._link.send([beat])
 
     def _drained(self) -> bool:
         if not self._told_to_end:

@@ -1,9 +1,9 @@
 """One engine process from its start to its end: started, listened to, watched, killed, reaped.
 
 The front end believes a process only as long as it behaves. It is killed when it says nothing at all for
-`silence_s` (stopped, or swapped out for good), when it beats but does not step for `stall_s` although there
-is work, when it sends what is no message, or when it does not open its model within `start_s`. Time is
-counted in ticks of this event loop, so a front end that was itself stopped does not blame the engine.
+`silence_s` (stopped, or swapped out for good), when it beats but does not step although there is work, when
+it sends what is no message, or when it does not open its model within `start_s`. Time is counted in ticks of
+this event loop, so a front end that was itself stopped does not blame the engine.
 
 What becomes of its requests is not decided here (see `async_engine.py`).
 """
@@ -42,7 +42,9 @@ _LEAVE_S = 1.0
 class SupervisorConfig:
     """Bounds of an engine process, in seconds.
 
-    It beats every `beat_s`. After its end another is started in `backoff_s`, twice as long for each that
+    It beats every `beat_s`. A step hangs after ten times what the engine expects of it, but not before
+    `hang_s`, and at the latest after `stall_s`: that holds until it has made a step, and for a step much
+    larger than any before. After its end another is started in `backoff_s`, twice as long for each that
     ended before it made a step, at most `max_backoff_s`; after `max_failures` of these there is no other.
     The engine ends a request that takes too long; if it has not within `grace_s`, the front end does.
     """
@@ -50,6 +52,7 @@ class SupervisorConfig:
     beat_s: float = 0.25
     silence_s: float = 5.0
     stall_s: float = 30.0
+    hang_s: float = 4.0
     start_s: float = 300.0
     backoff_s: float = 0.1
     max_backoff_s: float = 10.0
@@ -57,7 +60,7 @@ class SupervisorConfig:
     grace_s: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("beat_s", "stall_s", "start_s", "backoff_s", "max_backoff_s", "grace_s"):
+        for name in ("beat_s", "stall_s", "hang_s", "start_s", "backoff_s", "max_backoff_s", "grace_s"):
             if not 0.0 < getattr(self, name) <= 86400.0:
                 raise UsageError(f"{name} is {getattr(self, name)}", hint="use seconds above 0, up to a day")
         if not 4 * self.beat_s <= self.silence_s <= 86400.0:
@@ -167,8 +170,10 @@ class EngineProcess(asyncio.Protocol):
         self._stalled_s = self._stalled_s + tick_s if has_work else 0.0
         if self._silent_s > self._config.silence_s:
             return f"said nothing for {self._config.silence_s:g} s"
-        if self._stalled_s > self._config.stall_s:
-            return f"had work, and made no step for {self._config.stall_s:g} s"
+        config = self._config
+        patience_s = min(config.stall_s, max(config.hang_s, self.beat.patience_s))
+        if self._stalled_s > patience_s:
+            return f"had work, and made no step for {patience_s:.3g} s"
         return ""
 
     async def _start(self, spec: EngineSpec) -> None:

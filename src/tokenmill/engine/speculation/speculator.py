@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from tokenmill.core import TokenmillError
-from tokenmill.engine.scheduler import Schedule, Scheduler
+from tokenmill.engine.schedule import Schedule
+from tokenmill.engine.scheduler import Scheduler
 from tokenmill.engine.sequence import GenerationState, SequenceState
 from tokenmill.engine.speculation.controller import Offer, SpeculationController, StepLoad
 from tokenmill.engine.speculation.proposers import NO_DRAFT, Draft, DraftRow, Proposer
