@@ -2,11 +2,11 @@
 
     python -m benchmarks.reliability s6 --cases 200
 
-On the mock, with a time for each row of a step. Violations: short calls whose p99 time to the first token is
-over 3 times what it is on an idle server, a long prompt that the flood keeps from its answer, and a silence of
-250 ms or more in streams beside any of it, which is far more than their step (on a machine that is so busy that
-streams alone are silent for more than 125 ms: twice that). With the guard off, a step may take a prompt whole,
-and threads may not be used for texts.
+On the mock, with a time for each row of a step. Violations: short calls whose p99 time to the first token
+is over 3 times what it is on an idle server, a long prompt that the flood keeps from its answer, and a
+silence of 250 ms or more in streams beside any of it, which is far more than their step (on a machine that
+is so busy that streams alone are silent for more than 125 ms: twice that). With the guard off, a step may
+take a prompt whole, and threads may not be used for texts.
 """
 
 import asyncio
@@ -45,7 +45,7 @@ asyncio.base_events.BaseEventLoop.run_in_executor = inline
 
 
 def run(*, cases: int, seed: int, guard: bool) -> Line:
-    """`cases` short calls, half of them beside a long prompt; then the huge ones, as many grammars, a flood."""
+    """`cases` short calls, half of them beside a long prompt; then texts, grammars, a flood."""
     begun_s = time.perf_counter()
     draw = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -88,7 +88,7 @@ async def _beside_long(server: Server, cases: int, draw: random.Random) -> tuple
     stop = asyncio.Event()
 
     async def longs() -> list[Heard]:
-        done = []
+        done = list[Heard]()
         while not stop.is_set():
             # Another first letter each time: no prefix of it is in the cache.
             done.append(await hear(server.port, _long(str(len(done))), timeout_s=300.0))
@@ -100,7 +100,8 @@ async def _beside_long(server: Server, cases: int, draw: random.Random) -> tuple
     stop.set()
     done = await task
     before_s, beside_s = (
-        percentile([each.ttft_s for each in group if each.ended == "whole"], 0.99) for group in (alone, beside)
+        percentile([each.ttft_s for each in group if each.ended == "whole"], 0.99)
+        for group in (alone, beside)
     )
     failed = sum(each.ended != "whole" for each in [*alone, *beside, *done])
     return {
@@ -150,7 +151,9 @@ async def _flood(server: Server, seconds: float) -> dict[str, Any]:
 
 async def _beside_hostile(server: Server, cases: int, draw: random.Random) -> tuple[dict[str, float], int]:
     """The longest silence in streams alone, beside huge texts, and beside hostile grammars."""
-    grammars = draw.sample([each for each in hostile_grammars() if each.kind == "json_schema"], min(300, cases))
+    grammars = draw.sample(
+        [each for each in hostile_grammars() if each.kind == "json_schema"], min(300, cases)
+    )
 
     async def nothing() -> None:
         await asyncio.sleep(2.0)
