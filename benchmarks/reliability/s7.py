@@ -213,7 +213,8 @@ async def _harm_front(
     is_over = fault in ("kill", "memory", "term")
     async with _calls(server.port, draw, heard) as probe:
         await asyncio.sleep(0.3 + draw.random())
-        children, before, seen = server.engine_pids(), len(heard), _lines(server.store)
+        await _until(lambda: 1.0 if any(each.ended == "whole" for each in heard) else None, _AGAIN_S)
+        children, before, seen = server.engine_pids(), len(heard), await _some_lines(server.store)
         whole = {each.request_id for each in heard[:before] if each.ended == "whole"}
         await asyncio.to_thread(_harm, server, fault, part, children)
         if not is_over:
@@ -289,6 +290,15 @@ def _lines(path: Path) -> set[tuple[str, int, str]]:
     with contextlib.closing(apsw.Connection(str(path))) as connection:
         connection.set_busy_timeout(5000)
         return set(connection.execute("SELECT request_id, attempt, kind FROM ledger"))
+
+
+async def _some_lines(path: Path) -> set[tuple[str, int, str]]:
+    """The lines, once there are some: a line follows its answer."""
+    for _ in range(100):
+        if found := _lines(path):
+            return found
+        await asyncio.sleep(0.05)
+    return set()
 
 
 def _checks(path: Path) -> dict[str, int]:
