@@ -54,9 +54,15 @@ CHAT: Final[dict[str, Callable[[Any], bool]]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def hello(gpt: Any) -> Any:
+    """One answer, looked at from all sides."""
+    return ask(gpt, "Hi")
+
+
 @pytest.mark.parametrize("check", CHAT.values(), ids=CHAT.keys())
-def test_chat(gpt: Any, check: Callable[[Any], bool]) -> None:
-    assert check(ask(gpt, "Hi"))
+def test_chat(hello: Any, check: Callable[[Any], bool]) -> None:
+    assert check(hello)
 
 
 TEXT: Final[dict[str, Callable[[Any], bool]]] = {
@@ -72,9 +78,15 @@ TEXT: Final[dict[str, Callable[[Any], bool]]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def story(gpt: Any) -> Any:
+    """One continued text."""
+    return complete(gpt, "Once upon")
+
+
 @pytest.mark.parametrize("check", TEXT.values(), ids=TEXT.keys())
-def test_completion(gpt: Any, check: Callable[[Any], bool]) -> None:
-    assert check(complete(gpt, "Once upon"))
+def test_completion(story: Any, check: Callable[[Any], bool]) -> None:
+    assert check(story)
 
 
 # What a request may say.
