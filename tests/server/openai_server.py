@@ -116,7 +116,7 @@ def break_shapes() -> None:
 
     openai_answer._usage = no_usage
     openai_answer._finish = no_end
-    openai_answer.OPENAI_TIERS.update(fast="default", batch="default")
+    openai_answer.OPENAI_TIERS.update({"fast": "default", "batch": "default"})
     ToolFormat.grammar = lambda self, tools, choice, answer: answer  # type: ignore[method-assign]
 
 
