@@ -6,7 +6,7 @@ Nothing is stored, so `previous_response_id`, `conversation`, `background` and `
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, Literal
 
 import msgspec
 
@@ -176,11 +176,12 @@ def _tool(raw: dict[str, Any], path: str) -> dict[str, Any]:
 
 def _tool_choice(request: _Request, names: set[str]) -> ToolChoice:
     choice, parallel = request.tool_choice, request.parallel_tool_calls is not False
-    if choice is None:
+    if choice is None or choice == "auto":
         return ToolChoice(parallel=parallel)
-    if choice == "auto" or choice == "none" or choice == "required":
-        mode: Literal["auto", "none", "required"] = cast(Literal["auto", "none", "required"], choice)
-        return ToolChoice(mode=mode, parallel=parallel)
+    if choice == "none":
+        return ToolChoice(mode="none", parallel=parallel)
+    if choice == "required":
+        return ToolChoice(mode="required", parallel=parallel)
     name = choice.get("name") if isinstance(choice, dict) and choice.get("type") == "function" else None
     if name not in names:
         hint = 'use auto, none, required, or {"type": "function", "name": one of tools}'
