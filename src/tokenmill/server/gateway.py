@@ -133,8 +133,8 @@ class Gateway:
 
     @property
     def num_unsettled(self) -> int:
-        """Calls whose end is not yet in the ledger."""
-        return len(self._settling)
+        """Calls that have ended and are not in the ledger yet."""
+        return max(0, len(self._settling) - self._num_calls)
 
     @property
     def is_draining(self) -> bool:
