@@ -2,11 +2,11 @@
 
     python -m benchmarks.reliability.s3 [--cases 6000] [--seed 1] [--guard off]
 
-Five of six cases send a request one byte a second, the others ask for pages or a stream and take nothing of it, all
-from raw sockets, opened at 150 a second. Beside them a good client, in a process of its own, asks 20 times
-a second, before and during. Checked: the good client's p99 at most twice that without slow ones, no error
-for it, every slow sender closed 30 s after it came, every slow reader 30 s after what it left filled the
-buffers. Without the guard a request and a reader have an hour.
+Five of six cases send a request one byte a second, the others ask for pages or a stream and take nothing of
+it, all from raw sockets, opened at 150 a second. Beside them a good client, in a process of its own, asks
+20 times a second, before and during. Checked: the good client's p99 at most twice that without slow ones,
+no error for it, every slow sender closed 30 s after it came, every slow reader 30 s after what it left
+filled the buffers. Without the guard a request and a reader have an hour.
 """
 
 import asyncio
