@@ -223,7 +223,7 @@ async def main(folder: Path) -> None:
 
 
 def break_shapes() -> None:
-    """The control: ids, pings, tiers, and the reason at the window as the wire has them without the server."""
+    """The control: ids, pings, tiers and the end at the window as the wire has them without the server."""
     anthropic_api._head = lambda answer: AnthropicHead()  # type: ignore[assignment]
     anthropic_answer._event = lambda name, **fields: (  # type: ignore[assignment]
         b"" if name == "ping" else encode_sse(encode_json({"type": name, **fields}), name)

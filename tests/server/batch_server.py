@@ -12,6 +12,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from tokenmill.core import Tier
 from tokenmill.engine import LLMConfig
 from tokenmill.engine.mock import MockFault, MockModel, MockScript
 from tokenmill.engine.serving.messages import EngineSpec
@@ -68,7 +69,7 @@ async def main(args: argparse.Namespace) -> None:
     spec = EngineSpec(mock=script, config=LLMConfig(max_batch=32))
     config = LocalConfig(name="mock", model="mock", usd_per_hour=0.1)
     backend = await LocalBackend.open(config, model, spec)
-    price = {
+    price: dict[Tier, Price] = {
         "standard": Price(input_usd=0.2, output_usd=0.8),
         "batch": Price(input_usd=0.1, output_usd=0.4),
     }

@@ -1,4 +1,4 @@
-"""The official `anthropic` client against a running server: what it sends, gets and raises, check by check."""
+"""The official `anthropic` client against a running server: what it sends, gets and raises."""
 
 import json
 import os
@@ -23,6 +23,9 @@ SCHEMA: Final = {"type": "object", "properties": {"city": {"type": "string"}}, "
 TOOL: Final = {"name": "weather", "description": "d", "input_schema": SCHEMA}
 OTHER: Final = {"name": "time.of-day", "input_schema": {"type": "object"}}
 CACHE: Final = {"type": "ephemeral"}
+USED: Final = {"type": "tool_use", "id": "t", "name": "f", "input": {"a": 1}}
+LONG_CACHE: Final = {"type": "text", "text": "x", "cache_control": {**CACHE, "ttl": "1h"}}
+NOWHERE: Final = ["nowhere", "STOP"]
 
 
 @pytest.fixture(scope="session")
@@ -143,10 +146,10 @@ ASKED: Final[dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], bool]]]]
     "two user turns": ({"messages": USER * 2}, lambda c: len(c["messages"]) == 2),
     "cache_control of the request": ({"cache_control": CACHE}, lambda c: c["model"] == "echo"),
     "cache_control with ttl": (
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "cache_control": {**CACHE, "ttl": "1h"}}]}]},
+        {"messages": [{"role": "user", "content": [LONG_CACHE]}]},
         lambda c: c["messages"][0]["content"] == "x",
     ),
-    "cache_control of a tool": ({"tools": [{**TOOL, "cache_control": CACHE}]}, lambda c: len(c["tools"]) == 1),
+    "cache_control of a tool": ({"tools": [{**TOOL, "cache_control": CACHE}]}, lambda c: c["tools"] != []),
     "max_tokens": ({"max_tokens": 7}, lambda c: c["params"]["max_tokens"] == 7),
     "temperature": ({"extra_body": {"temperature": 0.25}}, lambda c: c["params"]["temperature"] == 0.25),
     "temperature is 1 if not said": ({}, lambda c: c["params"]["temperature"] == 1.0),
@@ -201,14 +204,14 @@ ASKED: Final[dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], bool]]]]
     ),
     "an error of a tool": (
         {"messages": [*USER,
-            {"role": "assistant", "content": [{"type": "tool_use", "id": "t", "name": "f", "input": {"a": 1}}]},
+            {"role": "assistant", "content": [USED]},
             {"role": "user", "content": [
                 {"type": "tool_result", "tool_use_id": "t", "content": "no", "is_error": True}]}]},
         lambda c: c["messages"][2]["content"] == "Error: no" and c["messages"][2]["tool_call_id"] == "t",
     ),
     "a call's input comes back": (
         {"messages": [*USER,
-            {"role": "assistant", "content": [{"type": "tool_use", "id": "t", "name": "f", "input": {"a": 1}}]},
+            {"role": "assistant", "content": [USED]},
             {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t"}]}]},
         lambda c: json.loads(c["messages"][1]["tool_calls"][0]["arguments"]) == {"a": 1},
     ),
@@ -312,9 +315,11 @@ def test_the_async_client_streams(url: str) -> None:
     import asyncio
 
     async def run() -> str:
-        async with anthropic.AsyncAnthropic(base_url=url, api_key="tm_good", max_retries=0) as client:
-            async with client.messages.stream(model="mock", messages=USER, max_tokens=64) as stream:
-                return "".join([text async for text in stream.text_stream])
+        async with (
+            anthropic.AsyncAnthropic(base_url=url, api_key="tm_good", max_retries=0) as client,
+            client.messages.stream(model="mock", messages=USER, max_tokens=64) as stream,
+        ):
+            return "".join([text async for text in stream.text_stream])
 
     assert asyncio.run(run()) == THREE
 
@@ -326,7 +331,7 @@ ENDS: Final[dict[str, tuple[dict[str, Any], str, str | None, str]]] = {
     "at max_tokens": ({"max_tokens": 3}, "max_tokens", None, "one"),
     "at a stop sequence": ({"stop_sequences": ["END"]}, "stop_sequence", "END", "one "),
     "at the first of two": ({"stop_sequences": ["STOP", "END"]}, "stop_sequence", "END", "one "),
-    "at the one that comes": ({"stop_sequences": ["nowhere", "STOP"]}, "stop_sequence", "STOP", "one END two "),
+    "at the one that comes": ({"stop_sequences": NOWHERE}, "stop_sequence", "STOP", "one END two "),
     "at the longer of two": ({"stop_sequences": ["D", "END"]}, "stop_sequence", "END", "one "),
     "past one that never comes": ({"stop_sequences": ["nowhere"]}, "end_turn", None, THREE),
 }  # fmt: skip
