@@ -139,6 +139,9 @@ class LocalBackend:
         self._check_size(call)
         loop = asyncio.get_running_loop()
         prompts = await loop.run_in_executor(self._threads, self._prompts, call)
+        if not all(prompts):
+            field = "messages" if call.is_chat else "prompt"
+            raise FieldError(field, "has no tokens", hint="give some text")
         longest = max(map(len, prompts))
         if longest >= self.context_length:
             raise FieldError(
