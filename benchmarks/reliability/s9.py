@@ -10,7 +10,6 @@ minute at 500 calls a second, in virtual time. With `--guard off` an answer that
 however its stream ends, and there is neither breaker nor budget: both parts must notice.
 """
 
-import argparse
 import asyncio
 import math
 import os
@@ -27,11 +26,11 @@ from pathlib import Path
 from random import Random
 from unittest.mock import patch
 
+from benchmarks.reliability import command
 from benchmarks.reliability.fault_proxy import FAULTS, PHASES, PROMPT_TOKENS, Case, FaultProxy, certificate
 from benchmarks.reliability.scripted_backend import ScriptedBackend
 from benchmarks.reliability.virtual_time import run_virtual
 from scripts.scorecard import Line
-from scripts.scorecard.__main__ import as_text
 from tokenmill.core import EndpointError, Message, TokenmillError
 from tokenmill.router import (
     AttemptRecord,
@@ -57,7 +56,7 @@ _OPEN = 32
 _PATIENCE_S = 20.0
 _MOST_ATTEMPTS = 1.2
 _INTERVAL_S = 10.0
-_NO_BREAKER = BreakerConfig(failures=1 << 20, window=10_000, share=1.0)
+_NO_BREAKER = BreakerConfig(failures=1 << 20, window=1 << 20, share=1.0)
 _NO_BUDGET = BudgetConfig(share=1.0, spare=1000)
 _WHAT = "upstream faults: cut streams that look like answers, wrong records, outages made worse"
 
@@ -345,15 +344,11 @@ async def _outage(kind: str, seed: int, guard: bool, rate: int, down_s: int) -> 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the line and print its record."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.reliability.s9", description=__doc__)
-    parser.add_argument("--cases", type=int, default=20 * _KINDS)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--guard", choices=("on", "off"), default="on")
-    options = parser.parse_args(arguments)
-    guard = options.guard == "on"
-    line = run(cases=options.cases, seed=options.seed, guard=guard)
-    print(as_text(line, options.seed, guard))
-    return 0 if (line.violations == 0) == guard else 1
+    return command.main("s9", _run, 20 * _KINDS, __doc__, arguments)
+
+
+def _run(cases: int, seed: int, guard: bool) -> Line:
+    return run(cases=cases, seed=seed, guard=guard)
 
 
 if __name__ == "__main__":

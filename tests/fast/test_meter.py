@@ -163,7 +163,7 @@ def test_steady_steps_are_shared_out_together() -> None:
         settle(meter)
 
     with patch.object(TwinnedMeter, "settle", counting):
-        *_, twin, _ = run(1)
+        *_, twin, _ = run(1, fast_ratio=1.0)
     assert sum(settled) < 0.7 * twin.num_steps
 
 

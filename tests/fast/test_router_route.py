@@ -96,8 +96,8 @@ def test_weights_draw_the_first() -> None:
 
     async def run() -> None:
         bench.open()
-        found = Counter([(await bench.ask())[1][0].backend for _ in range(2000)])
-        assert 1400 < found["a"] < 1600 and found["b"] == 2000 - found["a"]
+        found = Counter([(await bench.ask())[1][0].backend for _ in range(600)])
+        assert 400 < found["a"] < 500 and found["b"] == 600 - found["a"]
 
     run_virtual(run())
 
@@ -390,7 +390,7 @@ def test_a_storm_is_not_made_worse() -> None:
     """The control is the same without breaker and budget: then each call is tried three times."""
     most = {}
     loose = BudgetConfig(share=1.0, spare=1000)
-    never = BreakerConfig(failures=1 << 20, window=10_000, share=1.0)
+    never = BreakerConfig(failures=1 << 20, window=1 << 20, share=1.0)
     for name, options in (
         ("guarded", {}),
         ("no breaker", {"breaker": never}),
@@ -406,8 +406,8 @@ def test_a_storm_is_not_made_worse() -> None:
                 with pytest.raises((EndpointError, ResourceError)):
                     await bench.ask()
 
-            await asyncio.gather(*(one(at) for at in range(1000)))
+            await asyncio.gather(*(one(at) for at in range(300)))
 
         run_virtual(run())
         most[name] = len(bench.backends[0].jobs)
-    assert most["guarded"] < 20 and most["no breaker"] <= 1204 and most["no guard"] > 1900
+    assert most["guarded"] < 20 and most["no breaker"] <= 363 and most["no guard"] > 600

@@ -221,7 +221,8 @@ def test_a_refusal_costs_nothing_and_says_whose_fault_it_is(
 
 def test_who_is_not_there_costs_nothing(fake: FakeEndpoint) -> None:
     _, error, spent = asked(fake, url="http://127.0.0.1:1")
-    assert type(error) is EndpointError and "no connection" in str(error)
+    assert type(error) is EndpointError and error.message == "up: no connection"
+    assert "http://127.0.0.1:1/v1: no connection" in str(error.__cause__), "for whoever runs the server"
     assert spent.cost_nano_usd == 0 and spent.is_exact
 
 
@@ -416,7 +417,7 @@ def test_answers_are_never_mixed_up(fake: FakeEndpoint) -> None:
         whole = await asyncio.gather(*(one(at) for at in range(200)))
         assert 100 <= sum(whole) < 200
 
-    with_backend(fake, work)
+    with_backend(fake, work, first_token_s=10.0, between_s=10.0, total_s=15.0)
 
 
 # The scorecard.

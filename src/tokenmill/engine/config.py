@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
 from tokenmill.core import UsageError
+from tokenmill.engine.core import GuessesFor
 from tokenmill.kernels import KV_BLOCK, KV_DTYPES, KvDtype
 from tokenmill.models.architecture import Architecture
 from tokenmill.models.packing.pack import WEIGHT_FORMATS, WeightFormat
@@ -33,7 +34,9 @@ class LLMConfig:
     `swap_tokens` is the size of a file, in `swap_folder` (default: the system's for temporary files), that
     keeps what preempted requests had computed. `speculation` "lookup" guesses from what was seen before,
     where that pays. `max_adapters` is how many adapters may be loaded at a time. While requests of the fast
-    tier run, a step takes about `fast_step_s` seconds at most, or twice what it takes without prompts.
+    tier run, a step takes about `fast_step_s` seconds at most, or twice what it takes without prompts, and of
+    the others one in `fast_ratio` takes part in it. Beside other work the batch tier takes part as far as a
+    step ends within `batch_step_s`. `guesses_for` says whose tokens are guessed.
 
     `expert_cache_bytes` is the memory that the experts of a mixture may take: those that are used stay,
     others are read from disk when a token is sent to them. By default the system decides what stays.
@@ -52,6 +55,9 @@ class LLMConfig:
     speculation: Speculation = "off"
     max_adapters: int = 0
     fast_step_s: float = 0.1
+    fast_ratio: float = 3.0
+    batch_step_s: float = 0.1
+    guesses_for: GuessesFor = "all"
     expert_cache_bytes: int | None = None
 
     def __post_init__(self) -> None:
@@ -71,9 +77,14 @@ class LLMConfig:
             _check("kv_tokens", self.kv_tokens, KV_BLOCK, 1 << 31)
         _check("swap_tokens", self.swap_tokens, 0, 1 << 34)
         _check("max_adapters", self.max_adapters, 0, 1 << 10)
+        if self.guesses_for not in get_args(GuessesFor):
+            hint = f"use one of {', '.join(get_args(GuessesFor))}"
+            raise UsageError(f"guesses_for is {self.guesses_for!r}", hint=hint)
         if self.expert_cache_bytes is not None:
             _check("expert_cache_bytes", self.expert_cache_bytes, 1, 1 << 50)
         _check("fast_step_s", self.fast_step_s, 1e-3, 60.0)
+        _check("fast_ratio", self.fast_ratio, 1.0, 100.0)
+        _check("batch_step_s", self.batch_step_s, 1e-3, 60.0)
 
     def num_blocks(self, architecture: Architecture) -> int:
         """KV blocks for a model of this architecture."""

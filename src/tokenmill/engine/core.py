@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 from tokenmill.core import FinishReason
 from tokenmill.costs.power import PowerCounters
@@ -34,7 +34,10 @@ from tokenmill.engine.taps.tap import intervention_digest
 from tokenmill.kernels import KV_BLOCK, Executor, ExpertCacheStats, expert_cache
 from tokenmill.kvcache import BlockPool, PrefixChain, prefix_root
 
-__all__ = ["CoreConfig", "EngineCore", "StepResult", "StepStats"]
+__all__ = ["CoreConfig", "EngineCore", "GuessesFor", "StepResult", "StepStats"]
+
+GuessesFor: TypeAlias = Literal["all", "fast"]
+"""Whose tokens are guessed: guesses for fast requests only leave steps without one steady."""
 
 # Deadlines that are kept before those of sequences that have ended are looked for.
 _MIN_EXPIRIES = 64
@@ -51,7 +54,9 @@ class CoreConfig:
     """Sizes of an engine. `model` names the model's content in prefix keys; None switches the cache off.
 
     A step lasts about `fast_step_s` seconds at most while requests of the fast tier run, or twice as long as
-    it would without prompts.
+    it would without prompts; of the others that decode one in `fast_ratio` takes part in a step then.
+    Beside other work batch work takes part as far as a step ends within `batch_step_s`. Guesses are made
+    for all requests, or for fast ones only.
     """
 
     num_blocks: int
@@ -59,6 +64,9 @@ class CoreConfig:
     max_waiting: int = 1 << 20
     model: str | None = ""
     fast_step_s: float = 0.1
+    fast_ratio: float = 1.0
+    batch_step_s: float = 0.1
+    guesses_for: GuessesFor = "all"
 
 
 class StepStats(NamedTuple):
@@ -107,6 +115,7 @@ class EngineCore:
             max_out_rows=executor.max_out_rows,
             max_sequences=config.max_sequences,
             max_waiting=config.max_waiting,
+            fast_ratio=config.fast_ratio,
         )
         self.clock = clock
         self.scheduler = Scheduler(
@@ -119,7 +128,9 @@ class EngineCore:
         self.meter = Meter(self.step_time, self.scheduler.pool, now_s=clock(), counters=counters)
         self._swap = swap
         self._swap_s = 0.0 if swap is None else measure_swap(swap)
-        self._speculator = Speculator(proposer, self.step_time, clock=clock)
+        self._speculator = Speculator(
+            proposer, self.step_time, clock=clock, for_fast_only=config.guesses_for == "fast"
+        )
         self._config = config
         self._executor = executor
         self._runner = Runner(executor)
@@ -215,10 +226,14 @@ class EngineCore:
     def _steady_run(self) -> SteadyRun | None:
         """What the step goes on with if all it has to do is to decode; guesses are always planned."""
         run, self._steady = self._steady, None
-        if self._guesses or self._suspects:
+        if self._suspects or (self._guesses and self._speculator.has_askers(self.scheduler)):
             return None
         if run is not None and run.goes_on():
             return run
+        # Where not all batch work may take part, who does is planned.
+        num_batch_rows = self._max_batch_rows()
+        if num_batch_rows is not None and num_batch_rows < _num_batch(self.scheduler.running):
+            return None
         return SteadyRun.begin(self.scheduler, self._executor)
 
     def _step_steadily(self, run: SteadyRun) -> list[SequenceState]:
@@ -305,7 +320,17 @@ class EngineCore:
             if suspect in self.scheduler.running:
                 return self.scheduler.schedule(only=suspect)
         self._speculator.guess(self.scheduler)
-        return self.scheduler.schedule(max_rows=self._max_rows())
+        return self.scheduler.schedule(max_rows=self._max_rows(), max_batch_rows=self._max_batch_rows())
+
+    def _max_batch_rows(self) -> int | None:
+        """Rows that batch work may have beside others, at least one; None if there is only one kind."""
+        running = self.scheduler.running
+        num_batch = _num_batch(running)
+        if not num_batch or num_batch == len(running):
+            return None
+        num_kv_tokens = sum(sequence.num_total for sequence in running)
+        rows = self.step_time.rows_within(self._config.batch_step_s, num_kv_tokens, len(running))
+        return max(1, rows - (len(running) - num_batch))
 
     def _max_rows(self) -> int | None:
         """Rows that a step may have so that urgent requests do not wait long for the next."""
@@ -398,6 +423,10 @@ class EngineCore:
         self.scheduler.remove(sequence, damaged=bool(sequence.error))
         if isinstance(sequence, GenerationState):
             self._speculator.forget(sequence)
+
+
+def _num_batch(running: Sequence[SequenceState]) -> int:
+    return sum(sequence.tier == "batch" for sequence in running)
 
 
 class _Made(NamedTuple):

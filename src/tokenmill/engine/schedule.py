@@ -13,12 +13,16 @@ __all__ = ["BlockMoves", "Chunk", "Schedule", "StepDraft", "StepLimits"]
 
 @dataclass(frozen=True, kw_only=True)
 class StepLimits:
-    """The budget of one step: rows, rows that are sampled, sequences that hold blocks; and of the queue."""
+    """The budget of one step: rows, rows that are sampled, sequences that hold blocks; and of the queue.
+
+    While fast requests run, of the others that decode one in `fast_ratio` takes part in a step.
+    """
 
     max_rows: int
     max_out_rows: int
     max_sequences: int
     max_waiting: int = 1 << 20
+    fast_ratio: float = 1.0
 
     def __post_init__(self) -> None:
         assert min(self.max_rows, self.max_out_rows, self.max_sequences, self.max_waiting) > 0, self
@@ -77,13 +81,14 @@ class Schedule:
 class StepDraft:
     """A step while it is planned: chunks so far, what is left of the limits, and blocks to be moved."""
 
-    def __init__(self, limits: StepLimits, max_rows: int | None) -> None:
+    def __init__(self, limits: StepLimits, max_rows: int | None, max_batch_rows: int | None = None) -> None:
         self.chunks: list[Chunk] = []
         self.preempted: list[SequenceState] = []
         self.started: list[SequenceState] = []
         self.outs: list[tuple[int, int]] = []
         self.ins: list[tuple[int, int]] = []
         self.num_places = limits.max_out_rows
+        self.num_batch_rows = limits.max_rows if max_batch_rows is None else max_batch_rows
         self._num_rows = limits.max_rows
         self._num_wanted = limits.max_rows if max_rows is None else min(max_rows, limits.max_rows)
 
@@ -95,6 +100,8 @@ class StepDraft:
     def take(self, sequence: SequenceState, most: int) -> None:
         """Spend up to `most` rows on the sequence's next tokens."""
         start = sequence.num_computed
+        if sequence.tier == "batch":
+            most = min(most, self.num_batch_rows)
         # After a step that broke off more tokens may be known than there is room for.
         stop = min(sequence.num_total, sequence.table.capacity, start + min(most, self._num_rows))
         first_sampled = sequence.first_sampled
@@ -104,6 +111,7 @@ class StepDraft:
             num_out_rows = max(0, min(stop - sequence.first_logits, stop - start))
             self.chunks.append(Chunk(sequence, start, stop, num_out_rows))
             self._spend(stop - start, max(0, stop - max(start, first_sampled)))
+            self.num_batch_rows -= (stop - start) * (sequence.tier == "batch")
 
     def extend(self, index: int, num_drafts: int) -> None:
         """Add rows for drafts to a chunk; each is sampled."""

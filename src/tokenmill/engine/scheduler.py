@@ -4,7 +4,8 @@ There are no phases. A sequence has `num_total` tokens, of which `num_computed` 
 lets the second number catch up with the first. Every step is planned in this order:
 
     displace urgent work that finds no room takes that of running batch work
-    grow     each sequence that lacks one row gets it, and a block where it needs one
+    grow     each sequence that lacks one row gets it, and a block where it needs one; while fast requests
+             run the others take turns, and beside others batch work gets only so many rows as it is given
     draft    guessed tokens, where rows and blocks are left over
     admit    waiting sequences start, as long as the first of them fits
     fill     the other rows: at most half of them to the sequence that has waited longest, the rest to
@@ -18,7 +19,7 @@ Everything is integers. No clock is read here and no tensor is touched, so it ru
 """
 
 from bisect import insort
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 
 from tokenmill.core import ResourceError
 from tokenmill.engine.counts import EngineCounts
@@ -54,6 +55,7 @@ class Scheduler:
         self._waiting: list[SequenceState] = []
         self._running: list[SequenceState] = []
         self._num_arrived = 0
+        self._num_turns = 0
         self._copies: list[tuple[int, int]] = []
         self.num_changes = 0
         self.counts = EngineCounts()
@@ -121,22 +123,30 @@ class Scheduler:
         child.num_published = shared
         self._run(child)
 
-    def schedule(self, *, max_rows: int | None = None, only: SequenceState | None = None) -> Schedule:
+    def schedule(
+        self,
+        *,
+        max_rows: int | None = None,
+        max_batch_rows: int | None = None,
+        only: SequenceState | None = None,
+    ) -> Schedule:
         """Plan a step and allocate its blocks. Never empty while there is work.
 
-        `max_rows` lowers the limit for this step, but every running sequence that lacks one row gets it.
+        `max_rows` lowers the limit for this step, but every running sequence that lacks one row gets it, as
+        far as it is its turn. `max_batch_rows` bounds those of the batch tier: give it only if others run.
         `only` plans a step of one running sequence that has the blocks it needs.
         """
-        plan = StepDraft(self.limits, max_rows)
+        plan = StepDraft(self.limits, max_rows, max_batch_rows if only is None else None)
         if only is not None:
             assert only in self._running, f"{only.request_id} does not run"
             plan.take(only, only.num_pending)
         else:
             self._displace(plan)
-            self._grow(plan)
+            resting = self._resting()
+            self._grow(plan, resting)
             self._draft(plan)
             self._admit(plan)
-            self._fill(plan)
+            self._fill(plan, resting)
         schedule = Schedule(
             chunks=tuple(plan.chunks),
             moves=BlockMoves(tuple(self._copies), tuple(plan.outs), tuple(plan.ins)),
@@ -153,8 +163,9 @@ class Scheduler:
         """
         running, waiting = self._running, self._waiting
         full = len(running) >= self.limits.max_sequences
-        nobody_starts = not waiting or (full and waiting[0].tier != "fast")
-        return 0 < len(running) <= self.limits.max_rows and nobody_starts and not self._copies
+        nobody_starts = not waiting or (full and not self._find_victims(waiting[0]))
+        fits = 0 < len(running) <= self.limits.max_rows
+        return fits and nobody_starts and not self._copies and not self._takes_turns
 
     def commit(self, schedule: Schedule) -> None:
         """Record that the rows of a step are in the cache, and name the blocks that they filled."""
@@ -213,12 +224,32 @@ class Scheduler:
         self.num_changes += 1
         insort(self._running, sequence, key=lambda each: each.place)
 
-    def _grow(self, plan: StepDraft) -> None:
-        """One row for each sequence that lacks one."""
+    def _resting(self) -> frozenset[SequenceState]:
+        """Who lacks one row and sits this step out, so that fast requests take more steps than others."""
+        if not self._takes_turns:
+            return frozenset()
+        others = [each for each in self._running if each.tier != "fast" and each.num_pending == 1]
+        others.sort(key=lambda each: each.turn)
+        num_turns = max(1, int(len(others) / self.limits.fast_ratio))
+        for number, each in enumerate(others[:num_turns], start=self._num_turns):
+            each.turn = number
+        self._num_turns += num_turns
+        return frozenset(others[num_turns:])
+
+    @property
+    def _takes_turns(self) -> bool:
+        if self.limits.fast_ratio <= 1.0:
+            return False
+        num_fast = sum(each.tier == "fast" for each in self._running)
+        return 0 < num_fast < len(self._running)
+
+    def _grow(self, plan: StepDraft, resting: Set[SequenceState]) -> None:
+        """One row for each sequence that lacks one and has its turn."""
         index = 0
         while index < len(self._running):
             sequence = self._running[index]
-            if sequence.num_pending == 1:
+            has_turn = sequence not in resting and (sequence.tier != "batch" or plan.num_batch_rows)
+            if sequence.num_pending == 1 and has_turn:
                 if sequence.table.capacity < sequence.num_total and not self._make_room(sequence, plan):
                     continue
                 plan.take(sequence, 1)
@@ -254,10 +285,14 @@ class Scheduler:
             self._start(sequence, plan)
             insort(filling, sequence, key=lambda each: each.place)
 
-    def _fill(self, plan: StepDraft) -> None:
+    def _fill(self, plan: StepDraft, resting: Set[SequenceState]) -> None:
         """Hand out the rows that are left: half to the first in line, the rest to those that lack least."""
         planned = {id(chunk.sequence) for chunk in plan.chunks}
-        filling = [s for s in self._running if s.num_pending > 0 and id(s) not in planned]
+        filling = [
+            each
+            for each in self._running
+            if each.num_pending > 0 and id(each) not in planned and each not in resting
+        ]
         if not filling:
             return
         first, others = filling[0], sorted(filling[1:], key=lambda each: each.num_pending)
@@ -284,12 +319,11 @@ class Scheduler:
         return sum(each.table.num_missing(each.max_computed) for each in [*self._running, sequence])
 
     def _displace(self, plan: StepDraft) -> None:
-        """Start the first in line, if it is urgent and batch work holds the room for it."""
-        if not self._waiting or self._waiting[0].tier != "fast" or self._can_start(self._waiting[0]):
+        """Start the first in line, if it is no batch work and such work holds the room for it."""
+        if not self._waiting or self._can_start(self._waiting[0]):
             return
         sequence = self._waiting[0]
-        behind = [s for s in self._running if s.place > sequence.place]
-        victims = [s for s in behind if s.tier == "batch" and not s.reserved]
+        victims = self._find_victims(sequence)
         num_blocks = sum(victim.table.num_blocks for victim in victims)
         if not victims or self._num_wanted(sequence) > self.pool.num_available + num_blocks:
             return
@@ -297,6 +331,13 @@ class Scheduler:
             self._preempt(victims.pop(), plan)
         if self._can_start(sequence):
             self._start(sequence, plan)
+
+    def _find_victims(self, sequence: SequenceState) -> list[SequenceState]:
+        """The batch work that this may displace."""
+        if sequence.tier == "batch":
+            return []
+        behind = [each for each in self._running if each.place > sequence.place]
+        return [each for each in behind if each.tier == "batch" and not each.reserved]
 
     def _start(self, sequence: SequenceState, plan: StepDraft) -> None:
         """Give a waiting sequence its blocks: swapped in, found in the prefix cache, or new."""

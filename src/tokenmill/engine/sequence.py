@@ -44,7 +44,8 @@ class SequenceState(ABC):
     """Tokens, how many of them are computed, and the blocks that hold them.
 
     `max_computed` bounds `num_computed` over the whole life. `rank_s` and `arrival` (set at submission)
-    order sequences. The scheduler owns `table`, `swap_slots`, `reserved`, `num_published` and the counts.
+    order sequences. The scheduler owns `table`, `swap_slots`, `reserved`, `turn`, `num_published`, and
+    the counts.
     """
 
     tier: Tier = "standard"
@@ -65,6 +66,7 @@ class SequenceState(ABC):
         self.max_computed = max_computed
         self.num_computed = 0
         self.num_preemptions = 0
+        self.turn = -1
         self.num_cached = 0
         self.arrival = -1
         # By number of a read among the taps: the first position that it has not had.

@@ -32,8 +32,8 @@ class Breaker:
         self._config = config
         self._clock = clock
         self._on_change = on_change
-        self._results: deque[bool] = deque(maxlen=config.window)
-        self._num_in_row = 0
+        self._results: deque[bool] = deque()
+        self._num_in_row = self._num_failed = 0
         self._until_s = 0.0
         self._epoch = 0
 
@@ -57,7 +57,7 @@ class Breaker:
         if epoch != self._epoch or self.state != "half-open":
             return epoch
         self._results.clear()
-        self._num_in_row = 0
+        self._num_in_row = self._num_failed = 0
         self._change("closed")
         return self._epoch
 
@@ -69,7 +69,7 @@ class Breaker:
     def succeed(self, epoch: int) -> None:
         """A call was answered to its end."""
         if epoch == self._epoch:
-            self._results.append(True)
+            self._add(is_failure=False)
             self._num_in_row = 0
 
     def fail(self, epoch: int, wait_s: float) -> None:
@@ -79,12 +79,19 @@ class Breaker:
             return
         if epoch != self._epoch:
             return
-        self._results.append(False)
+        self._add(is_failure=True)
         self._num_in_row += 1
-        config, num_failed = self._config, self._results.count(False)
-        is_tired = len(self._results) == config.window and num_failed >= config.share * config.window
+        config = self._config
+        is_full = len(self._results) == config.window
+        is_tired = is_full and self._num_failed >= config.share * config.window
         if self.state == "half-open" or self._num_in_row >= config.failures or is_tired:
             self._open(config.open_s)
+
+    def _add(self, *, is_failure: bool) -> None:
+        if len(self._results) == self._config.window:
+            self._num_failed -= self._results.popleft()
+        self._results.append(is_failure)
+        self._num_failed += is_failure
 
     def _open(self, seconds: float) -> None:
         until_s = self._clock() + seconds

@@ -78,7 +78,7 @@ class BreakerConfig:
 
     def __post_init__(self) -> None:
         _check_number("failures", self.failures, 1, 1 << 20, "a count")
-        _check_number("window", self.window, 2, 10_000, "a count")
+        _check_number("window", self.window, 2, 1 << 20, "a count")
         _check_number("share", self.share, 0.01, 1.0, "a share")
         _check_number("open_s", self.open_s, 0.001, _DAY_S, "seconds")
         _check_number("max_open_s", self.max_open_s, self.open_s, _DAY_S, "seconds")

@@ -48,7 +48,10 @@ Before: TypeAlias = Callable[[int, Backend, Prepared], Awaitable[None]]
 
 @dataclass(frozen=True, kw_only=True)
 class AttemptRecord:
-    """One attempt, once it has ended. `error` is empty for an answer and for what was given up."""
+    """One attempt, once it has ended. `error` is empty for an answer and for what was given up.
+
+    It is for whoever runs the server: it may name addresses that the client's error does not.
+    """
 
     number: int
     backend: str
@@ -171,12 +174,6 @@ class Routed:
         Raises UsageError for what no deployment can answer, BusyError if none takes calls.
         """
         return self._pieces()
-
-    async def ready(self) -> None:
-        """Wait until more than the beginning of an answer is there. Raises what its pieces would raise."""
-        won = await asyncio.shield(self._asking)
-        if isinstance(won, Exception):
-            raise won
 
     def cancel(self) -> None:
         """Give it up: the attempt that runs ends, and no other begins."""
@@ -343,7 +340,7 @@ class Routed:
     def _failed(self, made: _Try, permit: Permit, error: TokenmillError) -> None:
         if self._left.is_set():
             return
-        made.error = str(error)
+        made.error = str(error.__cause__ or error)
         self._report("failure", made.backend, error)
         blame(permit, error)
 

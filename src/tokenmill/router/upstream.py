@@ -31,6 +31,7 @@ from tokenmill.wire import Begin, Call, Finish, Piece, Prompt, write_anthropic_c
 __all__ = ["BusyError", "UpstreamAttempt", "UpstreamBackend", "prompt_bytes"]
 
 _LINGER_S: Final = 5.0
+_SECOND_LOOK_S: Final = 0.02
 _DAY_S: Final = 86400.0
 _BUSY: Final = (429, 503, 529)
 _THEIRS: Final = (0, 200, 400, 413, 422)
@@ -162,12 +163,13 @@ class UpstreamBackend:
         )
 
     def told(self, error: TokenmillError, progress: Progress) -> TokenmillError:
-        """The error as a client of ours may read it: no URL, no key, and whose fault it is.
+        """The error as a client of ours may read it: no address, no key, and whose fault it is.
 
         A request that the upstream cannot take stays a UsageError, BusyError is for what asks to wait; all
         else is an EndpointError, also a key or a model's name that the upstream does not know.
         """
-        said = error.message.removeprefix(f"{self.endpoint.url}: ")
+        is_sent = progress.is_sent or isinstance(error, UsageError)
+        said = error.message.removeprefix(f"{self.endpoint.url}: ") if is_sent else "no connection"
         message = f"{self.name}: {said}"
         wait_s = error.wait_s if isinstance(error, Passing) else 0.0
         is_busy = isinstance(error, ResourceError) and progress.status == 200
@@ -223,6 +225,7 @@ class UpstreamAttempt:
         )
         self._pipe = Pipe()
         self._late: _Limit | None = None
+        self._is_second_look = False
         self._finish: FinishReason = "cancelled"
         self._error: TokenmillError | None = None
         self._timer = self._loop.call_at(now_s, self._watch)
@@ -269,6 +272,7 @@ class UpstreamAttempt:
         except TokenmillError as raised:
             self._finish = "failed"
             self._error = self._backend.told(raised, self._progress)
+            self._error.__cause__ = raised
         except Exception:
             self._finish = "failed"
             self._error = EndpointError(f"{self._backend.name}: the call broke", hint=_HINT)
@@ -304,7 +308,12 @@ class UpstreamAttempt:
         """End an attempt that is late; look again when it could be next."""
         limit = min(self._limits(), key=lambda each: each.due_s)
         if self._loop.time() < limit.due_s:
+            self._is_second_look = False
             self._timer = self._loop.call_at(limit.due_s, self._watch)
+        elif not self._is_second_look:
+            # A loop that was held up has not read yet what came in time.
+            self._is_second_look = True
+            self._timer = self._loop.call_later(_SECOND_LOOK_S, self._watch)
         elif not self.task.done():
             self._late = limit
             self.task.cancel()

@@ -78,6 +78,6 @@ async def _ask(
         model=backend.model,
         is_local=backend.is_local,
         spent=spent,
-        error=str(error or ""),
+        error="" if error is None else str(error.__cause__ or error),
     )
     return embedded, error, record

@@ -1,6 +1,7 @@
 """The ASGI application: routes behind the edge, and every error in the shape of the API that was spoken."""
 
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.routing import Match, Route
 
 from tokenmill.core import NotFoundError, TokenmillError
+from tokenmill.router import BusyError
 from tokenmill.server.answering import send_json
 from tokenmill.server.anthropic_api import AnthropicApi
 from tokenmill.server.caller import Caller
@@ -97,8 +99,8 @@ async def _send_error(send: Send, caller: Caller, error: TokenmillError) -> None
     headers: tuple[tuple[bytes, bytes], ...] = ()
     if isinstance(error, _MethodError):
         headers = ((b"allow", error.allowed.encode()),)
-    elif isinstance(error, LimitError):
-        headers = ((b"retry-after", str(max(1, round(error.wait_s))).encode()),)
+    elif isinstance(error, LimitError | BusyError):
+        headers = ((b"retry-after", str(max(1, math.ceil(error.wait_s))).encode()),)
     elif status in (429, 503, 529):
         headers = ((b"retry-after", b"1"),)
     body = write_error(caller.api, error, status=status, request_id=caller.request_id)

@@ -87,7 +87,7 @@ async def _opened(
             max_calls=http.max_calls, fast_s=http.fast_s, standard_s=http.standard_s, batch_s=http.batch_s
         )
         gateway = Gateway(router, accounts, _prices(deployment), config, on_settled=observer.settled)
-        observer.watch(gateway, backends, Ledger(store, accounts.remaining))
+        observer.watch(gateway, backends, Ledger(store, accounts.remaining), store)
         room = None
         if isinstance(store, SqliteStore):
             room = BatchRoom(
@@ -98,6 +98,7 @@ async def _opened(
                 lambda: gateway.num_calls,
                 config=deployment.batches,
             )
+            observer.watch_batches(room.objects)
             await room.start()
             stack.push_async_callback(room.stop)
         yield gateway, store, room

@@ -186,6 +186,12 @@ class ObjectStore:
         found = await self._store.read(lambda connection: _ask(connection, sql))
         return [_batch_of_row(row) for row in found]
 
+    async def recent_batches(self, limit: int) -> list[Batch]:
+        """Batches of all projects, those that have not ended first, then the newest."""
+        sql = f"SELECT {_columns(_BATCH)} FROM batches ORDER BY ended_s IS NOT NULL, created_s DESC LIMIT ?"
+        found = await self._store.read(lambda connection: _ask(connection, sql, (limit,)))
+        return [_batch_of_row(row) for row in found]
+
     async def delete_batch(self, project: str, batch_id: str, api: BatchApi) -> list[str]:
         """Forget a batch that has ended; returns the ids of its files, which are forgotten, too.
 

@@ -39,15 +39,25 @@ class Speculator:
     """Guesses for one engine. `clock` returns seconds. Where the proposer raises, there is no guess."""
 
     def __init__(
-        self, proposer: Proposer | None, step_time: StepTimeModel, *, clock: Callable[[], float]
+        self,
+        proposer: Proposer | None,
+        step_time: StepTimeModel,
+        *,
+        clock: Callable[[], float],
+        for_fast_only: bool = False,
     ) -> None:
         self._proposer = proposer
         self._controller = SpeculationController(step_time)
         self._clock = clock
+        self._for_fast_only = for_fast_only
         self._attached: dict[int, _Attached] = {}
         self._propose_s = 0.0
         self._is_idle = False
         self._asked: list[GenerationState] = []
+
+    def has_askers(self, scheduler: Scheduler) -> bool:
+        """Whether the proposer may guess for anybody who runs."""
+        return not self._for_fast_only or any(each.tier == "fast" for each in scheduler.running)
 
     @property
     def costs(self) -> dict[SequenceState, float]:
@@ -60,7 +70,12 @@ class Speculator:
         decoding = [s for s in scheduler.running if isinstance(s, GenerationState) and s.num_pending == 1]
         # What a grammar forces is asked for where rows are free: in a tile that is not full.
         asks_grammars = len(decoding) < ROW_TILE
-        states = [s for s in decoding if s.can_draft and (self._proposer or (s.grammar and asks_grammars))]
+        states = [
+            each
+            for each in decoding
+            if each.can_draft
+            and ((self._proposer and self._asks_for(each)) or (each.grammar and asks_grammars))
+        ]
         # While guessing loses time even looking on would: a proposer catches up when it is asked again.
         self._is_idle = bool(states) and not self._controller.active
         if not states or self._is_idle:
@@ -80,6 +95,9 @@ class Speculator:
                 attached.state.drafts = array("i", attached.draft.tokens[:length])
                 self._attached[attached.state.arrival] = attached
         self._propose_s = self._clock() - began_s
+
+    def _asks_for(self, state: GenerationState) -> bool:
+        return state.tier == "fast" or not self._for_fast_only
 
     def settle(self, schedule: Schedule, seconds: float) -> None:
         """Learn from a step that took `seconds`, guessing not counted."""
