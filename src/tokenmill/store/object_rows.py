@@ -19,6 +19,7 @@ __all__ = [
     "encoded",
     "file_of_row",
     "not_there",
+    "page_of",
 ]
 
 FILE_COLUMNS: Final = tuple(each.name for each in fields(StoredFile))
