@@ -141,15 +141,11 @@ class LocalBackend:
         """Tokens of the call's prompts. Raises UsageError for a call that this model cannot answer."""
         self._check_size(call)
         loop = asyncio.get_running_loop()
-<<<<<<< HEAD
-        prompts = await loop.run_in_executor(self._threads, self._prompts, call)
+        threads = self._long_threads if _num_chars(call) > _LONG_CHARS else self._threads
+        prompts = await loop.run_in_executor(threads, self._prompts, call)
         if not all(prompts):
             field = "messages" if call.is_chat else "prompt"
             raise FieldError(field, "has no tokens", hint="give some text")
-=======
-        threads = self._long_threads if _num_chars(call) > _LONG_CHARS else self._threads
-        prompts = await loop.run_in_executor(threads, self._prompts, call)
->>>>>>> ops
         longest = max(map(len, prompts))
         if longest >= self.context_length:
             raise FieldError(
