@@ -1,4 +1,4 @@
-"""A backend that needs no engine: what it answers is known, when is random. For tests of what calls backends."""
+"""A backend that needs no engine: what it answers is known, when is random."""
 
 import asyncio
 import random

@@ -4,13 +4,13 @@
     python -m benchmarks.reliability.s19 --kills 40 --lines 2000 --guard off
 
 A child runs batches of LINES requests with the server's own store, accounts, gateway, router, routes and two
-workers over a model that answers a text with the text reversed, after some milliseconds; every hundredth line
-asks for what cannot be. It is killed at random times, again and again, and started on what it left. When a batch
-has ended its files and the ledger are compared with what was asked. Controls (`--guard off`): the ledger in a
-transaction of its own; lines that are taken without a lease. Both must be noticed.
+workers over a model that answers a text with the text reversed, after some milliseconds; every hundredth
+asks for what cannot be. It is killed at random times, again and again, and started on what it left. When a
+batch has ended, its files and the ledger are compared with what was asked. Controls (`--guard off`): the
+ledger in a transaction of its own; lines that are taken without a lease. Both must be noticed.
 
-The engine, HTTP and the disk's own lies are not in it: `tests/server/test_batches.py` kills whole servers, and
-a loss of power is another line's matter.
+The engine, HTTP and the disk's own lies are not in it: `tests/server/test_batches.py` kills whole servers,
+and a loss of power is another line's matter.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, TypeAlias, TypeVar
 
 import apsw
 
@@ -58,15 +58,23 @@ from tokenmill.store import (
 
 __all__ = ["GUARDS", "Guard", "Report", "main", "run"]
 
+T = TypeVar("T")
+
 Guard: TypeAlias = Literal["on", "transaction", "lease"]
 GUARDS: Final[tuple[Guard, ...]] = ("on", "transaction", "lease")
 """All on; without one transaction for answer and bill; without leases."""
 
-_MAX_LIFE_S: Final = 0.4
-_PATIENCE_S: Final = 60.0
+_MAX_WRITES: Final = 150
+_MAX_DELAY_S: Final = 0.02
+_PATIENCE_S: Final = 300.0
 _BAD_EVERY: Final = 100
+_NEVER: Final = 1 << 40
 _PRICE: Final = Price(input_usd=1.0, output_usd=1.0)
 _NANO_A_TOKEN: Final = 1000
+
+
+_CONFIG: Final = BatchConfig(max_in_flight=16, headroom=0, retry_s=0.01, idle_s=0.05, max_stage_tries=16)
+"""Two workers begin each stage here: twice the tries."""
 
 
 @dataclass
@@ -90,6 +98,22 @@ class Report:
     def violations(self) -> int:
         """All of them."""
         return self.lost + self.repeated + self.wrong + self.billed_twice + self.unbilled + len(self.notes)
+
+
+class _Telling(SqliteStore):
+    """Writes a byte into a pipe after each write that is durable."""
+
+    def __init__(self, path: Path, pipe: int) -> None:
+        super().__init__(path)
+        os.set_blocking(pipe, False)
+        self._pipe = pipe
+
+    async def write(self, work: Callable[[apsw.Connection], T], *, settles: bool = False) -> T:
+        """As it is, and tell."""
+        value = await super().write(work, settles=settles)
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._pipe, b".")
+        return value
 
 
 class _TwoTransactions(ObjectStore):
@@ -118,13 +142,20 @@ class _NoLease(_TwoTransactions):
             "ORDER BY number LIMIT ?"
         )
         found = await self._both.read(lambda db: db.execute(sql, (batch_id, limit)).fetchall())
-        fixed = {
-            "batch_id": batch_id,
-            "num_tries": 1,
-            "num_failures": 0,
-            "lease": f"{id(found)}.{time.monotonic_ns()}",
-        }
-        return [Line(**fixed, **dict(zip(names, row, strict=True))) for row in found]
+        lease = f"{id(found)}.{time.monotonic_ns()}"
+        return [
+            Line(
+                batch_id=batch_id,
+                number=int(str(number)),
+                custom_id=str(custom_id),
+                offset=int(str(offset)),
+                length=int(str(length)),
+                num_tries=1,
+                num_failures=0,
+                lease=lease,
+            )
+            for number, custom_id, offset, length in found
+        ]
 
     async def close_line(self, line: Line, end: LineEnd, entries: Sequence[Entry]) -> int:
         name = f"{line.request_id}.{line.lease.rpartition('.')[2]}"
@@ -136,9 +167,9 @@ class _NoLease(_TwoTransactions):
         )
 
 
-async def _serve(folder: Path, batch: Batch, file: StoredFile, guard: Guard, seed: int, ready: int) -> None:
+async def _serve(folder: Path, batch: Batch, file: StoredFile, guard: Guard, seed: int, pipe: int) -> None:
     """The child: run the batch to its end."""
-    store = SqliteStore(folder / "server.db")
+    store = _Telling(folder / "server.db", pipe)
     accounts = Accounts(store)
     await accounts.start()
     prices = PriceList(prices={"m": {"standard": _PRICE}})
@@ -150,7 +181,7 @@ async def _serve(folder: Path, batch: Batch, file: StoredFile, guard: Guard, see
         folder / "files",
         endpoints_of(OpenAIApi(gateway, 0).routes()),
         lambda: 0,
-        config=BatchConfig(max_in_flight=16, headroom=0, retry_s=0.01, idle_s=0.05),
+        config=_CONFIG,
         objects=objects,
     )
     second = BatchWorker(
@@ -168,7 +199,6 @@ async def _serve(folder: Path, batch: Batch, file: StoredFile, guard: Guard, see
         await objects.add_batch(batch, 64, file=file)
     await room.start()
     second.start()
-    os.write(ready, b"r")
     while any(each.id == batch.id for each in await objects.open_batches()):
         await asyncio.sleep(0.01)
     await second.stop()
@@ -195,10 +225,11 @@ def run(
     while report.num_kills < kills:
         batch, file = _new_batch(folder, lines, report.num_batches)
         while True:
-            life_s = rng.uniform(0.0, _MAX_LIFE_S) if report.num_kills < kills else _PATIENCE_S
-            if _live(folder, batch, file, guard, rng.randrange(1 << 30), life_s):
+            is_last = report.num_kills >= kills
+            num_writes = _NEVER if is_last else rng.randrange(_MAX_WRITES)
+            if _live(folder, batch, file, guard, rng.randrange(1 << 30), num_writes):
                 break
-            if life_s == _PATIENCE_S:
+            if is_last:
                 report.notes.append(f"batch {report.num_batches} did not end")
                 break
             report.num_kills += 1
@@ -213,8 +244,8 @@ def run(
     return report
 
 
-def _live(folder: Path, batch: Batch, file: StoredFile, guard: Guard, seed: int, life_s: float) -> bool:
-    """One child's life; whether it came to its own end."""
+def _live(folder: Path, batch: Batch, file: StoredFile, guard: Guard, seed: int, num_writes: int) -> bool:
+    """One child's life, which ends soon after so many of its writes; whether it came to its own end."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -228,16 +259,30 @@ def _live(folder: Path, batch: Batch, file: StoredFile, guard: Guard, seed: int,
         finally:
             os._exit(code)
     os.close(writer)
-    with os.fdopen(reader, "rb", buffering=0) as pipe:
-        pipe.read(1)  # it serves, or is gone
-        if select.select([pipe], [], [], life_s)[0]:
-            _, status = os.waitpid(pid, 0)
-            if status:
-                raise RuntimeError(f"a child ended with {status}")
-            return True
+    delay_s = random.Random(seed).uniform(0.0, _MAX_DELAY_S)
+    if _follow(reader, num_writes, delay_s):
+        _, status = os.waitpid(pid, 0)
+        if status:
+            raise RuntimeError(f"a child ended with {status}")
+        return True
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     return False
+
+
+def _follow(reader: int, num_writes: int, delay_s: float) -> bool:
+    """Read a byte a write until it is time; whether the child is gone before."""
+    deadline = time.monotonic() + _PATIENCE_S
+    with os.fdopen(reader, "rb", buffering=0) as pipe:
+        while num_writes > 0 and time.monotonic() < deadline:
+            if not select.select([pipe], [], [], 1.0)[0]:
+                continue
+            data = os.read(reader, min(num_writes, 4096))
+            if not data:
+                return True
+            num_writes -= len(data)
+        time.sleep(delay_s)
+        return False
 
 
 def _num_leased(folder: Path) -> int:
@@ -293,7 +338,7 @@ def _check(folder: Path, batch: Batch, lines: int, report: Report) -> None:
     num_bad = len(range(1, lines, _BAD_EVERY))
     if (status, num_answered, num_errored) != ("completed", lines - num_bad, num_bad):
         report.notes.append(f"{status}, {num_answered} answered, {num_errored} errored")
-    answered, errored = (_custom_ids(folder, each, report) for each in (output_id, error_id))
+    answered, errored = (_custom_ids(folder, str(each), report) for each in (output_id, error_id))
     expected = {f"c{at}": at % _BAD_EVERY == 1 for at in range(lines)}
     for custom_id, is_bad in expected.items():
         report.lost += not answered[custom_id] + errored[custom_id]

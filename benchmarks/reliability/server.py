@@ -22,6 +22,7 @@ import yaml
 __all__ = ["Server", "deployment", "running"]
 
 _START_S = 60.0
+_MAIN = "import sys\nfrom tokenmill.cli.main import main\nsys.exit(main())"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +54,16 @@ def deployment(*, mock: Mapping[str, Any] | None = None, **more: Any) -> dict[st
 
 @contextlib.contextmanager
 def running(
-    config: Mapping[str, Any], folder: Path, *, env: Mapping[str, str] | None = None
+    config: Mapping[str, Any], folder: Path, *, env: Mapping[str, str] | None = None, sabotage: str = ""
 ) -> Iterator[Server]:
-    """Serve this deployment until the block ends; its store and log are in the folder."""
+    """Serve this deployment until the block ends; its store and log are in the folder.
+
+    `sabotage` is Python that the process runs first: how controls take a guard away.
+    """
     path, store, log = folder / "deployment.yaml", folder / "server.db", folder / "server.log"
     path.write_text(yaml.safe_dump(dict(config)), encoding="utf-8")
-    command = [sys.executable, "-m", "tokenmill", "serve", str(path), "--port", "0", "--store", str(store)]
+    start = ["-c", f"{sabotage}\n{_MAIN}"] if sabotage else ["-m", "tokenmill"]
+    command = [sys.executable, *start, "serve", str(path), "--port", "0", "--store", str(store)]
     with log.open("a", encoding="utf-8") as errors:
         process = subprocess.Popen(
             [*command, "--json"],

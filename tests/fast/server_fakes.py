@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tokenmill.core import StorageError, Tier
+from tokenmill.engine.counts import EngineCounts
 from tokenmill.engine.serving.async_engine import EngineStats
 from tokenmill.router import BackendState, BreakerState
 from tokenmill.server.fleet import Deployed
@@ -18,6 +19,7 @@ def stats(**more: Any) -> EngineStats:
     values: dict[str, Any] = {
         **{"state": "ready", "pid": 1, "num_in_flight": 0, "num_ended": {}, "num_restarts": 0},
         **{"num_resubmitted": 0, "failure": "", "num_steps": 0, "num_waiting": 0, "num_running": 0},
+        **{"running_by_tier": {}, "waiting_by_tier": {}, "counts": EngineCounts()},
         **{"num_blocks": 100, "num_blocks_in_use": 0, "busy_ns": 0, "idle_ns": 0, "busy_nj": 0},
     }
     return EngineStats(**{**values, **more})

@@ -1,6 +1,8 @@
 """/metrics: known names, exact sums, the objective as an edge, and labels that no client can fill."""
 
 from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as open_families
@@ -8,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families as families
 
 from tests.fast.server_fakes import deployment
 from tests.fast.settled_calls import CANARY, settled
+from tokenmill.engine.counts import EngineCounts
 from tokenmill.server.fleet import Fleet
 from tokenmill.server.gateway import Settled
 from tokenmill.server.metrics import Gauge, Metrics
@@ -20,6 +23,7 @@ VLLM_NAMES = {
     "vllm:kv_cache_usage_perc",
     "vllm:prefix_cache_queries_total",
     "vllm:prefix_cache_hits_total",
+    "vllm:num_preemptions_total",
     "vllm:prompt_tokens_total",
     "vllm:generation_tokens_total",
     "vllm:request_success_total",
@@ -56,11 +60,22 @@ def fed(*calls: Settled, slo: SloConfig | None = None) -> Metrics:
 
 def test_the_names_that_dashboards_know_are_there() -> None:
     metrics = fed(settled())
-    metrics.watch_fleet(Fleet([deployment(num_running=3, num_waiting=2, num_blocks_in_use=25)]))
+    counts = EngineCounts(num_queried_tokens=50, num_hit_tokens=20)
+    engine: dict[str, Any] = {
+        "num_running": 3,
+        "num_waiting": 2,
+        "num_blocks_in_use": 25,
+        "waiting_by_tier": {"batch": 2},
+    }
+    metrics.watch_fleet(Fleet([deployment(**engine, counts=counts, busy_ns=3 * 10**9)]))
     assert {name for name, _ in samples(metrics)} >= VLLM_NAMES
     assert value(metrics, "vllm:num_requests_running", model_name="mock") == 3
     assert value(metrics, "vllm:num_requests_waiting", model_name="mock") == 2
     assert value(metrics, "vllm:kv_cache_usage_perc", model_name="mock") == 0.25
+    assert value(metrics, "vllm:prefix_cache_hits_total", model_name="mock") == 20
+    where = {"model": "mock", "deployment": "mock"}
+    assert value(metrics, "tokenmill_engine_busy_seconds_total", **where) == pytest.approx(3)
+    assert value(metrics, "tokenmill_engine_sequences", tier="batch", state="waiting", **where) == 2
 
 
 def test_sums_are_exact() -> None:
@@ -68,7 +83,6 @@ def test_sums_are_exact() -> None:
     model = {"model_name": "mock"}
     where = {"model": "mock", "deployment": "deployment-0", "tier": "fast"}
     assert value(metrics, "vllm:prompt_tokens_total", **model) == 10_000
-    assert value(metrics, "vllm:prefix_cache_hits_total", **model) == 4000
     assert value(metrics, "vllm:generation_tokens_total", **model) == 5000
     assert value(metrics, "vllm:request_success_total", finished_reason="stop", **model) == 1000
     assert value(metrics, "tokenmill_cost_usd_total", **where) == pytest.approx(7e-3)
@@ -103,6 +117,9 @@ def test_a_call_that_its_key_may_not_have_is_no_failure() -> None:
     assert not [
         name for name, _ in refused if name in ("tokenmill_calls_total", "vllm:request_success_total")
     ]
+    assert not samples(fed(replace(settled(finishes=()), is_refused=True)))
+    nobody = fed(settled(finishes=()))  # no deployment took it
+    assert value(nobody, "tokenmill_calls_total", model="mock", tier="fast", finish="failed") == 1
     failed = fed(settled(finishes=("failed",), error="EndpointError"))
     assert value(failed, "tokenmill_calls_total", model="mock", tier="fast", finish="failed") == 1
 
@@ -120,7 +137,8 @@ def test_no_label_has_words_of_a_client() -> None:
 def test_openmetrics_is_spoken_where_it_is_asked_for() -> None:
     text, content_type = fed(settled()).scrape("application/openmetrics-text; version=1.0.0")
     assert content_type.startswith("application/openmetrics-text")
-    assert "vllm:prompt_tokens" in {family.name for family in open_families(text.decode())}
+    found = open_families(text.decode())  # type: ignore[no-untyped-call]
+    assert "vllm:prompt_tokens" in {family.name for family in found}
 
 
 def test_gauges_are_asked_at_each_scrape() -> None:

@@ -94,6 +94,12 @@ def test_limits_become_edges_of_histograms() -> None:
     assert config.edges_s("ttft") == (0.09, 0.333) and config.edges_s("tpot") == ()
 
 
+def test_what_is_promised_twice_is_counted_once() -> None:
+    once = SloObjective(ttft_ms=5.0, availability=99.0)
+    judged = SloTracker(SloConfig(objectives=(once, once, SloObjective(ttft_ms=5.0))))
+    assert [burn.measure for burn in judged.burns(0.0)] == ["ttft", "availability"]
+
+
 @pytest.mark.parametrize(
     "bad",
     [{}, {"ttft_ms": 0.0}, {"ttft_ms": 5.0, "percentile": 100.0}, {"availability": 100.0}, {"e2e_ms": -1.0}],

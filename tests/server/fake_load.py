@@ -41,7 +41,7 @@ def random_call(url: str, model: str, dice: random.Random) -> None:
     }
     kind = dice.random()
     if kind < 0.02:
-        body["temperature"] = 9.0
+        body["service_tier"] = "gold"
     elif kind < 0.03:
         body["model"] = "none-of-that-name"
     with contextlib.suppress(OSError, http.client.HTTPException):

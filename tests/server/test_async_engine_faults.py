@@ -427,7 +427,7 @@ def test_a_draining_server_sends_requests_back(served: tuple[LocalEngine, MockMo
 def test_a_completion_too_long_for_a_frame_fails_its_request(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        monkeypatch.setattr("tokenmill.engine.serving.messages.MAX_FRAME_BYTES", 300)
+        monkeypatch.setattr("tokenmill.engine.serving.messages.MAX_FRAME_BYTES", 400)
         end = End(key=5, completion=completion_of("a", tuple(range(300))))
         Link(theirs).send([end, Beat()])
         got = [decode_from_engine(each) for each in FrameReader().feed(ours.recv(9999))]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_db_flag", "duration_s", "format_day", "format_usd", "with_store"]
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 _DURATION: Final = re.compile(r"(\d{1,5})\s*([smhdwy])", flags=re.ASCII)
 _SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400, "y": 365 * 86400}
@@ -34,8 +34,8 @@ def add_db_flag(parser: Parser) -> None:
 
 
 def with_store(
-    args: argparse.Namespace, work: "Callable[[Store], Awaitable[T]]", *, creates: bool = False
-) -> T:
+    args: argparse.Namespace, work: "Callable[[Store], Awaitable[_T]]", *, creates: bool = False
+) -> _T:
     """Run `work` with the database of `--db`. Raises NotFoundError if there is none, unless `creates`."""
     from tokenmill.models.store.library import default_home
     from tokenmill.store import open_store
@@ -45,7 +45,7 @@ def with_store(
         hint = "`tokenmill keys create` and `tokenmill serve` make one; or give its path with --db"
         raise NotFoundError(f"there is no database at {url}", hint=hint)
 
-    async def run() -> T:
+    async def run() -> _T:
         store = open_store(url)
         try:
             return await work(store)

@@ -27,7 +27,7 @@ it is made; only its SHA-256 is kept. The server may run meanwhile: it sees a ch
   tokenmill keys revoke ci
 """
 _CREATE = """\
-Make a key. The secret is the only line on standard output, so that KEY=$(tokenmill keys create ci) works;
+A new key. The secret is the only line on standard output, so that KEY=$(tokenmill keys create ci) works;
 what is for people goes to standard error.
 """
 _SCOPES: Final = ("inference", "admin", "metrics")
@@ -47,7 +47,7 @@ def add_parser(subparsers: Subparsers) -> None:
     actions = keys.add_subparsers(
         title="actions", metavar="ACTION", dest="action", parser_class=Parser, help="what to do"
     )
-    create = _add(actions, "create", _create, "make a key and show its secret, once", _CREATE)
+    create = _add(actions, "create", _create, "a new key; its secret is shown once", _CREATE)
     create.add_argument("name", metavar="NAME", help="what people call it; no two valid keys have the same")
     _add_fields(create)
     _add(actions, "list", _list, "all keys, without their secrets", "")
@@ -185,7 +185,7 @@ def _update(
     async def work(store: "Store") -> "Key":
         key = _find(await store.keys(), args.key)
         if valid_only and not key.is_valid(time.time()):
-            hint = "make a new one with `tokenmill keys create`"
+            hint = "there are new ones with `tokenmill keys create`"
             raise UsageError(f"{key.id} ({key.name}) is {_state(key, time.time())}", hint=hint)
         changed = change(key)
         await store.update_key(changed, secret_hash)

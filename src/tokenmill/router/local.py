@@ -42,8 +42,6 @@ __all__ = ["LocalAttempt", "LocalBackend", "LocalConfig"]
 _MAX_TOKEN_BYTES: Final = 64
 """No prompt of so many bytes a token of the context is tokenized: hardly any token is longer."""
 _NANO: Final = 1_000_000_000
-_FIELDS: Final = {name: name for name in ("logit_bias", "stop_token_ids", "bad_words", "logprobs")}
-"""What the engine refuses for the model's sake, by the words of its errors."""
 _ORDER: Final[tuple[FinishReason, ...]] = (
     "completed",
     "stopped",
@@ -141,6 +139,9 @@ class LocalBackend:
         self._check_size(call)
         loop = asyncio.get_running_loop()
         prompts = await loop.run_in_executor(self._threads, self._prompts, call)
+        if not all(prompts):
+            field = "messages" if call.is_chat else "prompt"
+            raise FieldError(field, "has no tokens", hint="give some text")
         longest = max(map(len, prompts))
         if longest >= self.context_length:
             raise FieldError(
@@ -202,8 +203,9 @@ class LocalBackend:
         if found.finish_reason != "completed":
             raise _no_answer(found.finish_reason, found.error)
         nanoseconds, nanojoules = found.charge.total()[:2]
+        rows = await loop.run_in_executor(self._threads, found.vectors_ND.tolist)
         return Embedded(
-            vectors=tuple(tuple(row) for row in found.vectors_ND.tolist()),
+            vectors=tuple(map(tuple, rows)),
             usage=found.usage,
             nanoseconds=nanoseconds,
             nanojoules=nanojoules,
@@ -341,7 +343,7 @@ class LocalAttempt:
         readers: dict[int, ToolReader | None] = {}
         reader = self.handles[at].__aiter__()
         async with contextlib.aclosing(reader):
-            with _named_grammar(self._call), named_fields(_FIELDS):
+            with _named_errors(self._call):
                 async for news in reader:
                     index = first + news.index
                     if index not in readers:
@@ -449,15 +451,21 @@ def _no_answer(reason: FinishReason, error: str) -> TokenmillError:
 
 
 @contextlib.contextmanager
-def _named_grammar(call: Call) -> Iterator[None]:
-    """Names the field of a grammar that the engine refuses."""
+def _named_errors(call: Call) -> Iterator[None]:
+    """Names the field of what the engine refuses for the model's sake."""
     try:
         yield
     except UsageError as error:
-        if isinstance(error, FieldError) or not error.message.startswith("the grammar"):
+        if isinstance(error, FieldError):
             raise
-        is_tools = call.tools and call.tool_choice.mode in ("required", "named")
-        raise FieldError("tools" if is_tools else "response_format", error.message, hint=error.hint) from None
+        if error.message.startswith("the grammar"):
+            is_tools = call.tools and call.tool_choice.mode in ("required", "named")
+            field = "tools" if is_tools else "response_format"
+        elif "outside the vocabulary" in error.message:
+            field = "logit_bias" if call.params.logit_bias else "stop_token_ids"
+        else:
+            field = ""
+        raise FieldError(field, error.message, hint=error.hint) from None
 
 
 def _worst(reasons: Iterable[FinishReason]) -> FinishReason:

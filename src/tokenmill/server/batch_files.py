@@ -40,7 +40,11 @@ class BatchFiles:
             await asyncio.to_thread(self.folder.remove, file.id)
 
     async def read(self, batch: Batch) -> None:
-        """Make lines of its input, and start it; or end it with what is wrong with its input."""
+        """Make lines of its input, and start it; or end it with what is wrong with its input.
+
+        Lines that an earlier try has kept are not written again, so that each try gets further.
+        """
+        last = await self.objects.last_line(batch.id)
         reader = InputReader(self.folder.path(batch.input_file_id), batch.endpoint, self.config)
         chunks = reader.chunks()
 
@@ -48,7 +52,7 @@ class BatchFiles:
             return next(chunks, None)
 
         while (chunk := await asyncio.to_thread(next_chunk)) is not None:
-            if not reader.faults:
+            if not reader.faults and chunk[-1].number > last:
                 await self.objects.add_lines(batch.id, chunk)
         if reader.faults:
             await self.objects.fail_batch(batch.id, reader.faults, self._now_s())

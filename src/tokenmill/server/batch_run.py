@@ -7,7 +7,7 @@ stand in the ledger with what they cost here, under names of their own, at no pr
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, Protocol, TypeAlias
 
@@ -32,8 +32,8 @@ __all__ = ["Endpoint", "LineAccounts", "LineFate", "LineRun", "LineRunner"]
 Endpoint: TypeAlias = Callable[[Request], Awaitable[Asgi]]
 """What answers a route."""
 
-LineFate: TypeAlias = Literal["ended", "busy", "poor", "failed", "lost"]
-"""How it went, for whoever decides what runs next: it has an end; nothing has room; the budget has nothing
+LineFate: TypeAlias = Literal["answered", "refused", "busy", "poor", "failed", "lost"]
+"""How it went, for whoever decides what runs next: its two ends; nothing has room; the budget has nothing
 left while others hold some; it failed and will be tried again; the disk refused its end."""
 
 _LOG: Final = logging.getLogger(__name__)
@@ -105,10 +105,10 @@ class LineRunner:
         try:
             end, fate = await self._end(run, money)
         except asyncio.CancelledError:
-            await asyncio.shield(asyncio.create_task(money.close(LineEnd(state=on_cancel()))))
+            await _to_end(money.close(LineEnd(state=on_cancel())))
             raise
         try:
-            await money.close(end)
+            await _to_end(money.close(end))
         except StorageError as error:
             _LOG.warning("%s has no end yet: %s", run.line.request_id, error)
             return "lost"
@@ -125,10 +125,10 @@ class LineRunner:
             status, body = await self._ask(run, money)
         except BudgetError as error:
             if run.is_last_of_key():
-                return _refused(batch, line, error, code=_INSUFFICIENT), "ended"
+                return _refused(batch, line, error, code=_INSUFFICIENT), "refused"
             return LineEnd(state="pending"), "poor"
         except (UsageError, ExpiredError) as error:
-            return _refused(batch, line, error), "ended"
+            return _refused(batch, line, error), "refused"
         except (ResourceError, StorageError):
             return LineEnd(state="pending"), "busy"
         except TokenmillError as error:
@@ -137,12 +137,12 @@ class LineRunner:
             _LOG.exception("%s failed", line.request_id)
             return self._failed(batch, line, TokenmillError("the server failed", hint="its log says why"))
         if status >= 400:
-            return LineEnd(state="errored", status=status, body=body), "ended"
-        return LineEnd(state="answered", status=status, body=body), "ended"
+            return LineEnd(state="errored", status=status, body=body), "refused"
+        return LineEnd(state="answered", status=status, body=body), "answered"
 
     def _failed(self, batch: Batch, line: Line, error: TokenmillError) -> tuple[LineEnd, LineFate]:
         if status_of(error) < 500 or line.num_failures + 1 >= self._max_failures:
-            return _refused(batch, line, error), "ended"
+            return _refused(batch, line, error), "refused"
         return LineEnd(state="pending", has_failed=True), "failed"
 
     async def _ask(self, run: LineRun, money: "_LineMoney") -> tuple[int, bytes]:
@@ -256,6 +256,20 @@ class _Exchange:
             self.status = message["status"]
         else:
             self.answer += message.get("body", b"")
+
+
+async def _to_end(work: Coroutine[Any, Any, None]) -> None:
+    """Wait for work to its end; to be cancelled meanwhile counts only then."""
+    task = asyncio.create_task(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    task.result()
+    if cancelled is not None:
+        raise cancelled
 
 
 def _refused(batch: Batch, line: Line, error: TokenmillError, code: str | None = None) -> LineEnd:

@@ -111,9 +111,11 @@ class BatchWorker:
         self._cap = float(config.max_in_flight)
         self._pause_until_s = 0.0
         self._quiet = ""  # the batch whose suspects wait for an empty house
+        self._poor: set[str] = set()  # keys whose budget is short: one line at a time shows whether for good
         self._turn = 0
         self._cared_s = 0.0
         self._wake = asyncio.Event()
+        self._stopping = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -134,9 +136,10 @@ class BatchWorker:
 
     async def stop(self) -> None:
         """Give the lines that run back, and end."""
+        self._stopping.set()
+        self._wake.set()
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await self._task  # not cancelled: what it is leasing would be nobody's
         for stage in self._stages.values():
             stage.cancel()
         for flight in self._flights.values():
@@ -149,7 +152,7 @@ class BatchWorker:
         self._wake.set()
 
     async def _run(self) -> None:
-        while True:
+        while not self._stopping.is_set():
             self._wake.clear()
             delay_s = self._config.idle_s
             try:
@@ -161,11 +164,10 @@ class BatchWorker:
             except Exception:
                 _LOG.exception("a look at the batches failed")
                 delay_s = self._config.retry_s
-            if (paused_s := self._pause_until_s - asyncio.get_running_loop().time()) > 0:
-                await asyncio.sleep(min(paused_s, delay_s))
-                continue
+            paused_s = self._pause_until_s - asyncio.get_running_loop().time()
+            waits_for = self._stopping if paused_s > 0 else self._wake
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), delay_s)
+                await asyncio.wait_for(waits_for.wait(), min(paused_s, delay_s) if paused_s > 0 else delay_s)
 
     async def _care(self) -> None:
         """Now and then: keep our leases, free lost ones, forget what is over."""
@@ -242,8 +244,9 @@ class BatchWorker:
                 return
             share = max(1, free // (len(batches) - at))
             key = await self._key(batch)
-            if key is None:
+            if key is None or (key.id in self._poor and self._num_of_key(key.id)):
                 continue
+            share = 1 if key.id in self._poor else share
             until_s = self._now_s() + self._config.lease_s
             lines = await self._objects.lease(batch.id, share, until_s)
             if not lines:
@@ -296,7 +299,11 @@ class BatchWorker:
                 self._cap = max(1.0, min(self._cap, len(self._flights)) / 2)
             elif fate != "lost":
                 self._cap = min(float(self._config.max_in_flight), self._cap + 0.25)
-            if fate in ("busy", "poor", "lost"):
+            if fate == "poor":
+                self._poor.add(run.key.id)
+            elif fate == "answered":
+                self._poor.discard(run.key.id)
+            if fate in ("busy", "lost"):
                 self._pause_until_s = asyncio.get_running_loop().time() + self._config.retry_s
         except StorageError as error:
             _LOG.warning("%s has no end yet: %s", run.line.request_id, error)

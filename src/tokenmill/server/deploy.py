@@ -97,7 +97,8 @@ async def _opened(
             router, accounts, _prices(deployment), config, on_settled=observer.settled, copies=capture
         )
         ledger = Ledger(store, accounts.remaining)
-        observer.watch(gateway, backends, ledger, gauges=capture.gauges())
+        observer.watch(gateway, backends, ledger, store)
+        observer.metrics.watch(capture.gauges())
         room = None
         if isinstance(store, SqliteStore):
             room = BatchRoom(
@@ -108,6 +109,7 @@ async def _opened(
                 lambda: gateway.num_calls,
                 config=deployment.batches,
             )
+            observer.watch_batches(room.objects)
             await room.start()
             stack.push_async_callback(room.stop)
         yield gateway, store, room

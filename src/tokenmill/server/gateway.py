@@ -16,7 +16,7 @@ from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from tokenmill.core import FinishReason, ResourceError, Tier, TokenmillError
+from tokenmill.core import BudgetError, FinishReason, ResourceError, Tier, TokenmillError
 from tokenmill.router import AttemptRecord, Backend, Before, Embedded, Job, Plan, Prepared, Routed, Router
 from tokenmill.server.caller import Caller
 from tokenmill.server.limits import KeyLimits, Permit
@@ -91,7 +91,8 @@ class GatewayConfig:
 class Settled:
     """A call that has ended, for whoever counts: what it was, each attempt's line, when its first piece came.
 
-    `call` is None for embeddings. `entries` is empty if no attempt was made.
+    `call` is None for embeddings. `entries` is empty if no attempt was made, `is_refused` if
+    that was for want of money.
     """
 
     caller: Caller
@@ -101,6 +102,7 @@ class Settled:
     records: tuple[AttemptRecord, ...]
     ttft_s: float | None
     total_s: float
+    is_refused: bool = False
 
 
 class Copies(Protocol):
@@ -137,6 +139,7 @@ class Gateway:
         self._limits = KeyLimits()
         self._settling: set[asyncio.Task[None]] = set()
         self._answers: set[Answer] = set()
+        self._refused: set[str] = set()
         self._num_calls = 0
         self._is_draining = False
 
@@ -157,8 +160,8 @@ class Gateway:
 
     @property
     def num_unsettled(self) -> int:
-        """Calls whose end is not yet in the ledger."""
-        return len(self._settling)
+        """Calls that have ended and are not in the ledger yet."""
+        return max(0, len(self._settling) - self._num_calls)
 
     @property
     def is_draining(self) -> bool:
@@ -264,7 +267,13 @@ class Gateway:
             worst = self._prices.worst_nano_usd(
                 model, tier, prepared.num_prompt_tokens, prepared.max_output_tokens
             )
-            await money.reserve(caller.key, caller.request_id, number, worst, durable=not backend.is_local)
+            try:
+                await money.reserve(
+                    caller.key, caller.request_id, number, worst, durable=not backend.is_local
+                )
+            except BudgetError:
+                self._refused.add(caller.request_id)
+                raise
 
         return reserve
 
@@ -276,6 +285,8 @@ class Gateway:
         records = await answer.routed.spent()
         total_s = time.monotonic() - answer.started_s
         self._answers.discard(answer)
+        is_refused = answer.caller.request_id in self._refused
+        self._refused.discard(answer.caller.request_id)
         permit.leave(sum(record.spent.usage.num_total_tokens for record in records))
         self._leave()
         call = answer.call
@@ -289,6 +300,7 @@ class Gateway:
             records=records,
             ttft_s=answer.ttft_s,
             total_s=total_s,
+            is_refused=is_refused,
         )
         self._on_settled(settled)
         if answer.copy is not None:
@@ -307,6 +319,7 @@ class Gateway:
                 )
             finally:
                 permit.leave(0)
+                self._refused.discard(caller.request_id)
         finally:
             self._leave()
         entries = self._entries(model, user, caller, tier, found.records)

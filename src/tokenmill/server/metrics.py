@@ -20,7 +20,7 @@ from prometheus_client.registry import Collector
 
 from tokenmill.core import Usage
 from tokenmill.engine.serving.async_engine import EngineStats
-from tokenmill.server.fleet import Fleet
+from tokenmill.server.fleet import Deployed, Fleet
 from tokenmill.server.gateway import Settled
 from tokenmill.server.slo import CallTimes, SloConfig, SloMeasure
 from tokenmill.store import Entry
@@ -111,8 +111,6 @@ class _Known:
 
         self._prompt = counter("prompt_tokens", "Prompt tokens, those found in the cache included")
         self._output = counter("generation_tokens", "Output tokens")
-        self._queries = counter("prefix_cache_queries", "Prompt tokens that were looked for in the cache")
-        self._hits = counter("prefix_cache_hits", "Prompt tokens that were found in it")
         self._drafts = counter("spec_decode_num_draft_tokens", "Tokens that speculation proposed")
         self._accepted = counter("spec_decode_num_accepted_tokens", "Those of them that were right")
         self._ended = counter("request_success", "Calls that ended", ("model_name", "finished_reason"))
@@ -125,8 +123,6 @@ class _Known:
     def add_usage(self, model: str, usage: Usage) -> None:
         self._prompt.labels(model).inc(usage.num_prompt_tokens)
         self._output.labels(model).inc(usage.num_output_tokens)
-        self._queries.labels(model).inc(usage.num_prompt_tokens)
-        self._hits.labels(model).inc(usage.num_cached_tokens)
         self._drafts.labels(model).inc(usage.num_draft_tokens)
         self._accepted.labels(model).inc(usage.num_accepted_tokens)
 
@@ -229,11 +225,12 @@ class _Engines(Collector):
             for each, stats in found:
                 gauge.add_metric([each.model] if of_model else [each.model, each.name], of_engine(stats))
             yield gauge
-        for name, text, of_engine in _ENGINE_COUNTERS:
-            counter = CounterMetricFamily(name, text, labels=_ENGINE_LABELS)
+        for name, text, of_model, of_engine in _ENGINE_COUNTERS:
+            counter = CounterMetricFamily(name, text, labels=_BY_MODEL if of_model else _ENGINE_LABELS)
             for each, stats in found:
-                counter.add_metric([each.model, each.name], of_engine(stats))
+                counter.add_metric([each.model] if of_model else [each.model, each.name], of_engine(stats))
             yield counter
+        yield from _by_tier(found)
         up = GaugeMetricFamily("tokenmill_deployment_up", "1 if it takes calls", labels=_ENGINE_LABELS)
         for each in self._fleet.deployments:
             up.add_metric([each.model, each.name], float(each.state() == "ready"))
@@ -249,6 +246,16 @@ class _Engines(Collector):
         return []
 
 
+def _by_tier(found: Sequence[tuple[Deployed, EngineStats]]) -> Iterable[Metric]:
+    labels = (*_ENGINE_LABELS, "tier", "state")
+    family = GaugeMetricFamily("tokenmill_engine_sequences", "In the batch, or waiting for it", labels=labels)
+    for each, stats in found:
+        for state, by_tier in (("running", stats.running_by_tier), ("waiting", stats.waiting_by_tier)):
+            for tier, number in by_tier.items():
+                family.add_metric([each.model, each.name, tier, state], number)
+    yield family
+
+
 def _kv_share(stats: EngineStats) -> float:
     return stats.num_blocks_in_use / stats.num_blocks if stats.num_blocks else 0.0
 
@@ -262,12 +269,38 @@ _ENGINE_GAUGES: Final[tuple[tuple[str, str, bool, Callable[[EngineStats], float]
     ("tokenmill_kv_blocks_in_use", "Blocks that are held", False, lambda stats: stats.num_blocks_in_use),
     ("tokenmill_engine_requests", "Requests that have not ended", False, lambda stats: stats.num_in_flight),
 )
-_ENGINE_COUNTERS: Final[tuple[tuple[str, str, Callable[[EngineStats], float]], ...]] = (
-    ("tokenmill_engine_restarts", "Engine processes started anew", lambda stats: stats.num_restarts),
-    ("tokenmill_engine_steps", "Steps of the present process", lambda stats: stats.num_steps),
+_ENGINE_COUNTERS: Final[tuple[tuple[str, str, bool, Callable[[EngineStats], float]], ...]] = (
+    (
+        "vllm:prefix_cache_queries",
+        "Prompt tokens that were looked for in the cache",
+        True,
+        lambda stats: stats.counts.num_queried_tokens,
+    ),
+    (
+        "vllm:prefix_cache_hits",
+        "Prompt tokens that were found in it",
+        True,
+        lambda stats: stats.counts.num_hit_tokens,
+    ),
+    (
+        "vllm:num_preemptions",
+        "Sequences that gave their blocks back",
+        True,
+        lambda stats: stats.counts.num_preempted,
+    ),
+    ("tokenmill_engine_restarts", "Engine processes started anew", False, lambda stats: stats.num_restarts),
+    ("tokenmill_engine_steps", "Steps of the present process", False, lambda stats: stats.num_steps),
     (
         "tokenmill_engine_resubmitted",
         "Requests sent to a second process",
+        False,
         lambda stats: stats.num_resubmitted,
     ),
+    (
+        "tokenmill_engine_busy_seconds",
+        "Time that was charged to requests",
+        False,
+        lambda stats: stats.busy_ns * _NANO,
+    ),
+    ("tokenmill_engine_idle_seconds", "Time without work", False, lambda stats: stats.idle_ns * _NANO),
 )

@@ -15,17 +15,17 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, MutableMapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Any, Final, get_args
+from typing import Any, Final, Protocol, get_args
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from tokenmill import __version__
-from tokenmill.core import Tier
+from tokenmill.core import Tier, TokenmillError
 from tokenmill.costs.prices import Price
 from tokenmill.router import Backend, BreakerState, RouteEvent
 from tokenmill.server.caller import NOBODY, Caller
@@ -49,14 +49,15 @@ from tokenmill.server.health import Health
 from tokenmill.server.logs import log_http, log_settled
 from tokenmill.server.metrics import Gauge, Metrics
 from tokenmill.server.slo import WINDOWS_S, CallTimes, SloConfig, SloTracker
+from tokenmill.store import Store
+from tokenmill.store.object_records import Batch
 
 __all__ = ["Batches", "Observer", "ObserverConfig", "route_label"]
 
-Batches = Callable[[], Awaitable[Sequence[BatchLine]]]
-"""Gives the newest batches first."""
-
 _LOOK_S: Final = 1.0
-_LEDGER_S: Final = 30.0
+_LEDGER_S: Final = 15.0
+_WINDOWS: Final = dict(zip(WINDOWS_S, ("5m", "1h", "6h"), strict=True))
+_MOST_BATCHES: Final = 100
 _LEFT: Final = 499
 """Stands for the status of an answer whose client left before it began."""
 _NANO: Final = 1e-9
@@ -66,7 +67,7 @@ _LOGGED: Final = frozenset({"failure", "breaker-open", "breaker-closed", "shadow
 _LOG: Final = logging.getLogger("tokenmill.server.router")
 _ROUTES: Final = frozenset(
     {
-        *("/", "/metrics", "/health", "/health/live", "/health/ready", "/health/drained"),
+        *("/", "/openapi.json", "/metrics", "/health", "/health/live", "/health/ready", "/health/drained"),
         *("/dashboard/data.json", "/dashboard/style.css", "/dashboard/app.js"),
         *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings"),
         *("/v1/messages", "/v1/messages/count_tokens"),
@@ -83,6 +84,14 @@ class ObserverConfig:
     compare_with: str = "openai/gpt-5-nano"
 
 
+class Batches(Protocol):
+    """Where batches are kept (`store.ObjectStore`)."""
+
+    async def recent_batches(self, limit: int) -> list[Batch]:
+        """Batches of all projects, those that have not ended first, then the newest."""
+        ...
+
+
 class Observer:
     """Watches one server, from one event loop."""
 
@@ -96,7 +105,8 @@ class Observer:
         self._fleet = Fleet(())
         self._health: Health | None = None
         self._ledger: Ledger | None = None
-        self._batches: Batches = _no_batches
+        self._batches: Batches | None = None
+        self._batch_lines: list[BatchLine] = []
 
     def settled(self, settled: Settled) -> None:
         """Take a call that has ended (`Gateway(on_settled=...)`)."""
@@ -125,20 +135,25 @@ class Observer:
         gateway: Gateway,
         backends: Sequence[Backend],
         ledger: Ledger | None = None,
-        *,
-        batches: Batches | None = None,
-        gauges: Sequence[Gauge] = (),
+        store: Store | None = None,
     ) -> None:
         """Watch these from now on; `routes` are then those of health, metrics and the dashboard."""
         self._gateway, self._ledger = gateway, ledger
-        self._batches = batches or _no_batches
         self._fleet = Fleet([deployed(each, _breaker(gateway, each)) for each in backends])
         self._health = Health(gateway, self._fleet)
         self.metrics.watch_fleet(self._fleet)
-        self.metrics.watch([*self._gauges(gateway, self._health), *gauges])
+        self.metrics.watch(self._gauges(gateway, self._health))
+        if store is not None:
+            self.metrics.watch(
+                [_number("tokenmill_store_writable", "1 if it is", lambda: _is_writable(store))]
+            )
         pages = DashboardPages(self._page, self.look, lambda: gateway.models)
         scrape = Route("/metrics", self._scrape, methods=["GET"])
         self.routes = [scrape, *self._health.routes(), *pages.routes()]
+
+    def watch_batches(self, batches: Batches) -> None:
+        """Show these, too."""
+        self._batches = batches
 
     def wrap(self, app: Asgi) -> Asgi:
         """An application whose every HTTP answer is counted."""
@@ -164,32 +179,40 @@ class Observer:
             self._health.tick(now_s - due_s)
             self._fleet.look(now_s)
             self._history.look(self._now(), now_s)
-            if self._ledger is not None and now_s >= next_ledger_s:
+            if now_s >= next_ledger_s:
                 next_ledger_s = now_s + _LEDGER_S
-                await self._ledger.refresh()
+                await self._read()
             due_s = time.monotonic() + _LOOK_S
             await asyncio.sleep(_LOOK_S)
 
     async def look(self, price: Price | None) -> View:
         """What the dashboard shows now."""
         assert self._gateway is not None, "watch comes first"
-        today = Today() if self._ledger is None else await self._ledger.refresh()
-        batches = await self._batches()
+        await self._read()
         now_s = time.monotonic()
         self._history.look(self._now(), now_s)
         return make_view(
             Sources(
                 history=self._history,
                 fleet=self._fleet,
-                today=today,
+                today=Today() if self._ledger is None else self._ledger.today,
                 burns=self._slo.burns(now_s),
                 by_tier=self._by_tier(),
-                batches=batches,
+                batches=self._batch_lines,
                 is_draining=self._gateway.is_draining,
                 price=price,
                 now_s=now_s,
             )
         )
+
+    async def _read(self) -> None:
+        """Read what the store has of the day and of batches. Does not raise: what was read last is kept."""
+        if self._ledger is not None:
+            await self._ledger.refresh()
+        if self._batches is not None:
+            with contextlib.suppress(TokenmillError):
+                found = await self._batches.recent_batches(_MOST_BATCHES)
+                self._batch_lines = [_batch_line(each) for each in found]
 
     async def _scrape(self, request: Request) -> Response:
         text, content_type = self.metrics.scrape(request.headers.get("accept", ""))
@@ -208,6 +231,12 @@ class Observer:
         if status >= 400 and status != _LEFT and route.startswith("/v1/"):
             where = f"{route}, key {key_id}"
             self._history.fail(ErrorLine(time.time(), _phrase(status), where, request_id))
+
+    def _open_batches(self) -> list[BatchLine]:
+        return [each for each in self._batch_lines if not each.has_ended]
+
+    def _num_open_lines(self) -> float:
+        return sum(each.num_lines - each.num_done for each in self._open_batches())
 
     def _by_tier(self) -> dict[Tier, tuple[int, int]]:
         """Calls that wait for their first token, and that have it, by tier."""
@@ -236,7 +265,7 @@ class Observer:
             for burn in self._slo.burns(time.monotonic()):
                 names = (burn.objective.model or "*", burn.objective.tier or "*", burn.name)
                 for window, value in zip(WINDOWS_S, burn.rates, strict=True):
-                    yield (*names, f"{window // 60}m"), 0.0 if value is None else value
+                    yield (*names, _WINDOWS[window]), 0.0 if value is None else value
 
         def budgets() -> Iterable[tuple[tuple[str, ...], float]]:
             today = Today() if self._ledger is None else self._ledger.today
@@ -262,6 +291,10 @@ class Observer:
                 labels=("key_id",),
                 read=budgets,
             ),
+            _number(
+                "tokenmill_open_batches", "Batches that have not ended", lambda: len(self._open_batches())
+            ),
+            _number("tokenmill_open_batch_lines", "Lines that wait in them", self._num_open_lines),
             _number("tokenmill_unsettled_calls", "Not in the ledger yet", lambda: gateway.num_unsettled),
             _number("tokenmill_draining", "1 while the server shuts down", lambda: gateway.is_draining),
             _number("tokenmill_event_loop_lag_seconds", "How late the loop is", lambda: health.lag_s),
@@ -284,6 +317,8 @@ def _breaker(gateway: Gateway, backend: Backend) -> Callable[[], BreakerState]:
 
 def _times(settled: Settled) -> CallTimes | None:
     """How a call went; None if it was refused before it cost anything, by no fault of the server."""
+    if settled.is_refused:
+        return None
     model = settled.call.model if settled.call is not None else ""
     if not settled.entries:
         return CallTimes(model, settled.tier, "failed", None, settled.total_s, 0) if model else None
@@ -344,5 +379,21 @@ def _number(name: str, text: str, value: Callable[[], float]) -> Gauge:
     return Gauge(name=name, help=text, read=lambda: [((), float(value()))])
 
 
-async def _no_batches() -> Sequence[BatchLine]:
-    return ()
+def _is_writable(store: Store) -> bool:
+    try:
+        store.admit()
+    except TokenmillError:
+        return False
+    return True
+
+
+def _batch_line(batch: Batch) -> BatchLine:
+    num_failed = batch.num_errored + batch.num_expired
+    return BatchLine(
+        id=batch.id,
+        state=batch.outcome if batch.has_ended else batch.status,
+        num_lines=batch.num_lines,
+        num_done=batch.num_answered + num_failed + batch.num_cancelled,
+        num_failed=num_failed,
+        has_ended=batch.has_ended,
+    )

@@ -1,8 +1,4 @@
-"""The OpenAPI 3.1 document of everything that is served, made of the types that read the requests.
-
-Bounds of numbers that a type does not say are those of `core.SamplingParams`, by the field's name: a test
-asks for each bound's neighbours and must be refused.
-"""
+"""The OpenAPI 3.1 document of everything that is served, made of the types that read the requests."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -13,50 +9,17 @@ import msgspec
 from starlette.requests import Request
 from starlette.routing import Route
 
-from tokenmill.core.sampling import MAX_COMPLETIONS, MAX_LOGPROBS, MAX_STOP_STRINGS
 from tokenmill.server.answering import send_json
 from tokenmill.server.edge import Asgi, Receive, Scope_, Send
 from tokenmill.server.openapi_answers import ANSWERS, ERROR_SCHEMAS
+from tokenmill.server.openapi_bounds import bounded
 from tokenmill.server.openapi_operations import OPERATIONS, Operation
 from tokenmill.wire.fields import encode_json
 
-__all__ = ["OpenApi", "bounds_of", "document_of"]
+__all__ = ["OpenApi", "document_of"]
 
 _PARAMETER: Final = re.compile(r"\{(\w+)(?::\w+)?\}")
 _REF: Final = "#/components/schemas/"
-_MOST_TOKENS: Final = 1 << 20
-_MOST_INT: Final = (1 << 63) - 1
-_BOUNDS: Final[dict[str, dict[str, Any]]] = {
-    "max_tokens": {"minimum": 1, "maximum": _MOST_TOKENS},
-    "max_completion_tokens": {"minimum": 1, "maximum": _MOST_TOKENS},
-    "min_tokens": {"minimum": 0, "maximum": _MOST_TOKENS},
-    "temperature": {"minimum": 0, "maximum": 100},
-    "top_p": {"exclusiveMinimum": 0, "maximum": 1},
-    "top_k": {"minimum": 0, "maximum": _MOST_TOKENS},
-    "min_p": {"minimum": 0, "maximum": 1},
-    "repetition_penalty": {"minimum": 0.01, "maximum": 100},
-    "presence_penalty": {"minimum": -2, "maximum": 2},
-    "frequency_penalty": {"minimum": -2, "maximum": 2},
-    "seed": {"minimum": 0, "maximum": _MOST_INT},
-    "n": {"minimum": 1, "maximum": MAX_COMPLETIONS},
-    "best_of": {"minimum": 1, "maximum": MAX_COMPLETIONS},
-    "logprobs": {"minimum": 0, "maximum": MAX_LOGPROBS},
-    "top_logprobs": {"minimum": 0, "maximum": MAX_LOGPROBS},
-    "prompt_logprobs": {"minimum": 0, "maximum": MAX_LOGPROBS},
-}
-_LISTS: Final[dict[str, dict[str, Any]]] = {
-    "messages": {"minItems": 1},
-    "stop": {"maxItems": MAX_STOP_STRINGS, "items": {"type": "string", "minLength": 1, "maxLength": 256}},
-    "bad_words": {"maxItems": 256, "items": {"type": "string", "minLength": 1, "maxLength": 256}},
-    "stop_token_ids": {"maxItems": 256, "items": {"type": "integer", "minimum": 0, "maximum": 1 << 31}},
-}
-_LOGIT_BIAS: Final = {
-    "type": "object",
-    "propertyNames": {"pattern": "^[0-9]{1,9}$"},
-    "maxProperties": 1024,
-    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
-}
-_NUMBERS: Final = ("integer", "number")
 _ERRORS: Final = {
     400: "A field that cannot be used; the message names it",
     401: "A key is needed, or not valid",
@@ -96,10 +59,14 @@ class OpenApi:
 
 def document_of(routes: Sequence[Route], models: Sequence[str], *, keyless: bool) -> dict[str, Any]:
     """The document; a route that `OPERATIONS` does not know is described by path and method."""
-    kinds = [each.body for each in OPERATIONS.values() if isinstance(each.body, type)]
-    refs, components = msgspec.json.schema_components(kinds, ref_template=_REF + "{name}")
-    schemas = _bounded(components, models)
-    bodies = dict(zip(kinds, refs, strict=True))
+    schemas: dict[str, Any] = {}
+    bodies: dict[Any, Any] = {}
+    for each in OPERATIONS.values():
+        if isinstance(each.body, type):
+            refs, components = msgspec.json.schema_components([each.body], ref_template=_REF + "{name}")
+            bodies[each.body] = _renamed(refs[0], each.prefix)
+            schemas |= _renamed(components, each.prefix)
+    schemas = bounded(schemas, models)
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
         path = _PARAMETER.sub(r"{\1}", route.path)
@@ -126,36 +93,20 @@ _ABOUT: Final = (
 )
 
 
-def bounds_of(name: str) -> Mapping[str, Any]:
-    """The bounds of a number of this name in requests of the OpenAI API; empty if it has none of its own."""
-    return _BOUNDS.get(name, {})
+def _renamed(value: Any, prefix: str) -> Any:
+    """Types that begin with `_` under a name for readers, everywhere."""
+    if isinstance(value, dict):
+        named = {key.replace("_", prefix, 1) if key[:1] == "_" else key: each for key, each in value.items()}
+        return {key: _renamed(each, prefix) for key, each in named.items()}
+    if isinstance(value, list | tuple):
+        return [_renamed(each, prefix) for each in value]
+    if isinstance(value, str):
+        return value.replace(f"{_REF}_", f"{_REF}{prefix}")
+    return value
 
 
 def _name(method: str, path: str) -> str:
     return method.lower() + "".join(part.capitalize() for part in re.findall(r"\w+", path))
-
-
-def _bounded(components: dict[str, Any], models: Sequence[str]) -> dict[str, Any]:
-    """The components with the bounds that their types do not say."""
-    for schema in components.values():
-        for name, field in schema.get("properties", {}).items():
-            _bound(name, field)
-            if name == "model" and models:
-                field["enum"] = list(models)
-            if name == "logit_bias":
-                field["anyOf"] = [_LOGIT_BIAS, {"type": "null"}]
-    return components
-
-
-def _bound(name: str, field: dict[str, Any]) -> None:
-    for each in field.get("anyOf", [field]):
-        kind = each.get("type")
-        if kind in _NUMBERS and not {"minimum", "exclusiveMinimum"} & each.keys():
-            each.update(_BOUNDS.get(name, {"minimum": 0, "maximum": _MOST_INT}))
-        if kind == "array":
-            each.update(_LISTS.get(name, {}))
-        if kind == "string" and name == "stop":
-            each.update(minLength=1, maxLength=256)
 
 
 def _operation(
@@ -182,7 +133,10 @@ def _operation(
         result["parameters"] = parameters
     if known.body is not None:
         schema = bodies[known.body] if isinstance(known.body, type) else known.body
-        result["requestBody"] = {"required": True, "content": {known.body_type: {"schema": schema}}}
+        content: dict[str, Any] = {"schema": schema}
+        if known.example is not None and models:
+            content["example"] = {"model": models[0], **known.example}
+        result["requestBody"] = {"required": True, "content": {known.body_type: content}}
     return result
 
 
@@ -204,14 +158,20 @@ def _responses(known: Operation) -> dict[str, Any]:
     if known.name == "listModels":
         parameters = {"model": "$response.body#/data/0/id"}
         good["links"] = {"model": {"operationId": "getModel", "parameters": parameters}}
+    if known.answer == "health":
+        good["description"] = "It is so"
+        return {"200": good, "503": {"description": "It is not so", "content": content}} | _of_errors(known)
+    return {"200": good} | _of_errors(known)
+
+
+def _of_errors(known: Operation) -> dict[str, Any]:
+    """The errors of an operation, by status."""
     statuses = {*_ALWAYS, *known.also, *(_OF_CALLS if known.is_call else ())}
-    error = ERROR_SCHEMAS["both"]
-    return {"200": good} | {
+    schema = ERROR_SCHEMAS[known.api]
+    return {
         str(status): {
             "description": _ERRORS[status],
-            "content": {
-                "application/json": {"schema": error if known.api == "both" else ERROR_SCHEMAS[known.api]}
-            },
+            "content": {"application/json": {"schema": schema}},
         }
         for status in sorted(statuses)
     }

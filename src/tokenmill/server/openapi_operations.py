@@ -9,7 +9,9 @@ from typing import Any, Final, Literal
 
 from tokenmill.server.openapi_answers import Schema
 from tokenmill.wire.anthropic_types import CountTokensRequest, MessagesRequest
+from tokenmill.wire.openai_embeddings import EMBEDDING_REQUEST
 from tokenmill.wire.openai_parse import CHAT_REQUEST, COMPLETION_REQUEST
+from tokenmill.wire.responses_parse import RESPONSE_REQUEST
 
 __all__ = ["OPERATIONS", "Operation"]
 
@@ -18,7 +20,8 @@ __all__ = ["OPERATIONS", "Operation"]
 class Operation:
     """One method of one path. `body` is the type of its JSON, or a schema of it; `answer` names a schema.
 
-    `streams` with `"stream": true`. `answer_type` is the media type. `also` are further statuses of errors.
+    `streams` with `"stream": true`. `answer_type` is the media type, `also` are further statuses of errors.
+    `example` is a body without its model. `prefix` is put before the names of its types that begin with `_`.
     """
 
     name: str
@@ -32,7 +35,9 @@ class Operation:
     streams: bool = False
     query: Mapping[str, Schema] = field(default_factory=dict)
     also: tuple[int, ...] = ()
+    example: Schema | None = None
     is_call: bool = False
+    prefix: str = "OpenAI"
 
 
 def _limit(most: int) -> Schema:
@@ -40,6 +45,7 @@ def _limit(most: int) -> Schema:
 
 
 _TEXT: Final[Schema] = {"type": "string"}
+_OF_ANTHROPIC: Final[Schema] = {**_TEXT, "description": "Of Anthropic's API; passed over elsewhere"}
 _NEW_BATCH: Final[dict[str, Any]] = {
     "type": "object",
     "properties": {
@@ -65,28 +71,45 @@ _UPLOAD: Final[dict[str, Any]] = {
     "required": ["file", "purpose"],
 }
 _OBJECT: Final[dict[str, Any]] = {"type": "object"}
+_TURNS: Final = [{"role": "user", "content": "Count."}]
 
 OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
     ("POST", "/v1/chat/completions"): Operation(
         name="createChatCompletion", summary="Answer a conversation", tag="OpenAI",
         body=CHAT_REQUEST, answer="chat", streams=True, is_call=True,
+        example={"messages": _TURNS, "max_completion_tokens": 16},
     ),
     ("POST", "/v1/completions"): Operation(
         name="createCompletion", summary="Continue a text", tag="OpenAI",
         body=COMPLETION_REQUEST, answer="completion", streams=True, is_call=True,
+        example={"prompt": "Count:", "max_tokens": 16},
     ),
     ("POST", "/v1/responses"): Operation(
         name="createResponse", summary="Answer a conversation, as a response", tag="OpenAI",
-        body=_OBJECT, answer="response", streams=True, is_call=True,
+        body=RESPONSE_REQUEST, prefix="Responses", answer="response", streams=True, is_call=True,
+        example={"input": "Count.", "max_output_tokens": 16},
+    ),
+    ("GET", "/v1/responses/{response}"): Operation(
+        name="getResponse", summary="Always 404: none is stored", tag="OpenAI", also=(404,),
+    ),
+    ("DELETE", "/v1/responses/{response}"): Operation(
+        name="deleteResponse", summary="Always 404: none is stored", tag="OpenAI", also=(404,),
+    ),
+    ("POST", "/v1/responses/{response}/cancel"): Operation(
+        name="cancelResponse", summary="Always 404: none is stored", tag="OpenAI", also=(404,),
+    ),
+    ("GET", "/v1/responses/{response}/input_items"): Operation(
+        name="getInputItems", summary="Always 404: none is stored", tag="OpenAI", also=(404,),
     ),
     ("POST", "/v1/embeddings"): Operation(
         name="createEmbedding", summary="Vectors of texts", tag="OpenAI",
-        body=_OBJECT, answer="embeddings", is_call=True,
+        body=EMBEDDING_REQUEST, prefix="Embeddings", answer="embeddings", is_call=True,
+        example={"input": "Count."},
     ),
     ("GET", "/v1/models"): Operation(
         name="listModels", summary="What is served, in the shape of the API of the request's headers",
         tag="Models", api="both", answer="models",
-        query={"limit": _limit(1000), "after_id": _TEXT, "before_id": _TEXT},
+        query={"limit": _OF_ANTHROPIC, "after_id": _OF_ANTHROPIC, "before_id": _OF_ANTHROPIC},
     ),
     ("GET", "/v1/models/{model}"): Operation(
         name="getModel", summary="One model", tag="Models", api="both", answer="model", also=(404,),
@@ -94,10 +117,12 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
     ("POST", "/v1/messages"): Operation(
         name="createMessage", summary="Answer a conversation", tag="Anthropic", api="anthropic",
         body=MessagesRequest, answer="message", streams=True, is_call=True,
+        example={"messages": _TURNS, "max_tokens": 16},
     ),
     ("POST", "/v1/messages/count_tokens"): Operation(
         name="countTokens", summary="The tokens of a prompt, by the model's template", tag="Anthropic",
         api="anthropic", body=CountTokensRequest, answer="input_tokens", is_call=True,
+        example={"messages": _TURNS},
     ),
     ("POST", "/v1/messages/batches"): Operation(
         name="createMessageBatch", summary="Answer many conversations later", tag="Anthropic",
@@ -143,7 +168,7 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
     ),
     ("GET", "/v1/files/{id}/content"): Operation(
         name="getFileContent", summary="A file's bytes", tag="OpenAI",
-        answer_type="application/octet-stream", also=(404,),
+        answer_type="application/jsonl", also=(404,),
     ),
     ("POST", "/v1/batches"): Operation(
         name="createBatch", summary="Answer the lines of a file later", tag="OpenAI", body=_NEW_BATCH,
@@ -161,20 +186,33 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
         also=(404, 409),
     ),
     ("GET", "/health"): Operation(
-        name="getHealth", summary="Whether it takes calls", tag="Operations", answer="health", also=(503,),
+        name="getHealth", summary="Whether it takes calls", tag="Operations", answer="health",
     ),
     ("GET", "/health/live"): Operation(
-        name="getLive", summary="Whether the process turns", tag="Operations", answer="health", also=(503,),
+        name="getLive", summary="Whether the process turns", tag="Operations", answer="health",
     ),
     ("GET", "/health/ready"): Operation(
-        name="getReady", summary="Whether it takes calls", tag="Operations", answer="health", also=(503,),
+        name="getReady", summary="Whether it takes calls", tag="Operations", answer="health",
     ),
     ("GET", "/health/drained"): Operation(
         name="getDrained", summary="Whether nothing is left to do", tag="Operations", answer="health",
-        also=(503,),
     ),
     ("GET", "/metrics"): Operation(
         name="getMetrics", summary="Counts for Prometheus", tag="Operations", answer_type="text/plain",
+    ),
+    ("GET", "/"): Operation(
+        name="getDashboard", summary="The dashboard", tag="Operations", answer_type="text/html",
+    ),
+    ("GET", "/dashboard/data.json"): Operation(
+        name="getDashboardData", summary="What the dashboard shows", tag="Operations",
+    ),
+    ("GET", "/dashboard/style.css"): Operation(
+        name="getDashboardStyle", summary="A part of the dashboard", tag="Operations",
+        answer_type="text/css",
+    ),
+    ("GET", "/dashboard/app.js"): Operation(
+        name="getDashboardScript", summary="A part of the dashboard", tag="Operations",
+        answer_type="text/javascript",
     ),
     ("GET", "/openapi.json"): Operation(
         name="getOpenApi", summary="This document", tag="Operations",

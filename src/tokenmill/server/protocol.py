@@ -9,6 +9,8 @@ one call of the system. Bounds of bodies, names and keys are those of `edge.py`.
 
 import asyncio
 import ipaddress
+import socket
+import struct
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +35,8 @@ _AT_ONCE: Final = 64
 _MIN_BYTES_PER_S: Final = 64 << 10
 _LINGER_S: Final = 3.0
 _FLUSH_BYTES: Final = 64 << 10
+_UNSENT_BYTES: Final = 32 << 10
+"""Of an answer that is not taken, so much is kept before whoever writes it waits."""
 _MAX_PIPELINED: Final = 16
 _SINGLE: Final = frozenset(
     {b"host", b"authorization", b"x-api-key", b"origin", b"content-type", b"content-encoding"}
@@ -153,6 +157,7 @@ class HttpProtocol(HttpToolsProtocol):
         """Count it, or refuse it."""
         super().connection_made(transport)
         self._socket = transport
+        transport.set_write_buffer_limits(high=_UNSENT_BYTES)
         self._output = _Output(transport, self.loop, self._linger)
         self.transport = self._output
         self.host = _host_of(self.client)
@@ -269,6 +274,9 @@ class HttpProtocol(HttpToolsProtocol):
             error = UsageError(f"the request did not arrive in {self._limits.receive_s:g} s", hint=hint)
             self._refuse(408, error)
         else:
+            # Reset, for the system would keep what nobody takes for minutes.
+            if (sock := self._socket.get_extra_info("socket")) is not None:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self._socket.abort()
 
     @property

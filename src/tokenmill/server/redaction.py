@@ -28,7 +28,7 @@ _CARD: Final = re.compile(r"(?<![\d.])\d(?:[ -]?\d){12,18}(?![\d.]\d)")
 _IBAN: Final = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b")
 _PHONE: Final = re.compile(
     r"(?<![\w.+-])(?:(?:\+|00)[1-9](?:[ ()./-]{0,2}\d){6,14}"  # with the country
-    r"|\(?0\d{1,5}\)?[ /.-]{1,2}\d(?:[ -]?\d){4,10}"  # with the area
+    r"|\(?0\d{1,5}\)?[ /.-]{1,3}\d(?:[ -]?\d){4,10}"  # with the area
     r"|\(?\d{3}\)?[ .-]\d{3}[ .-]\d{4})(?![\w-]|\.\d)"  # North America
 )
 _SECRET: Final = re.compile(

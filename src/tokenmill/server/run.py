@@ -29,7 +29,7 @@ _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 _ACCEPTED: Final = 64
 """Connections that are accepted in one turn of the loop at most; the system holds many more."""
-_UNSENT_BYTES: Final = 128 << 10
+_UNSENT_BYTES: Final = 16 << 10
 _OWN_FILES: Final = 256
 """Open files that are kept for the store, engines, upstreams."""
 

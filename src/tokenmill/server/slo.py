@@ -211,8 +211,13 @@ class SloTracker:
 
 
 def _accounts(objectives: Sequence[SloObjective]) -> Iterator[_Account]:
+    """One for each promise; what is promised twice is counted once."""
     measures: tuple[SloMeasure, ...] = (*_TIMED, "availability")
+    seen = set()
     for objective in objectives:
         for measure in measures:
-            if objective.limit(measure) is not None:
+            limit = objective.limit(measure)
+            promise = (objective.model, objective.tier, measure, limit, objective.percentile)
+            if limit is not None and promise not in seen:
+                seen.add(promise)
                 yield _Account(objective, measure)

@@ -26,7 +26,7 @@ from tokenmill.store.rows import budget_error
 
 __all__ = ["Accounts", "Ticket"]
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 _Write: TypeAlias = Callable[[Sequence[Entry]], Awaitable[int]]
 
 _MAX_NANO_USD: Final = 1 << 62
@@ -287,11 +287,11 @@ class Accounts:
     def _is_fresh(self, account: _Account, kind: BudgetPeriod) -> bool:
         return account.is_fresh and account.kind == kind and self.now_s() in account.period
 
-    async def _finish(self, work: "Coroutine[Any, Any, T]") -> T:
+    async def _finish(self, work: "Coroutine[Any, Any, _T]") -> _T:
         """Run it to its end, also if the caller is cancelled."""
         return await asyncio.shield(self._task(work))
 
-    def _task(self, work: "Coroutine[Any, Any, T]") -> "asyncio.Task[T]":
+    def _task(self, work: "Coroutine[Any, Any, _T]") -> "asyncio.Task[_T]":
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._forget)

@@ -27,7 +27,7 @@ from tokenmill.store.schema import APPLICATION_ID, MIGRATIONS
 
 __all__ = ["Database", "SqliteConfig", "require_safe_wal"]
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 _SYNCHRONOUS: Final = "FULL"
 _MAX_GROUP: Final = 512
@@ -94,7 +94,7 @@ class Database:
         self._thread = threading.Thread(target=self._run, name="store-write", daemon=True)
         self._thread.start()
 
-    async def write(self, work: Callable[[apsw.Connection], T], *, settles: bool = False) -> T:
+    async def write(self, work: Callable[[apsw.Connection], _T], *, settles: bool = False) -> _T:
         """Run `work` in a transaction and return what it returned, once that is on the disk.
 
         What it raises undoes its own changes only. `settles`: it ends something that was begun, and may use
@@ -107,10 +107,10 @@ class Database:
         loop = asyncio.get_running_loop()
         job = _Job(work, loop, loop.create_future())
         self._jobs.put(job)
-        value: T = await job.future
+        value: _T = await job.future
         return value
 
-    async def read(self, work: Callable[[apsw.Connection], T]) -> T:
+    async def read(self, work: Callable[[apsw.Connection], _T]) -> _T:
         """Run `work` on a connection that only reads, which sees what is committed."""
         if self._is_closed:
             raise StorageError(f"{self.path} is closed")
@@ -227,7 +227,7 @@ class Database:
         self._log_pages = num_pages
         return apsw.SQLITE_OK
 
-    def _read(self, work: Callable[[apsw.Connection], T]) -> T:
+    def _read(self, work: Callable[[apsw.Connection], _T]) -> _T:
         try:
             connection: apsw.Connection | None = getattr(self._readers, "connection", None)
             if connection is None:

@@ -186,6 +186,12 @@ class ObjectStore:
         found = await self._store.read(lambda connection: _ask(connection, sql))
         return [_batch_of_row(row) for row in found]
 
+    async def recent_batches(self, limit: int) -> list[Batch]:
+        """Batches of all projects, those that have not ended first, then the newest."""
+        sql = f"SELECT {_columns(_BATCH)} FROM batches ORDER BY ended_s IS NOT NULL, created_s DESC LIMIT ?"
+        found = await self._store.read(lambda connection: _ask(connection, sql, (limit,)))
+        return [_batch_of_row(row) for row in found]
+
     async def delete_batch(self, project: str, batch_id: str, api: BatchApi) -> list[str]:
         """Forget a batch that has ended; returns the ids of its files, which are forgotten, too.
 
@@ -238,6 +244,12 @@ class ObjectStore:
         found = await self._store.read(lambda connection: _ask(connection, sql))
         return [row[0] for row in found]
 
+    async def last_line(self, batch_id: str) -> int:
+        """The highest number of a batch's lines, -1 if there are none."""
+        sql = "SELECT coalesce(max(number), -1) FROM lines WHERE batch_id = ?"
+        found = await self._store.read(lambda connection: _ask(connection, sql, (batch_id,)))
+        return int(found[0][0])
+
     async def add_lines(self, batch_id: str, lines: Sequence[NewLine]) -> None:
         """Keep lines of a batch that is being read; those that are there already stay as they are."""
 
@@ -259,7 +271,10 @@ class ObjectStore:
 
     async def fail_batch(self, batch_id: str, faults: Sequence[BatchFault], now_s: float) -> None:
         """End a batch that cannot be read, or whose files cannot be written."""
-        sql = "UPDATE batches SET status = 'failed', outcome = 'failed', ended_s = ?, faults = ? WHERE id = ?"
+        sql = (
+            "UPDATE batches SET status = 'failed', outcome = 'failed', output_file_id = '', "
+            "error_file_id = '', ended_s = ?, faults = ? WHERE id = ?"
+        )
         await self._run(sql, (now_s, _encoded(tuple(faults)), batch_id))
 
     async def cancel_batch(self, project: str, batch_id: str, api: BatchApi, now_s: float) -> None:

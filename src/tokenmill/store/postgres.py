@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PostgresStore"]
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 _Connection: TypeAlias = "psycopg.Connection[tuple[Any, ...]]"
 
 _DIALECT: Final = rows.Dialect(
@@ -220,7 +220,7 @@ class PostgresStore:
         for connection in self._connections:
             connection.close()
 
-    async def _write(self, work: Callable[[_Connection], T], *, max_tries: int = _MAX_TRIES) -> T:
+    async def _write(self, work: Callable[[_Connection], _T], *, max_tries: int = _MAX_TRIES) -> _T:
         """In a transaction that is tried again if the server gave it up; so `work` may be done twice."""
         try:
             value = await self._run(partial(self._try, partial(_in_transaction, work), max_tries))
@@ -236,12 +236,12 @@ class PostgresStore:
 
         return await self._run(partial(self._try, work, _MAX_TRIES))
 
-    async def _run(self, work: Callable[[], T]) -> T:
+    async def _run(self, work: Callable[[], _T]) -> _T:
         if self._is_closed:
             raise StorageError("the store is closed")
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
-    def _try(self, work: Callable[[_Connection], T], max_tries: int) -> T:
+    def _try(self, work: Callable[[_Connection], _T], max_tries: int) -> _T:
         """Run it on this thread's connection; again where the server says so, or the connection broke."""
         errors = self._psycopg.errors
         for tries_left in reversed(range(max_tries)):
@@ -255,7 +255,7 @@ class PostgresStore:
                 raise self._storage_error(error) from error
         raise AssertionError("it is tried at least once")
 
-    def _once(self, work: Callable[[_Connection], T]) -> T:
+    def _once(self, work: Callable[[_Connection], _T]) -> _T:
         connection: _Connection | None = getattr(self._local, "connection", None)
         if connection is None or connection.closed:
             connection = self._psycopg.connect(
@@ -280,7 +280,7 @@ def _driver() -> ModuleType:
     return psycopg
 
 
-def _in_transaction(work: Callable[[_Connection], T], connection: _Connection) -> T:
+def _in_transaction(work: Callable[[_Connection], _T], connection: _Connection) -> _T:
     with connection.transaction():
         return work(connection)
 

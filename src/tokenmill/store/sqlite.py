@@ -17,7 +17,7 @@ from tokenmill.store.records import Budget, Entry, Key
 
 __all__ = ["SqliteStore", "settle_entry"]
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 _DIALECT: Final = rows.Dialect(
     mark="?",
@@ -67,7 +67,7 @@ class SqliteStore:
         """As `Store.claim`; ends with `close`, or with the process."""
         self._database.claim()
 
-    async def write(self, work: Callable[[apsw.Connection], T], *, settles: bool = False) -> T:
+    async def write(self, work: Callable[[apsw.Connection], _T], *, settles: bool = False) -> _T:
         """Run `work` in a transaction on the thread that writes, and return what it returned, once durable.
 
         What it raises undoes its own changes only, and is raised here. It should be quick, for everybody's
@@ -75,7 +75,7 @@ class SqliteStore:
         """
         return await self._database.write(work, settles=settles)
 
-    async def read(self, work: Callable[[apsw.Connection], T]) -> T:
+    async def read(self, work: Callable[[apsw.Connection], _T]) -> _T:
         """Run `work` on a connection that only reads, on another thread than the one that writes."""
         return await self._database.read(work)
 

@@ -14,6 +14,7 @@ from tokenmill.wire.anthropic_types import (
     CountTokensRequest,
     MessagesRequest,
     OutputConfig,
+    PlainText,
     RedactedThinkingBlock,
     TextBlock,
     ThinkingBlock,
@@ -138,7 +139,7 @@ def _assistant(message: AssistantMessage, path: str) -> Message:
     return Message(role="assistant", content=content, tool_calls=tuple(calls))
 
 
-def _text(content: str | Sequence[TextBlock] | None) -> str:
+def _text(content: str | Sequence[PlainText] | None) -> str:
     if content is None or isinstance(content, str):
         return content or ""
     return "".join(block.text for block in content)

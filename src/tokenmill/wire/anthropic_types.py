@@ -17,6 +17,7 @@ __all__ = [
     "MessagesRequest",
     "Metadata",
     "OutputConfig",
+    "PlainText",
     "RedactedThinkingBlock",
     "TextBlock",
     "Thinking",
@@ -53,6 +54,15 @@ class TextBlock(_Strict, tag_field="type", tag="text", kw_only=True):
     cache_control: CacheControl | None = None
 
 
+class PlainText(_Strict, kw_only=True):
+    """Text where only text may stand: `type` is asked for, as among other blocks."""
+
+    type: Literal["text"]
+    text: str
+    citations: Annotated[list[Any], Meta(max_length=0)] | None = None
+    cache_control: CacheControl | None = None
+
+
 class ToolUseBlock(_Strict, tag_field="type", tag="tool_use", kw_only=True):
     """A call that the model made."""
 
@@ -67,7 +77,7 @@ class ToolResultBlock(_Strict, tag_field="type", tag="tool_result", kw_only=True
     """What a call came to."""
 
     tool_use_id: _Id
-    content: str | list[TextBlock] | None = None
+    content: str | list[PlainText] | None = None
     is_error: bool | None = None
     cache_control: CacheControl | None = None
 
@@ -152,7 +162,7 @@ class CountTokensRequest(_Strict, kw_only=True):
 
     model: _Name
     messages: Annotated[list[UserMessage | AssistantMessage], Meta(min_length=1, max_length=100_000)]
-    system: str | list[TextBlock] | None = None
+    system: str | list[PlainText] | None = None
     tools: Annotated[list[Tool], Meta(max_length=128)] | None = None
     tool_choice: ToolChoiceBody | None = None
     output_config: OutputConfig | None = None

@@ -17,7 +17,7 @@ from tokenmill.wire.call import Prompt
 from tokenmill.wire.fields import FieldError, decode_request, encode_json
 from tokenmill.wire.openai_parse import tier_of
 
-__all__ = ["EmbeddingCall", "parse_embedding_call", "shortened", "write_embeddings"]
+__all__ = ["EMBEDDING_REQUEST", "EmbeddingCall", "parse_embedding_call", "shortened", "write_embeddings"]
 
 _MAX_TEXTS: Final = 2048
 
@@ -115,3 +115,7 @@ def _base64(vector: Sequence[float]) -> str:
     if array("H", [1]).tobytes() != b"\x01\x00":
         values.byteswap()
     return base64.b64encode(values.tobytes()).decode()
+
+
+EMBEDDING_REQUEST: Final = _Request
+"""The type of a body of POST /v1/embeddings, for the OpenAPI document."""

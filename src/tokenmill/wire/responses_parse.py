@@ -6,7 +6,7 @@ Nothing is stored, so `previous_response_id`, `conversation`, `background` and `
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, Literal
 
 import msgspec
 
@@ -17,7 +17,7 @@ from tokenmill.wire.openai_parse import check_temperature, check_tools, tier_of
 from tokenmill.wire.parts import filled, tool_name, whole_tool
 from tokenmill.wire.responses_items import read_items
 
-__all__ = ["ResponseEcho", "parse_response"]
+__all__ = ["RESPONSE_REQUEST", "ResponseEcho", "parse_response"]
 
 _INCLUDABLE: Final = ("message.output_text.logprobs",)
 
@@ -176,11 +176,12 @@ def _tool(raw: dict[str, Any], path: str) -> dict[str, Any]:
 
 def _tool_choice(request: _Request, names: set[str]) -> ToolChoice:
     choice, parallel = request.tool_choice, request.parallel_tool_calls is not False
-    if choice is None:
+    if choice is None or choice == "auto":
         return ToolChoice(parallel=parallel)
-    if choice == "auto" or choice == "none" or choice == "required":
-        mode: Literal["auto", "none", "required"] = cast(Literal["auto", "none", "required"], choice)
-        return ToolChoice(mode=mode, parallel=parallel)
+    if choice == "none":
+        return ToolChoice(mode="none", parallel=parallel)
+    if choice == "required":
+        return ToolChoice(mode="required", parallel=parallel)
     name = choice.get("name") if isinstance(choice, dict) and choice.get("type") == "function" else None
     if name not in names:
         hint = 'use auto, none, required, or {"type": "function", "name": one of tools}'
@@ -217,3 +218,7 @@ def _echo(request: _Request) -> dict[str, Any]:
 def _given(format_: _Format) -> dict[str, Any]:
     found = {name: getattr(format_, name) for name in ("type", "name", "schema", "description", "strict")}
     return {name: value for name, value in found.items() if value is not None}
+
+
+RESPONSE_REQUEST: Final = _Request
+"""The type of a body of POST /v1/responses, for the OpenAPI document."""

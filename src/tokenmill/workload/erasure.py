@@ -8,6 +8,7 @@ What other people wrote about an end user is not found, nor what is in a backup 
 """
 
 import hashlib
+import math
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -130,9 +131,9 @@ def verify_erasures(folder: WorkloadFolder) -> list[str]:
 
 
 def erased_until(erasures: Sequence[Erasure]) -> Callable[[str, str], float]:
-    """For a writer: until when calls of (project, pseudonym) must not be written; 0.0 for others."""
+    """For a writer: until when calls of (project, pseudonym) must not be written; -inf for others."""
     known = {(each.project, each.end_user): each.at for each in erasures}
-    return lambda project, end_user: known.get((project, end_user), 0.0)
+    return lambda project, end_user: known.get((project, end_user), -math.inf)
 
 
 def _chain_faults(log: Sequence[Erasure]) -> Iterator[str]:

@@ -22,16 +22,18 @@ CHART_HEIGHT: Final = 48
 MISSING: Final = "–"
 
 _PAD: Final = 2
-_UNITS: Final = ((1e9, "G"), (1e6, "M"), (1e4, "k"))
+_UNITS: Final = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
+_WHOLE: Final = 9999.5
+"""Below it numbers are written out."""
 _NANO: Final = 1_000_000_000
 
 
 def count(value: float) -> str:
     """`9,876`, `12.3 k`, `4.56 M`."""
     for size, unit in _UNITS:
-        if value >= size:
-            scaled = value / (1e3 if unit == "k" else size)
-            return f"{scaled:.3g} {unit}" if scaled < 1000 else f"{scaled:.0f} {unit}"
+        scaled = value / size
+        if value >= _WHOLE and scaled >= 0.9995:
+            return f"{scaled:.3g} {unit}" if scaled < 999.5 else f"{scaled:.0f} {unit}"
     return f"{value:,.0f}"
 
 

@@ -37,7 +37,7 @@ _MOST_ERRORS: Final = 50
 
 @dataclass
 class Slot:
-    """What happened in `SLOT_S` seconds; `kv_share`, `num_waiting` and `num_answering` as last seen."""
+    """What happened in `SLOT_S` seconds; of `kv_share` and `num_waiting` the highest that was seen."""
 
     at: int
     num_calls: int = 0
@@ -46,7 +46,6 @@ class Slot:
     output_tokens: float = 0.0
     kv_share: float | None = None
     num_waiting: int | None = None
-    num_answering: int | None = None
     ttfts_s: list[float] = field(default_factory=list)
     tpots_s: list[float] = field(default_factory=list)
 
@@ -83,6 +82,7 @@ class History:
     """The last hour. Points in time are monotonic seconds, those of errors Unix time."""
 
     def __init__(self) -> None:
+        self.gauges = Gauges(None, 0, 0)
         self.errors: deque[ErrorLine] = deque(maxlen=_MOST_ERRORS)
         self._slots: deque[Slot] = deque(maxlen=NUM_SLOTS)
         self._recent: deque[tuple[float, CallTimes]] = deque(maxlen=_MOST_RECENT)
@@ -105,7 +105,10 @@ class History:
     def look(self, gauges: Gauges, now_s: float) -> None:
         """Keep what the server looks like now."""
         slot = self._slot(now_s)
-        slot.kv_share, slot.num_waiting, slot.num_answering = gauges
+        self.gauges = gauges
+        slot.num_waiting = max(gauges.num_waiting, slot.num_waiting or 0)
+        if gauges.kv_share is not None:
+            slot.kv_share = max(gauges.kv_share, slot.kv_share or 0.0)
 
     def fail(self, line: ErrorLine) -> None:
         """Keep an error; the same again counts, and a request is listed once."""

@@ -17,7 +17,7 @@ from tokenmill.server.dashboard.figures import (
     seconds,
     share,
 )
-from tokenmill.server.dashboard.history import NUM_SLOTS, SLOT_S, History, Slot, percentile
+from tokenmill.server.dashboard.history import SLOT_S, Gauges, History, Slot, percentile
 from tokenmill.server.dashboard.today import Today, priced_nano_usd
 from tokenmill.server.fleet import Deployed, Fleet
 from tokenmill.server.slo import Burn
@@ -42,6 +42,7 @@ class BatchLine:
     num_lines: int
     num_done: int
     num_failed: int
+    has_ended: bool = False
 
 
 class View(NamedTuple):
@@ -75,6 +76,7 @@ _Slots: TypeAlias = Sequence[Slot | None]
 _SHOWN_KEYS: Final = 12
 _SHOWN_ERRORS: Final = 10
 _SHOWN_BATCHES: Final = 8
+_MEASURES: Final = {"ttft": "first token", "tpot": "per token", "e2e": "whole answer"}
 _BURN_WARN: Final = 1.0
 _BURN_BAD: Final = 6.0
 _MILLION: Final = 1e6
@@ -84,6 +86,7 @@ def make_view(sources: Sources) -> View:
     """All figures of one moment."""
     slots = sources.history.slots(sources.now_s)
     texts, paths = _curves(slots)
+    texts.update(_gauges(sources.history.gauges))
     texts.update(_state(sources))
     texts.update(_money(sources))
     tables = {
@@ -109,19 +112,22 @@ def _state(sources: Sources) -> dict[str, str]:
 
 
 def _curves(slots: _Slots) -> tuple[dict[str, str], dict[str, str]]:
-    """The charts of the last hour; their big figure is the newest full slot, or the last five minutes."""
+    """The charts of the last hour; rates without the newest slot, which is not over."""
     texts: dict[str, str] = {}
     paths: dict[str, str] = {}
 
-    def chart(name: str, of_slot: Callable[[Slot], float | None], text: Callable[[float], str]) -> None:
-        values = [None if slot is None else of_slot(slot) for slot in slots]
+    def chart(
+        name: str, of_slot: Callable[[Slot], float | None], text: Callable[[float], str], newest: int = 1
+    ) -> None:
+        shown = slots[: len(slots) - 1 + newest]
+        values = [None if slot is None else of_slot(slot) for slot in shown]
         top = max((value for value in values if value is not None), default=0.0)
         paths[name] = curve(values, top)
         paths[f"{name}.area"] = area(values, top)
         texts[f"{name}.top"] = f"highest {text(top)}" if top else ""
 
-    chart("output", lambda slot: slot.output_tokens / SLOT_S, rate)
-    chart("calls", lambda slot: slot.num_calls / SLOT_S, rate)
+    chart("output", lambda slot: slot.output_tokens / SLOT_S, rate, newest=0)
+    chart("calls", lambda slot: slot.num_calls / SLOT_S, rate, newest=0)
     chart("ttft", lambda slot: percentile(sorted(slot.ttfts_s), 50.0), seconds)
     chart("tpot", lambda slot: percentile(sorted(slot.tpots_s), 50.0), seconds)
     chart("kv", lambda slot: slot.kv_share, share)
@@ -137,7 +143,6 @@ def _now(slots: _Slots) -> dict[str, str]:
     five = [slot for slot in slots[-20:] if slot is not None]
     ttfts_s = sorted(value for slot in five for value in slot.ttfts_s)
     tpots_s = sorted(value for slot in five for value in slot.tpots_s)
-    last = next((slot for slot in reversed(slots) if slot is not None), Slot(0))
     num_bad = sum(slot.num_bad for slot in slots if slot is not None)
     return {
         "output": rate(sum(slot.output_tokens for slot in minute) / length_s),
@@ -148,11 +153,15 @@ def _now(slots: _Slots) -> dict[str, str]:
         "ttft.note": f"{seconds(percentile(ttfts_s, 99.0))} at p99",
         "tpot": seconds(percentile(tpots_s, 50.0)),
         "tpot.note": f"{seconds(percentile(tpots_s, 99.0))} at p99",
-        "kv": share(last.kv_share),
+    }
+
+
+def _gauges(gauges: Gauges) -> dict[str, str]:
+    return {
+        "kv": share(gauges.kv_share),
         "kv.note": "of the blocks of all engines",
-        "queue": MISSING if last.num_waiting is None else count(last.num_waiting),
-        "queue.note": f"{count(last.num_answering or 0)} being answered",
-        "hour": f"the last {NUM_SLOTS * SLOT_S // 60} minutes",
+        "queue": count(gauges.num_waiting),
+        "queue.note": f"{count(gauges.num_answering)} being answered",
     }
 
 
@@ -266,10 +275,17 @@ def _slo(burns: Sequence[Burn]) -> list[_Row]:
     rows = []
     for burn in burns:
         wanted = burn.objective
-        what = " ".join(filter(None, (wanted.model or "every model", wanted.tier or "every tier")))
+        what = f"{wanted.model or 'every model'}, {wanted.tier or 'every tier'}"
         cells = [_burn_cell(value) for value in burn.rates]
-        rows.append([Cell(what), Cell(burn.name), *cells, Cell(count(burn.num_calls[-1]), "num")])
+        rows.append([Cell(what), Cell(_promise(burn)), *cells, Cell(count(burn.num_calls[-1]), "num")])
     return rows
+
+
+def _promise(burn: Burn) -> str:
+    limit = burn.objective.limit(burn.measure)
+    if limit is None or burn.measure == "availability":
+        return f"answered, {limit:g} % of calls"
+    return f"{_MEASURES[burn.measure]} ≤ {seconds(limit / 1e3)}, {burn.objective.percentile:g} %"
 
 
 def _burn_cell(value: float | None) -> Cell:
