@@ -24,6 +24,7 @@ from tokenmill.router.local import LocalBackend, LocalConfig
 from tokenmill.server.anthropic_batches import AnthropicBatches
 from tokenmill.server.app import api_routes, create_app
 from tokenmill.server.batch_room import BatchRoom, endpoints_of
+from tokenmill.server.capture import Capture, Provenance, default_folder
 from tokenmill.server.config import Deployment, ModelConfig
 from tokenmill.server.dashboard import Ledger
 from tokenmill.server.edge import EdgeConfig, check_exposure
@@ -34,6 +35,7 @@ from tokenmill.server.openai_batches import OpenAIBatches
 from tokenmill.server.pricing import PriceList
 from tokenmill.server.run import bind, serve_until_told
 from tokenmill.store import Accounts, SqliteStore, Store, open_store
+from tokenmill.workload import Origin
 
 __all__ = ["check_deployment", "serve"]
 
@@ -81,13 +83,22 @@ async def _opened(
         accounts = Accounts(store)
         await accounts.start()
         backends = await _backends(deployment, stack)
-        router = Router(backends, deployment.routes, on_event=observer.routed)
+        folder = (
+            Path(deployment.capture.folder).expanduser() if deployment.capture.folder else default_folder(url)
+        )
+        capture = Capture(deployment.capture, folder, _origins(deployment), accounts.settle)
+        stack.push_async_callback(capture.close)
+        router = Router(backends, deployment.routes, on_event=observer.routed, on_pair=capture.pair)
         http = deployment.http
         config = GatewayConfig(
             max_calls=http.max_calls, fast_s=http.fast_s, standard_s=http.standard_s, batch_s=http.batch_s
         )
-        gateway = Gateway(router, accounts, _prices(deployment), config, on_settled=observer.settled)
-        observer.watch(gateway, backends, Ledger(store, accounts.remaining), store)
+        gateway = Gateway(
+            router, accounts, _prices(deployment), config, on_settled=observer.settled, copies=capture
+        )
+        ledger = Ledger(store, accounts.remaining)
+        observer.watch(gateway, backends, ledger, store)
+        observer.metrics.watch(capture.gauges())
         room = None
         if isinstance(store, SqliteStore):
             room = BatchRoom(
@@ -131,6 +142,23 @@ def check_deployment(deployment: Deployment) -> list[str]:
         lines.append(f"{model.served_name}: {what}")
     lines += [f"{each.name}: {each.model} at {each.url}" for each in deployment.upstreams]
     return lines
+
+
+def _origins(deployment: Deployment) -> dict[str, Provenance]:
+    """Which model each deployment runs, and its licences or terms."""
+    origins = {
+        each.name: Provenance(origin=Origin(model=each.model, source=each.url), terms=each.terms)
+        for each in deployment.upstreams
+    }
+    for model in deployment.models:
+        directory = _directory(model)
+        manifest = directory.manifest
+        source = "mock" if model.mock else manifest.source if manifest else str(directory.path)
+        origins[model.served_name] = Provenance(
+            origin=Origin(model=directory.name, source=source, digest=manifest.digest if manifest else ""),
+            terms=manifest.licences if manifest else (),
+        )
+    return origins
 
 
 def _prices(deployment: Deployment) -> PriceList:
