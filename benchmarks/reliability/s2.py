@@ -1,5 +1,5 @@
-"""S2: streams held at once. One long answer each, on the mock; tokens must come, in time, to everybody. In the
-end all clients leave at once, and their calls must end.
+"""S2: streams held at once. One long answer each, on the mock; tokens must come, in time, to everybody. In
+the end all clients leave at once, and their calls must end.
 
 With the guard off the server admits half as many calls as are opened: those refused are violations.
 """
@@ -28,7 +28,7 @@ _TOKENS = 4000
 
 
 def run(*, cases: int, seed: int, guard: bool, minutes: float = 30.0) -> Line:
-    """`cases` streams at once for so many minutes. A stream that ends, begins late or stalls is a violation."""
+    """`cases` streams at once for so many minutes. One that ends, begins late or stalls is a violation."""
     begun_s = time.perf_counter()
     config = deployment(
         mock={"step_s": _STEP_S, "seed": seed},
@@ -40,7 +40,7 @@ def run(*, cases: int, seed: int, guard: bool, minutes: float = 30.0) -> Line:
     violations = figures.pop("violations")
     return Line(
         name="S2",
-        what=f"{cases} streams held for {minutes:g} min; a stream that fails or is silent for 10 s counts, a call that is left too",
+        what=f"{cases} streams held for {minutes:g} min; those that fail or are silent for 10 s, calls left",
         cases=cases,
         violations=violations,
         seconds=time.perf_counter() - begun_s,

@@ -2,11 +2,11 @@
 
     python -m benchmarks.reliability s6 --cases 200
 
-On the mock, with a time for each row of a step. Violations: short calls whose p99 time to the first token is
-over 3 times what it is on an idle server, a long prompt that the flood keeps from its answer, and a silence of
-250 ms or more in streams beside any of it, which is far more than their step (on a machine that is so busy that
-streams alone are silent for more than 125 ms: twice that). With the guard off, a step may take a prompt whole,
-and threads may not be used for texts.
+On the mock, with a time for each row of a step. Violations: short calls whose p99 time to the first token
+is over 3 times what it is on an idle server, a long prompt that the flood keeps from its answer, and a
+silence of 250 ms or more in streams beside any of it, which is far more than their step (on a machine that
+is so busy that streams alone are silent for more than 125 ms: twice that). With the guard off, a step may
+take a prompt whole, and threads may not be used for texts.
 """
 
 import asyncio
@@ -45,7 +45,7 @@ asyncio.base_events.BaseEventLoop.run_in_executor = inline
 
 
 def run(*, cases: int, seed: int, guard: bool) -> Line:
-    """`cases` short calls, half of them beside a long prompt; then the huge ones, as many grammars, a flood."""
+    """`cases` short calls, half of them beside a long prompt; then texts, grammars, a flood."""
     begun_s = time.perf_counter()
     draw = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -88,7 +88,7 @@ async def _beside_long(server: Server, cases: int, draw: random.Random) -> tuple
     stop = asyncio.Event()
 
     async def longs() -> list[Heard]:
-        done = []
+        done = list[Heard]()
         while not stop.is_set():
             # Another first letter each time: no prefix of it is in the cache.
             done.append(await hear(server.port, _long(str(len(done))), timeout_s=300.0))

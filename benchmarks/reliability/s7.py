@@ -2,12 +2,12 @@
 
     python -m benchmarks.reliability s7 --cases 200 --seed 1
 
-Five faults (killed, stopped, hung, out of memory, told to end) of three parts (the engine process, the front
-end, the front end in the middle of its writes), each under streams and plain calls of both APIs. Checked: each
-call ends as a whole answer, an error, or a connection that visibly broke with the process; /health/ready says
-no within 5 s of an engine's fault and yes again afterwards; lines of the ledger that were there stay, once;
-SIGTERM ends with exit code 0. Then a full server's probes. With the guard off the server sends no errors in
-streams, and does not watch its engine.
+Five faults (killed, stopped, hung, out of memory, told to end) of three parts (the engine process, the
+front end, the front end in the middle of its writes), each under streams and plain calls of both APIs.
+Checked: each call ends as a whole answer, an error, or a connection that visibly broke with the process;
+/health/ready says no within 5 s of an engine's fault and yes again afterwards; lines of the ledger that
+were there stay, once; SIGTERM ends with exit code 0. Then a full server's probes. With the guard off the
+server sends no errors in streams, and does not watch its engine.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ from benchmarks.reliability.heard import Heard, Probe, hear, percentile, watch
 from benchmarks.reliability.server import Server, deployment, running
 from scripts.scorecard import Line
 
-__all__ = ["run", "run_drain", "run_probes"]
+__all__ = ["Figures", "config", "engine_trial", "front_trial", "run", "run_drain", "run_probes"]
 
 _HANG, _EXIT = 257, 258
 """Token ids that no text has: prompts with them make the mock hang, or exit."""
@@ -54,19 +54,19 @@ def run(*, cases: int, seed: int, guard: bool) -> Line:
     """`cases` faults, all kinds in turn; then probes of a full server, and drains of 100 streams."""
     begun_s = time.perf_counter()
     draw = random.Random(seed)
-    found, figures = Counter[str](), _Figures()
+    found, figures = Counter[str](), Figures()
     trials = [pair for _ in range(-(-cases // 15)) for pair in product(_FAULTS, _PARTS)][:cases]
     with tempfile.TemporaryDirectory(prefix="s7-") as made:
         folder = Path(made)
         engine_faults = [fault for fault, part in trials if part == "engine"]
-        with running(_config(seed), folder, sabotage="" if guard else _BLIND) as server:
+        with running(config(seed), folder, sabotage="" if guard else _BLIND) as server:
             for fault in engine_faults if guard else [*engine_faults, "hang", "term"][:4]:
-                found += asyncio.run(_engine_trial(server, fault, draw, figures, guard))
+                found += asyncio.run(engine_trial(server, fault, draw, figures, guard))
         for fault, part in trials if guard else ():
             if part != "engine":
-                found += _front_trial(folder, seed, fault, part, draw, figures)
+                found += front_trial(folder, seed, fault, part, draw, figures)
         if guard:
-            found += run_probes(folder, seed, min(600.0, 3.0 * cases), figures.values)
+            found += run_probes(folder, seed, min(600.0, 2.0 * cases), figures.values)
         for drain_s in (60.0, 0.5):
             found += run_drain(folder, seed, drain_s, guard, figures.values)
     return Line(
@@ -79,7 +79,7 @@ def run(*, cases: int, seed: int, guard: bool) -> Line:
     )
 
 
-class _Figures:
+class Figures:
     """What was seen, over all trials."""
 
     def __init__(self) -> None:
@@ -91,6 +91,7 @@ class _Figures:
         self.values: dict[str, Any] = {}
 
     def summary(self) -> dict[str, Any]:
+        """In words."""
         return {
             "calls": str(dict(self.ends)),
             "not ready after s, p50, max": _two(self.detected_s),
@@ -105,7 +106,8 @@ def _two(values: list[float]) -> str:
     return f"{percentile(values, 0.5):.2f}, {max(values, default=0.0):.2f}"
 
 
-def _config(seed: int, drain_s: float = 10.0, step_s: float = 0.02, **more: Any) -> dict[str, Any]:
+def config(seed: int, drain_s: float = 10.0, step_s: float = 0.02, **more: Any) -> dict[str, Any]:
+    """A server whose engine hangs or exits at what no text has; `more` is of its engine."""
     faults = [{"kind": "hang", "marker": [_HANG]}, {"kind": "exit", "marker": [_EXIT]}]
     mock = {"step_s": step_s, "seed": seed, "faults": faults}
     return deployment(mock=mock, engine={"max_batch": 64, **more}, http={"drain_s": drain_s})
@@ -125,7 +127,7 @@ async def _load(port: int, number: int, draw: random.Random, heard: list[Heard])
 
 @contextlib.asynccontextmanager
 async def _calls(port: int, draw: random.Random, heard: list[Heard]) -> Any:
-    """The load and the probes for as long as the block lasts; calls that are open at its end are waited for."""
+    """The load and the probes for as long as the block lasts; calls that are open then are left."""
     probe = Probe()
     users = [asyncio.create_task(_load(port, each, draw, heard)) for each in range(_NUM_STREAMS)]
     watching = asyncio.create_task(watch(port, probe))
@@ -137,8 +139,8 @@ async def _calls(port: int, draw: random.Random, heard: list[Heard]) -> Any:
         await asyncio.gather(*users, watching, return_exceptions=True)
 
 
-async def _engine_trial(
-    server: Server, fault: str, draw: random.Random, figures: _Figures, guard: bool
+async def engine_trial(
+    server: Server, fault: str, draw: random.Random, figures: Figures, guard: bool
 ) -> Counter[str]:
     """One fault of the engine process, from health to health."""
     found, heard, patience_s = Counter[str](), list[Heard](), _AGAIN_S if guard else 8.0
@@ -183,7 +185,7 @@ async def _until(what: Any, seconds: float) -> float | None:
     return said if said is None else float(said)
 
 
-def _ends(heard: list[Heard], figures: _Figures, *, may_break: bool) -> Counter[str]:
+def _ends(heard: list[Heard], figures: Figures, *, may_break: bool) -> Counter[str]:
     """Count how calls ended, and what may not be."""
     counts = Counter(str(each.ended) for each in heard)
     figures.ends += counts
@@ -191,11 +193,11 @@ def _ends(heard: list[Heard], figures: _Figures, *, may_break: bool) -> Counter[
     return Counter({f"{name} answers": counts[name] for name in wrong if counts[name]})
 
 
-def _front_trial(
-    folder: Path, seed: int, fault: str, part: str, draw: random.Random, figures: _Figures
+def front_trial(
+    folder: Path, seed: int, fault: str, part: str, draw: random.Random, figures: Figures
 ) -> Counter[str]:
     """One fault of the front end on a store that all trials share."""
-    with running(_config(seed, step_s=0.002 if part == "writer" else 0.02), folder) as server:
+    with running(config(seed, step_s=0.002 if part == "writer" else 0.02), folder) as server:
         found = asyncio.run(_harm_front(server, fault, part, draw, figures))
     if fault == "term" and server.process.returncode != 0:
         found[f"exit code {server.process.returncode} after SIGTERM"] += 1
@@ -205,7 +207,7 @@ def _front_trial(
 
 
 async def _harm_front(
-    server: Server, fault: str, part: str, draw: random.Random, figures: _Figures
+    server: Server, fault: str, part: str, draw: random.Random, figures: Figures
 ) -> Counter[str]:
     heard = list[Heard]()
     is_over = fault in ("kill", "memory", "term")
@@ -307,7 +309,7 @@ def _checks(path: Path) -> dict[str, int]:
 
 def run_probes(folder: Path, seed: int, seconds: float, figures: dict[str, Any]) -> Counter[str]:
     """Probes of a server that has all that it can do."""
-    with running(_config(seed, step_s=0.01, max_waiting=64), folder) as server:
+    with running(config(seed, step_s=0.01, max_waiting=64), folder) as server:
         heard, probe = asyncio.run(_full(server, seconds))
     live = [took_s for _, _, took_s in probe.live]
     not_ready = sum(status != 200 for _, status, _ in probe.ready)
@@ -342,8 +344,8 @@ def run_drain(
     folder: Path, seed: int, drain_s: float, guard: bool, figures: dict[str, Any], num: int = 100
 ) -> Counter[str]:
     """SIGTERM with so many streams that need 2 s more."""
-    config = _config(seed, drain_s=drain_s, step_s=0.05, max_batch=num)
-    with running(config, folder, sabotage="" if guard else _BLIND) as server:
+    served = config(seed, drain_s=drain_s, step_s=0.05, max_batch=num)
+    with running(served, folder, sabotage="" if guard else _BLIND) as server:
         heard, took_s, code = asyncio.run(_drained(server, num))
     counts = Counter(str(each.ended) for each in heard)
     figures[f"SIGTERM with {num} streams, drain_s {drain_s:g}"] = f"{dict(counts)}, {took_s:.1f} s"

@@ -2,11 +2,12 @@
 
     python -m benchmarks.reliability s8 --minutes 1440
 
-On the mock, at 70 % of what it can do, with 5 % of the calls broken off by the client. Every 5 s memory that is
-a process's own (RssAnon + VmSwap, which counts what went to swap), open files and threads are noted, of the front
-end and the engine. A violation: a slope of memory over the second half of which even the lower end of the 95 %
-interval is over 1 MB/h (runs of 10 minutes and more), files or threads that were not there before, or blocks of the KV cache, calls or
-streams that are left in the end. With the guard off the server keeps every call that it settled.
+On the mock, at 70 % of what it can do, with 5 % of the calls broken off by the client. Every 5 s memory
+that is a process's own (RssAnon + VmSwap, which counts what went to swap), open files and threads are
+noted, of the front end and the engine. A violation: a slope of memory over the second half of which even
+the lower end of the 95 % interval is over 1 MB/h (runs of 10 minutes and more), files or threads that were
+not there before, or blocks of the KV cache, calls or streams that are left in the end. With the guard off
+the server keeps every call that it settled.
 """
 
 import asyncio
