@@ -29,6 +29,7 @@ from tokenmill.server.capture import Capture, Provenance, default_folder
 from tokenmill.server.config import Deployment, ModelConfig
 from tokenmill.server.dashboard import Ledger
 from tokenmill.server.edge import EdgeConfig, check_exposure
+from tokenmill.server.erasing import EraseApi
 from tokenmill.server.gateway import Gateway, GatewayConfig
 from tokenmill.server.keys import KeyCache
 from tokenmill.server.observer import Observer
@@ -67,8 +68,9 @@ async def serve(deployment: Deployment, *, on_ready: Callable[[str], None] = lam
     with contextlib.closing(listener):
         check_exposure(listener.getsockname()[0], edge)
         observer = Observer(deployment.observe, prices=load_prices())
-        async with _opened(deployment, observer) as (gateway, store, room), observer.looking():
-            routes = [*observer.routes, *([] if room is None else _batch_routes(room))]
+        async with _opened(deployment, observer) as (gateway, store, room, capture), observer.looking():
+            routes = [*observer.routes, *EraseApi(store, capture.folder).routes()]
+            routes += [] if room is None else _batch_routes(room)
             app = observer.wrap(create_app(gateway, edge, KeyCache(store), routes))
             stop = None if room is None else room.stop
             await serve_until_told(app, gateway, http, listener, on_ready=on_ready, before_drain=stop)
@@ -77,7 +79,7 @@ async def serve(deployment: Deployment, *, on_ready: Callable[[str], None] = lam
 @asynccontextmanager
 async def _opened(
     deployment: Deployment, observer: Observer
-) -> AsyncIterator[tuple[Gateway, Store, BatchRoom | None]]:
+) -> AsyncIterator[tuple[Gateway, Store, BatchRoom | None, Capture]]:
     """The gateway of a deployment with everything behind it, watched; batches where the store has them."""
     async with contextlib.AsyncExitStack() as stack:
         url = deployment.store or str(Library().home / "server.db")
@@ -86,10 +88,9 @@ async def _opened(
         accounts = Accounts(store)
         await accounts.start()
         backends = await _backends(deployment, stack)
-        folder = (
-            Path(deployment.capture.folder).expanduser() if deployment.capture.folder else default_folder(url)
-        )
-        capture = Capture(deployment.capture, folder, _origins(deployment), accounts.settle)
+        folder = deployment.capture.folder
+        place = Path(folder).expanduser() if folder else default_folder(url)
+        capture = Capture(deployment.capture, place, _origins(deployment), accounts.settle)
         stack.push_async_callback(capture.close)
         router = Router(backends, deployment.routes, on_event=observer.routed, on_pair=capture.pair)
         http = deployment.http
@@ -115,7 +116,7 @@ async def _opened(
             observer.watch_batches(room.objects)
             await room.start()
             stack.push_async_callback(room.stop)
-        yield gateway, store, room
+        yield gateway, store, room, capture
 
 
 def _batch_routes(room: BatchRoom) -> list[Route]:

@@ -38,6 +38,10 @@ _SECRET: Final = re.compile(
     r"|(?i:\bbearer +)[\w.~+/=-]{16,4096}"
     r"|(?i:\b(?:api[_-]?key|access[_-]?token|secret|password|passwd|pwd) ?[:=] ?[\"']?)[^\s\"',;]{4,512}"
 )
+_SHAPE: Final = frozenset(
+    {"role", "type", "id", "object", "model", "name", "tool_call_id", "finish_reason", "system_fingerprint"}
+)
+"""Fields of requests and answers whose texts are not what people wrote."""
 _PEM: Final = ("-----BEGIN ", "PRIVATE KEY-----", "-----END ")
 
 
@@ -55,10 +59,7 @@ class Redactor:
 
     def text(self, text: str) -> str:
         """A text without what was found in it. Raises what the operator's function does."""
-        if "secret" in self._patterns:
-            text = _without_private_keys(text)
-        if self._patterns:
-            text = "".join(self._part(part) for part in _parts(text))
+        text = self._patterned(text)
         if self._function is not None:
             text = self._function(text)
             if not isinstance(text, str):
@@ -66,19 +67,36 @@ class Redactor:
         return text
 
     def value(self, value: Any) -> Any:
-        """A JSON value in which every text is redacted, names of fields too, and arguments as the JSON that
-        they are."""
+        """A request or answer in which every text of people is redacted; what gives it its shape stays.
+
+        Arguments of calls stay JSON, and metadata are searched with their names.
+        """
         if isinstance(value, str):
             return self.text(value)
         if isinstance(value, list):
             return [self.value(each) for each in value]
+        if not isinstance(value, dict):
+            return value
+        return {name: self._field(name, inner) for name, inner in value.items()}
+
+    def _field(self, name: str, value: Any) -> Any:
+        if name == "arguments" and isinstance(value, str):
+            return self._arguments(value)
+        if name == "metadata":
+            return self._everything(value)
+        return value if name in _SHAPE and isinstance(value, str) else self.value(value)
+
+    def _everything(self, value: Any) -> Any:
+        """Each text of a value, names and numbers too: a card's number may stand there as a number."""
+        if isinstance(value, str):
+            return self.text(value)
+        if isinstance(value, list):
+            return [self._everything(each) for each in value]
         if isinstance(value, dict):
-            return {
-                self.text(name): self._arguments(inner)
-                if name == "arguments" and isinstance(inner, str)
-                else self.value(inner)
-                for name, inner in value.items()
-            }
+            return {self._patterned(name): self._everything(inner) for name, inner in value.items()}
+        if isinstance(value, int) and not isinstance(value, bool):
+            shown = str(value)
+            return value if (redacted := self._patterned(shown)) == shown else redacted
         return value
 
     def _arguments(self, text: str) -> str:
@@ -86,18 +104,12 @@ class Redactor:
             value = json.loads(text)
         except (ValueError, RecursionError):
             return self.text(text)
-        return json.dumps(self._with_numbers(self.value(value)), ensure_ascii=False)
+        return json.dumps(self._everything(value), ensure_ascii=False)
 
-    def _with_numbers(self, value: Any) -> Any:
-        """A card's number may stand there as a number."""
-        if isinstance(value, list):
-            return [self._with_numbers(each) for each in value]
-        if isinstance(value, dict):
-            return {name: self._with_numbers(inner) for name, inner in value.items()}
-        if isinstance(value, int) and not isinstance(value, bool):
-            shown = str(value)
-            return value if (redacted := self.text(shown)) == shown else redacted
-        return value
+    def _patterned(self, text: str) -> str:
+        if "secret" in self._patterns:
+            text = _without_private_keys(text)
+        return "".join(self._part(part) for part in _parts(text)) if self._patterns else text
 
     def _part(self, text: str) -> str:
         if "secret" in self._patterns:
