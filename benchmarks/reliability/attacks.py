@@ -365,13 +365,9 @@ def fetches(secret: str, port: int) -> Iterator[Attack]:
             messages = [{"role": "user", "content": [part]}]
             body = json.dumps({"model": "mock", "max_tokens": 1, "messages": messages}).encode()
             yield Attack(f"fetch {url}", post(path, body, key), (400, 422))
-        body = json.dumps(
-            {
-                "model": "mock",
-                "input": [{"role": "user", "content": [{"type": "input_image", "image_url": url}]}],
-            }
-        )
-        yield Attack(f"fetch {url} by responses", post("/v1/responses", body.encode(), key), (400, 422))
+        asked = [{"role": "user", "content": [{"type": "input_image", "image_url": url}]}]
+        body = json.dumps({"model": "mock", "input": asked}).encode()
+        yield Attack(f"fetch {url} by responses", post("/v1/responses", body, key), (400, 422))
 
 
 def bind_cases() -> Iterator[tuple[str, bool, bool]]:

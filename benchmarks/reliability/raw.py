@@ -30,7 +30,7 @@ async def exchange(port: int, data: bytes, *, wait_s: float = 0.5, host: str = "
     with contextlib.suppress(ConnectionError):
         sending = asyncio.create_task(_send(writer, data))
         try:
-            while len(came) < _MOST_BYTES and not _is_whole(came):
+            while len(came) < _MOST_BYTES and not _is_whole(came, data.startswith(b"HEAD")):
                 more = await asyncio.wait_for(reader.read(65536), wait_s)
                 if not more:
                     closed = True
@@ -73,11 +73,13 @@ def body_of(came: bytes) -> bytes:
     return came.partition(b"\r\n\r\n")[2]
 
 
-def _is_whole(came: bytes) -> bool:
+def _is_whole(came: bytes, is_head: bool) -> bool:
     """Whether one answer is there as a whole, after which the connection stays open."""
     head, found, body = came.partition(b"\r\n\r\n")
     if not found or b"connection: close" in head:
         return False
+    if is_head:
+        return True
     at = head.lower().find(b"content-length: ")
     if at < 0:
         return came.endswith(b"0\r\n\r\n")

@@ -5,9 +5,9 @@
     pip install --target /tmp/openai-1 "openai==1.*"
     python -m benchmarks.reliability.s10 --client /tmp/openai-1
 
-The checks are those of tests/server/test_openai_client.py and test_openai_client_more.py: chat, completions,
-streams, tools, log-probabilities, JSON by a schema, a typed exception for each status, retries, time-outs,
-embeddings, responses, models. `--client` is a folder with another release of the client. With `--guard off`
+The checks are those of tests/server/test_openai_client*.py: chat, completions, streams, tools,
+log-probabilities, JSON by a schema, a typed exception for each status, retries, time-outs, embeddings,
+responses, models. `--client` is a folder with another release of the client. With `--guard off`
 the server counts no tokens, names no tier, calls no end `tool_calls` and holds no call to its schema: the
 checks must notice.
 """
@@ -27,7 +27,11 @@ from scripts.scorecard.__main__ import as_json, as_text
 __all__ = ["main", "run"]
 
 _ROOT = Path(__file__).parents[2]
-_CHECKS = ("tests/server/test_openai_client.py", "tests/server/test_openai_client_more.py")
+_CHECKS = (
+    "tests/server/test_openai_client.py",
+    "tests/server/test_openai_client_errors.py",
+    "tests/server/test_openai_client_more.py",
+)
 _CONTROL = "TOKENMILL_S10_CONTROL"
 _VERSION = "import openai; print(openai.__version__)"
 

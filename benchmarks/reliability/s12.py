@@ -33,10 +33,10 @@ __all__ = ["Found", "main", "read_events", "run"]
 _ROOT: Final = Path(__file__).parents[2]
 _UNGUARDED: Final = """\
 from tokenmill.core import SamplingParams
-from tokenmill.server import anthropic_api
+from tokenmill.server import openai_batches
 
 SamplingParams._check_distribution = lambda self: None
-anthropic_api._limit = lambda value: int(value or 20)
+openai_batches.number_of = lambda request, name, default, most: int(request.query_params.get(name, default))
 """
 """What every process of the control's server does at its start."""
 _MOCK: Final = {"context_length": 2048}
@@ -94,7 +94,7 @@ def _add(found: Found, event: Mapping[str, Any]) -> None:
         found.statuses[status] += 1
         label = _label(recorder, name)
         if phase in ("coverage", "fuzzing"):
-            found.operations[label] += 1
+            found.operations[str(recorder.get("label"))] += 1
         if _is_valid(recorder, name):
             found.valid += 1
             found.accepted += status == 200

@@ -39,6 +39,31 @@ _AT_ONCE: Final = 8
 _LARGE_BYTES: Final = 1 << 20
 """What is longer is sent alone, so that the growth of memory is its own."""
 
+_LENGTHS: Final = (
+    *("-1", "+3", "0x3", "3.0", "3,3", "3 3", "1e3", "", " ", "three", "3\x00", "\u00b2"),
+    *("99999999999999999999", "-0", "00000003x", "3;", "3\t3", "9" * 5000),
+)
+_TARGETS: Final = (
+    *("", "*", "v1/models", "http://localhost/v1/models", "//", "/\x00", "/\x7f", "/%", "/%zz", "/%00"),
+    *("/v1/models#a", "/v1/models?" + "a" * 3000, "/é", "/a b", "/\\", "?", "#", "localhost:80", "/v1/../"),
+    *("/" + "../" * 300, "/" + "%2e%2e/" * 300, "/v1/models/" + "a/" * 2000, "ftp://x/", "http://[", "/\t"),
+)
+_METHODS: Final = (
+    *("", "get", "G ET", "GET\x00", "CONNECT", "TRACE", "BREW", "A" * 300, "SOURCE", "PRI", "M-SEARCH"),
+    "\x16\x03",
+)
+_VERSIONS: Final = (
+    *("HTTP/0.9", "HTTP/1.2", "HTTP/2.0", "HTTP/3", "HTTP/1.10", "RTSP/1.0", "ICE/1.0", "http/1.1"),
+    "HTTP/1.1 ",
+)
+_LINES: Final = (
+    *(": b", " a: b", "a : b", "a\x00: b", "a: b\x00", "a: \x01", "a: b\rc: d", "a: b\nc: d", "é: b"),
+    "(a): b",
+)
+_HOSTS: Final = (
+    *("", "a b", "localhost\x00", "localhost:99999999", "[", "evil.example", "localhost, evil", "a" * 5000),
+)
+
 
 @dataclass(frozen=True)
 class _Bad:
@@ -51,7 +76,7 @@ class _Bad:
 
 def bad_requests(cases: int, seed: int) -> Iterator[_Bad]:
     """So many of them: all that are made by hand, then mutants of whole requests."""
-    made = [*_framings(), *_heads(), *_chunkings(), *_encodings(), *_bodies()]
+    made = [*_framings(), *_heads(), *_first_lines(), *_chunkings(), *_encodings(), *_bodies()]
     yield from made[:cases]
     rng = random.Random(seed)
     whole = [
@@ -106,30 +131,14 @@ def _framings() -> Iterator[_Bad]:
     both = "Transfer-Encoding: chunked\r\n"
     yield _Bad("both", _chunked(end, both + "Content-Length: 5\r\n"), (400,))
     yield _Bad("both", _chunked(end, "Content-Length: 5\r\n" + both), (400,))
-    lengths = [
-        "-1",
-        "+3",
-        "0x3",
-        "3.0",
-        "3,3",
-        "3 3",
-        "1e3",
-        "",
-        " ",
-        "three",
-        "3\x00",
-        "\u00b2",
-        "99999999999999999999",
-    ]
-    lengths += ["-0", "00000003x", "3;", "3\t3", "9" * 5000]
-    for length in lengths:
+    for length in _LENGTHS:
         yield _Bad(
             f"length {length[:20]!r}", _head(f"{_HOST}Content-Length: {length}\r\n") + b"abc", (400, 431)
         )
-    for length in (1, 3, 10, 44, 46, 100, 4096):
-        yield _Bad(f"lying length {length}", _head(f"{_HOST}Content-Length: {length}\r\n") + _BODY)
-    for length in (_LIMIT_BYTES + 1, 1 << 30, 1 << 40, (1 << 63) - 1):
-        yield _Bad(f"length {length}", _head(f"{_HOST}Content-Length: {length}\r\n") + b"x" * 100_000, (413,))
+    for size in (1, 3, 10, 44, 46, 100, 4096):
+        yield _Bad(f"lying length {size}", _head(f"{_HOST}Content-Length: {size}\r\n") + _BODY)
+    for size in (_LIMIT_BYTES + 1, 1 << 30, 1 << 40, (1 << 63) - 1):
+        yield _Bad(f"length {size}", _head(f"{_HOST}Content-Length: {size}\r\n") + b"x" * 100_000, (413,))
     yield _Bad("length twice", _head(f"{_HOST}Content-Length: 3\r\nContent-Length: 4\r\n") + b"abcd", (400,))
     for name in ("Host", "Authorization", "Origin", "Content-Type", "X-Api-Key", "Content-Encoding"):
         twice = f"{name}: localhost\r\n{name}: localhost\r\n"
@@ -137,7 +146,7 @@ def _framings() -> Iterator[_Bad]:
 
 
 def _heads() -> Iterator[_Bad]:
-    """Lines, targets, methods, versions, and too much of them."""
+    """Too many headers, too long ones, and lines that are none."""
     for number in (65, 100, 1_000, 10_000):
         yield _Bad(f"{number} headers", _head(_HOST + "a: b\r\n" * number, method="GET"), (431,))
     for size in (33_000, 100_000, 1_000_000):
@@ -145,103 +154,23 @@ def _heads() -> Iterator[_Bad]:
         yield _Bad(f"a name of {size}", _head(f"{_HOST}{'a' * size}: b\r\n", method="GET"), (431,))
         yield _Bad(f"a target of {size}", _head(_HOST, "/" + "a" * size, "GET"), (431,))
         yield _Bad(f"a head without end of {size}", _head(f"{_HOST}a: {'b' * size}")[:-2], (431,))
-    targets = [
-        "",
-        "*",
-        "v1/models",
-        "http://localhost/v1/models",
-        "//",
-        "/\x00",
-        "/\x7f",
-        "/%",
-        "/%zz",
-        "/%00",
-    ]
-    targets += [
-        "/v1/models#a",
-        "/v1/models?" + "a" * 3000,
-        "/é",
-        "/a b",
-        "/\\",
-        "?",
-        "#",
-        "localhost:80",
-        "/v1/../",
-    ]
-    targets += [
-        "/" + "../" * 300,
-        "/" + "%2e%2e/" * 300,
-        "/v1/models/" + "a/" * 2000,
-        "ftp://x/",
-        "http://[",
-        "/\t",
-    ]
-    for target in targets:
-        for method in ("GET", "POST", "OPTIONS", "HEAD"):
-            yield _Bad(f"{method} {target[:30]!r}", _head(_HOST, target, method))
-    methods = [
-        "",
-        "get",
-        "G ET",
-        "GET\x00",
-        "CONNECT",
-        "TRACE",
-        "BREW",
-        "A" * 300,
-        "SOURCE",
-        "PRI",
-        "M-SEARCH",
-        "\x16\x03",
-    ]
-    for method in methods:
-        yield _Bad(f"method {method[:10]!r}", _head(_HOST, "/v1/models", method))
-    for version in (
-        "HTTP/0.9",
-        "HTTP/1.2",
-        "HTTP/2.0",
-        "HTTP/3",
-        "HTTP/1.10",
-        "RTSP/1.0",
-        "ICE/1.0",
-        "http/1.1",
-        "HTTP/1.1 ",
-    ):
-        yield _Bad(f"version {version!r}", _head(_HOST, "/v1/models", "GET", version))
-    for line in (
-        "a",
-        ": b",
-        " a: b",
-        "a : b",
-        "a\x00: b",
-        "a: b\x00",
-        "a: \x01",
-        "a: b\rc: d",
-        "a: b\nc: d",
-        "é: b",
-        "(a): b",
-    ):
-        yield _Bad(
-            f"line {line!r}", _head(f"{_HOST}{line}\r\n", "/v1/models", "GET"), (400,) if line != "a" else ()
-        )
-    for host in (
-        "",
-        "a b",
-        "localhost\x00",
-        "localhost:99999999",
-        "[",
-        "evil.example",
-        "localhost, evil",
-        "a" * 5000,
-    ):
+    for line in _LINES:
+        yield _Bad(f"line {line!r}", _head(f"{_HOST}{line}\r\n", "/v1/models", "GET"), (400,))
+    for host in _HOSTS:
         yield _Bad(f"host {host[:20]!r}", _head(f"Host: {host}\r\n", "/v1/models", "GET"), (400, 421))
     yield _Bad("no host", _head("", "/v1/models", "GET"), (400,))
-    for data in (
-        b"\x00" * 300,
-        b"\r\n" * 200,
-        b"\xff" * 300,
-        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
-        b"{}\n",
-    ):
+
+
+def _first_lines() -> Iterator[_Bad]:
+    """Targets, methods, versions, and what is no HTTP at all."""
+    for target in _TARGETS:
+        for method in ("GET", "POST", "OPTIONS", "HEAD"):
+            yield _Bad(f"{method} {target[:30]!r}", _head(_HOST, target, method))
+    for method in _METHODS:
+        yield _Bad(f"method {method[:10]!r}", _head(_HOST, "/v1/models", method))
+    for version in _VERSIONS:
+        yield _Bad(f"version {version!r}", _head(_HOST, "/v1/models", "GET", version))
+    for data in (b"\x00" * 300, b"\r\n" * 200, b"\xff" * 300, b"\x16\x03\x01\x02\x00\x01\x00\x01", b"{}\n"):
         yield _Bad(f"no HTTP {data[:8]!r}", data)
     yield _Bad("a thousand at once", _head(_HOST, "/v1/models", "GET") * 1000)
 

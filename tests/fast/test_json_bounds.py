@@ -33,7 +33,7 @@ CALLS: dict[str, tuple[Parse, dict[str, Any]]] = {
     ),
     "CountTokensRequest": (parse_anthropic_count, {"model": "m", "messages": [USER]}),
 }
-COMPANIONS = {
+COMPANIONS: dict[str, dict[str, Any]] = {
     "top_logprobs": {"logprobs": True},
     "min_tokens": {"max_tokens": 1 << 20},
     "best_of": {"n": 1},
@@ -149,7 +149,7 @@ def test_every_number_of_the_document_has_two_ends() -> None:
 @pytest.mark.parametrize(("kind", "field", "schema"), NUMBERS, ids=lambda value: str(value)[:24])
 def test_numbers_have_the_bounds_of_the_document(kind: str, field: str, schema: dict[str, Any]) -> None:
     step: float = 1 if schema["type"] == "integer" else 1e-3
-    low = schema.get("minimum", schema.get("exclusiveMinimum"))
+    low: float = schema.get("minimum", schema.get("exclusiveMinimum", 0))
     inside = [schema["maximum"], *([schema["minimum"]] if "minimum" in schema else [])]
     outside = [schema["maximum"] + step, low - step if "minimum" in schema else low, 10**30, -(10**30)]
     parse, fields = CALLS[kind]
@@ -157,7 +157,7 @@ def test_numbers_have_the_bounds_of_the_document(kind: str, field: str, schema: 
     for value in inside:
         if field == "best_of":
             beside = {"n": value}
-        assert parse(json.dumps({**fields, **beside, field: value}).encode()), (field, value)
+        assert parse(json.dumps({**fields, **beside, field: value}).encode()).model == "m", (field, value)
     for value in [*outside, "5", True, [1]]:
         if field == "logprobs" and value is True:
             continue
@@ -179,6 +179,6 @@ def test_bounds_are_those_of_the_engine() -> None:
     """The document's numbers are said again there: each end is taken, what is beyond it is not."""
     for name in ("top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "seed", "n"):
         bounds = bounds_of(name)
-        assert SamplingParams(**{name: bounds["maximum"]})
+        assert getattr(SamplingParams(**{name: bounds["maximum"]}), name) == bounds["maximum"]
         with pytest.raises(Exception, match=name):
             SamplingParams(**{name: bounds["maximum"] + 1})

@@ -207,3 +207,50 @@ def test_keys_are_equal_exactly_as_far_as_the_tokens(first: list[int], second: l
         assert (keys[0] == keys[1]) == (first[:stop] == second[:stop])
     with pytest.raises(AssertionError, match="not full"):
         chains[0][0].key(len(first) // 4, chains[0][1])
+
+
+def _kept(pool: BlockPool, tenant: str, keys: range) -> int:
+    return sum(pool.find(f"{tenant}{key}".encode(), b"") is not None for key in keys)
+
+
+def _cache(pool: BlockPool, tenant: str, keys: range, group: int = 1) -> None:
+    """Use a block for each key and give it up, `group` at a time."""
+    for first in range(keys.start, keys.stop, group):
+        blocks = pool.allocate(group)
+        for key, block in enumerate(blocks, start=first):
+            pool.publish(block, f"{tenant}{key}".encode(), b"", tenant)
+        pool.free(blocks)
+        pool.check_integrity()
+
+
+def test_who_floods_the_cache_evicts_itself() -> None:
+    pool = BlockPool(100)
+    _cache(pool, "victim", range(40))
+    _cache(pool, "flooder", range(1000), group=10)
+    assert _kept(pool, "victim", range(40)) == 40
+    assert _kept(pool, "flooder", range(940, 1000)) == 60, "of a tenant the newest are kept"
+    control = BlockPool(100)
+    _cache(control, "", range(40))
+    _cache(control, "", range(40, 1040), group=10)
+    assert _kept(control, "", range(40)) == 0, "the control: all are one tenant"
+
+
+def test_two_that_want_all_get_a_half_each() -> None:
+    pool = BlockPool(100)
+    _cache(pool, "a", range(100))
+    _cache(pool, "b", range(1000))
+    assert 49 <= _kept(pool, "a", range(50, 100)) <= 51 and 49 <= _kept(pool, "b", range(1000)) <= 51
+    _cache(pool, "c", range(1000))
+    assert min(_kept(pool, tenant, range(1000)) for tenant in "abc") >= 33
+
+
+def test_what_a_flood_holds_counts_too() -> None:
+    pool = BlockPool(100)
+    _cache(pool, "victim", range(20))
+    held = pool.allocate(60)
+    for key, block in enumerate(held):
+        pool.publish(block, f"flooder{key}".encode(), b"", "flooder")
+    _cache(pool, "flooder", range(1000, 1100), group=10)
+    assert _kept(pool, "victim", range(20)) == 20
+    pool.free(held)
+    pool.check_integrity([])

@@ -1,6 +1,7 @@
 """/metrics: known names, exact sums, the objective as an edge, and labels that no client can fill."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -116,6 +117,9 @@ def test_a_call_that_its_key_may_not_have_is_no_failure() -> None:
     assert not [
         name for name, _ in refused if name in ("tokenmill_calls_total", "vllm:request_success_total")
     ]
+    assert not samples(fed(replace(settled(finishes=()), is_refused=True)))
+    nobody = fed(settled(finishes=()))  # no deployment took it
+    assert value(nobody, "tokenmill_calls_total", model="mock", tier="fast", finish="failed") == 1
     failed = fed(settled(finishes=("failed",), error="EndpointError"))
     assert value(failed, "tokenmill_calls_total", model="mock", tier="fast", finish="failed") == 1
 

@@ -225,3 +225,15 @@ def test_required_calls_are_what_the_reader_reads(kind: Any) -> None:
     assert not any(isinstance(piece, TextPiece) for piece in pieces)
     assert reader.num_calls == 2
     assert format_.grammar(TOOLS, ToolChoice(), None) is None
+
+
+def test_control_pieces_read_alone_lose_a_call() -> None:
+    """What the property above would find in a reader that keeps nothing between pieces."""
+    pieces = list(hermes("weather", ROME))
+    assert read(pieces)[1] and not any(read([piece])[1] for piece in pieces)
+
+
+def test_control_without_a_grammar_no_call_is_required() -> None:
+    format_ = ToolFormat(kind="hermes", in_template=True)
+    assert format_.grammar(TOOLS, ToolChoice(mode="none"), None) is None
+    assert format_.grammar(TOOLS, ToolChoice(mode="auto"), None) is None

@@ -65,7 +65,7 @@ def test_types_of_errors() -> None:
 
     assert kinds(UsageError("x")) == (400, "invalid_request_error", "invalid_request_error")
     assert kinds(NotFoundError("x")) == (404, "invalid_request_error", "not_found_error")
-    assert kinds(ResourceError("x")) == (429, "rate_limit_error", "rate_limit_error")
+    assert kinds(ResourceError("x")) == (429, "rate_limit_error", "overloaded_error")
     assert kinds(TokenmillError("x")) == (500, "server_error", "api_error")
     assert kinds(UsageError("x"), 401) == (401, "invalid_request_error", "authentication_error")
     assert kinds(UsageError("x"), 529) == (529, "server_error", "overloaded_error")

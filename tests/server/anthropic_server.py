@@ -224,8 +224,8 @@ async def main(folder: Path) -> None:
 
 def break_shapes() -> None:
     """The control: ids, pings, tiers and the end at the window as the wire has them without the server."""
-    anthropic_api._head = lambda answer: AnthropicHead()  # type: ignore[assignment]
-    anthropic_answer._event = lambda name, **fields: (  # type: ignore[assignment]
+    anthropic_api._head = lambda answer: AnthropicHead()
+    anthropic_answer._event = lambda name, **fields: (
         b"" if name == "ping" else encode_sse(encode_json({"type": name, **fields}), name)
     )
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.server.anthropic_server import KEYS as OTHER_KEYS
 from tests.server.anthropic_server import WrittenBackend, key
-from tokenmill.core import FinishReason, Tier, Usage
+from tokenmill.core import FinishReason, Usage
 from tokenmill.engine import LLMConfig
 from tokenmill.engine.mock import MockFault, MockModel, MockScript
 from tokenmill.engine.serving.messages import EngineSpec
@@ -28,7 +28,7 @@ from tokenmill.server.gateway import Gateway, GatewayConfig
 from tokenmill.server.pricing import PriceList
 from tokenmill.server.run import bind, serve_until_told
 from tokenmill.store import Accounts, Key, Limits, open_store
-from tokenmill.wire import openai_answer, responses_answer
+from tokenmill.wire import openai_answer
 
 _TURNS = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content or '' }}"
@@ -106,7 +106,7 @@ async def main(folder: Path) -> None:
 
 
 def break_shapes() -> None:
-    """The control: no tiers, no token bytes, no usage, calls that stay text, numbers of events that stand."""
+    """The control: no tier but the default, no usage, no end `tool_calls`, no grammar for required calls."""
 
     def no_usage(usage: Usage) -> dict[str, int]:
         return {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
@@ -114,17 +114,9 @@ def break_shapes() -> None:
     def no_end(reason: FinishReason, *, has_calls: bool) -> str:
         return "stop"
 
-    def standard(_: Tier) -> str:
-        return "default"
-
-    class Broken(dict[Tier, str]):
-        def __getitem__(self, tier: Tier) -> str:
-            return standard(tier)
-
     openai_answer._usage = no_usage
     openai_answer._finish = no_end
-    openai_answer.OPENAI_TIERS = Broken()  # type: ignore[misc]
-    responses_answer.OPENAI_TIERS = Broken()  # type: ignore[misc]
+    openai_answer.OPENAI_TIERS.update({"fast": "default", "batch": "default"})
     ToolFormat.grammar = lambda self, tools, choice, answer: answer  # type: ignore[method-assign]
 
 

@@ -15,6 +15,6 @@ def test_nothing_is_found() -> None:
 
 
 def test_without_bounds_it_finds_a_server_error() -> None:
-    line = s12.run(1, guard=False, phases="coverage", path="/v1/models", most=1)
+    line = s12.run(1, guard=False, phases="coverage", path="/v1/batches", most=1)
     assert line.violations > 0, line.figures
     assert any("500" in str(value) for value in line.figures.values()), line.figures

@@ -41,6 +41,7 @@ COMMANDS: Final = (
     "prices",
     "keys",
     "ledger",
+    "erase",
     "export",
     "completion",
 )

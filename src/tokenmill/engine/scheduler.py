@@ -185,7 +185,7 @@ class Scheduler:
         blocks = sequence.table.blocks
         for index in range(sequence.num_published, num_full):
             key = chain.key(index, sequence.tokens)
-            self.pool.publish(blocks[index], key, chain.tokens_of(index, sequence.tokens))
+            self.pool.publish(blocks[index], key, chain.tokens_of(index, sequence.tokens), sequence.tenant)
         sequence.num_published = num_full
 
     def remove(self, sequence: SequenceState, *, damaged: bool = False) -> None:

@@ -23,12 +23,17 @@ BackendState: TypeAlias = Literal["live", "ready", "drained"]
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """For whom a call is answered. `tenant` separates caches, `timeout_s` is what is left of its time."""
+    """For whom a call is answered. `tenant` separates caches, `timeout_s` is what is left of its time.
+
+    `key_id` and `feature` are for the ledger: a shadow is settled when nobody else knows them any more.
+    """
 
     request_id: str
     tenant: str = ""
     tier: Tier = "standard"
     timeout_s: float | None = None
+    key_id: str = ""
+    feature: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

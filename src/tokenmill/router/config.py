@@ -111,7 +111,8 @@ class UpstreamConfig:
 
     `key_env` names the environment variable with the key, which is in no file. Time limits in seconds: to
     connect, to the first token, between two tokens, for the whole answer. Without `with_sampling` no
-    temperature is sent. At most `max_open` calls are open there at a time.
+    temperature is sent. At most `max_open` calls are open there at a time. `terms` say what may be done with
+    its answers, for captured calls.
     """
 
     name: str
@@ -126,6 +127,7 @@ class UpstreamConfig:
     total_s: float = 600.0
     with_sampling: bool = True
     max_open: int = 256
+    terms: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_name("the name of an upstream", self.name)

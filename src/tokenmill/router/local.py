@@ -143,6 +143,9 @@ class LocalBackend:
         loop = asyncio.get_running_loop()
         threads = self._long_threads if _num_chars(call) > _LONG_CHARS else self._threads
         prompts = await loop.run_in_executor(threads, self._prompts, call)
+        if not all(prompts):
+            field = "messages" if call.is_chat else "prompt"
+            raise FieldError(field, "has no tokens", hint="give some text")
         longest = max(map(len, prompts))
         if longest >= self.context_length:
             raise FieldError(
@@ -205,8 +208,9 @@ class LocalBackend:
         if found.finish_reason != "completed":
             raise _no_answer(found.finish_reason, found.error)
         nanoseconds, nanojoules = found.charge.total()[:2]
+        rows = await loop.run_in_executor(self._threads, found.vectors_ND.tolist)
         return Embedded(
-            vectors=tuple(tuple(row) for row in found.vectors_ND.tolist()),
+            vectors=tuple(map(tuple, rows)),
             usage=found.usage,
             nanoseconds=nanoseconds,
             nanojoules=nanojoules,

@@ -5,6 +5,7 @@ delay nor fail that answer: so many at a time run, and those beyond are left out
 """
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from random import Random
@@ -28,6 +29,7 @@ class Pair:
     """A call that was answered twice. `shadow` is None where that failed; `record` is what it used.
 
     `record` is None if no attempt was made at all. Its number is 1, whatever the client's attempts were.
+    `begun_s` is the Unix time at which the client's call began.
     """
 
     route: str
@@ -38,6 +40,7 @@ class Pair:
     shadow_backend: str
     shadow: Reply | None
     record: AttemptRecord | None
+    begun_s: float = 0.0
 
 
 OnPair: TypeAlias = Callable[[Pair], Awaitable[None]]
@@ -107,6 +110,7 @@ class Shadows:
                 shadow_backend=backend.name,
                 shadow=shadow,
                 record=record,
+                begun_s=copy.begun_s,
             )
             await self._on_pair(pair)
         except Exception as error:  # whatever it is, it is not the client's affair
@@ -147,6 +151,7 @@ class _Copy:
         self.target = target
         self.call = call
         self.job = job
+        self.begun_s = time.time()
         self._shadows = shadows
         self._builder: ReplyBuilder | None = ReplyBuilder()
 

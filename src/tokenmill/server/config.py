@@ -26,6 +26,7 @@ from tokenmill.engine import LLMConfig
 from tokenmill.engine.mock import MockScript
 from tokenmill.router.config import Price, RouteConfig, UpstreamConfig
 from tokenmill.server.batches import BatchConfig
+from tokenmill.server.capture import CaptureConfig
 from tokenmill.server.edge import is_loopback
 from tokenmill.server.observer import ObserverConfig
 from tokenmill.server.protocol import HttpLimits
@@ -133,6 +134,7 @@ class Deployment:
     prices: Mapping[str, Mapping[Tier, Price]] = field(default_factory=dict)
     observe: ObserverConfig = field(default_factory=ObserverConfig)
     batches: BatchConfig = field(default_factory=BatchConfig)
+    capture: CaptureConfig = field(default_factory=CaptureConfig)
     store: str = ""
 
     def __post_init__(self) -> None:
@@ -170,8 +172,10 @@ def read_deployment(path: Path) -> Deployment:
         raise UsageError(f"{path}: {error}", hint="see docs/serving.md") from None
     except UsageError as error:
         raise UsageError(f"{path}: {error.message}", hint=error.hint) from None
+    folder = found.capture.folder
     return dataclasses.replace(
         found,
+        capture=dataclasses.replace(found.capture, folder=_from(path.parent, folder) if folder else ""),
         store=_from(path.parent, found.store) if found.store else "",
         models=tuple(
             dataclasses.replace(each, model=_from(path.parent, each.model)) for each in found.models

@@ -25,9 +25,11 @@ from tokenmill.router.local import LocalBackend, LocalConfig
 from tokenmill.server.anthropic_batches import AnthropicBatches
 from tokenmill.server.app import api_routes, create_app
 from tokenmill.server.batch_room import BatchRoom, endpoints_of
+from tokenmill.server.capture import Capture, Provenance, default_folder
 from tokenmill.server.config import Deployment, ModelConfig
 from tokenmill.server.dashboard import Ledger
 from tokenmill.server.edge import EdgeConfig, check_exposure
+from tokenmill.server.erasing import EraseApi
 from tokenmill.server.gateway import Gateway, GatewayConfig
 from tokenmill.server.keys import KeyCache
 from tokenmill.server.observer import Observer
@@ -35,6 +37,7 @@ from tokenmill.server.openai_batches import OpenAIBatches
 from tokenmill.server.pricing import PriceList
 from tokenmill.server.run import bind, serve_until_told
 from tokenmill.store import Accounts, SqliteStore, Store, open_store
+from tokenmill.workload import Origin
 
 __all__ = ["check_deployment", "serve"]
 
@@ -65,8 +68,9 @@ async def serve(deployment: Deployment, *, on_ready: Callable[[str], None] = lam
     with contextlib.closing(listener):
         check_exposure(listener.getsockname()[0], edge)
         observer = Observer(deployment.observe, prices=load_prices())
-        async with _opened(deployment, observer) as (gateway, store, room), observer.looking():
-            routes = [*observer.routes, *([] if room is None else _batch_routes(room))]
+        async with _opened(deployment, observer) as (gateway, store, room, capture), observer.looking():
+            routes = [*observer.routes, *EraseApi(store, capture.folder).routes()]
+            routes += [] if room is None else _batch_routes(room)
             app = observer.wrap(create_app(gateway, edge, KeyCache(store), routes))
             stop = None if room is None else room.stop
             await serve_until_told(app, gateway, http, listener, on_ready=on_ready, before_drain=stop)
@@ -75,7 +79,7 @@ async def serve(deployment: Deployment, *, on_ready: Callable[[str], None] = lam
 @asynccontextmanager
 async def _opened(
     deployment: Deployment, observer: Observer
-) -> AsyncIterator[tuple[Gateway, Store, BatchRoom | None]]:
+) -> AsyncIterator[tuple[Gateway, Store, BatchRoom | None, Capture]]:
     """The gateway of a deployment with everything behind it, watched; batches where the store has them."""
     async with contextlib.AsyncExitStack() as stack:
         url = deployment.store or str(Library().home / "server.db")
@@ -84,13 +88,21 @@ async def _opened(
         accounts = Accounts(store)
         await accounts.start()
         backends = await _backends(deployment, stack)
-        router = Router(backends, deployment.routes, on_event=observer.routed)
+        folder = deployment.capture.folder
+        place = Path(folder).expanduser() if folder else default_folder(url)
+        capture = Capture(deployment.capture, place, _origins(deployment), accounts.settle)
+        stack.push_async_callback(capture.close)
+        router = Router(backends, deployment.routes, on_event=observer.routed, on_pair=capture.pair)
         http = deployment.http
         config = GatewayConfig(
             max_calls=http.max_calls, fast_s=http.fast_s, standard_s=http.standard_s, batch_s=http.batch_s
         )
-        gateway = Gateway(router, accounts, _prices(deployment), config, on_settled=observer.settled)
-        observer.watch(gateway, backends, Ledger(store, accounts.remaining), store)
+        gateway = Gateway(
+            router, accounts, _prices(deployment), config, on_settled=observer.settled, copies=capture
+        )
+        ledger = Ledger(store, accounts.remaining)
+        observer.watch(gateway, backends, ledger, store)
+        observer.metrics.watch(capture.gauges())
         room = None
         if isinstance(store, SqliteStore):
             room = BatchRoom(
@@ -104,7 +116,7 @@ async def _opened(
             observer.watch_batches(room.objects)
             await room.start()
             stack.push_async_callback(room.stop)
-        yield gateway, store, room
+        yield gateway, store, room, capture
 
 
 def _batch_routes(room: BatchRoom) -> list[Route]:
@@ -134,6 +146,23 @@ def check_deployment(deployment: Deployment) -> list[str]:
         lines.append(f"{model.served_name}: {what}")
     lines += [f"{each.name}: {each.model} at {each.url}" for each in deployment.upstreams]
     return lines
+
+
+def _origins(deployment: Deployment) -> dict[str, Provenance]:
+    """Which model each deployment runs, and its licences or terms."""
+    origins = {
+        each.name: Provenance(origin=Origin(model=each.model, source=each.url), terms=each.terms)
+        for each in deployment.upstreams
+    }
+    for model in deployment.models:
+        directory = _directory(model)
+        manifest = directory.manifest
+        source = "mock" if model.mock else manifest.source if manifest else str(directory.path)
+        origins[model.served_name] = Provenance(
+            origin=Origin(model=directory.name, source=source, digest=manifest.digest if manifest else ""),
+            terms=manifest.licences if manifest else (),
+        )
+    return origins
 
 
 def _prices(deployment: Deployment) -> PriceList:

@@ -16,7 +16,7 @@ from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from tokenmill.core import FinishReason, ResourceError, Tier
+from tokenmill.core import BudgetError, FinishReason, ResourceError, Tier, TokenmillError
 from tokenmill.router import AttemptRecord, Backend, Before, Embedded, Job, Plan, Prepared, Routed, Router
 from tokenmill.server.caller import Caller
 from tokenmill.server.limits import KeyLimits, Permit
@@ -24,7 +24,17 @@ from tokenmill.server.pricing import PriceList
 from tokenmill.store import Entry, Key, Ticket
 from tokenmill.wire import Call, Piece, Prompt, Reply, ReplyBuilder, TextPiece, ToolPiece
 
-__all__ = ["Answer", "Gateway", "GatewayConfig", "LineCaller", "LineMoney", "Money", "Settled"]
+__all__ = [
+    "Answer",
+    "AnswerCopy",
+    "Copies",
+    "Gateway",
+    "GatewayConfig",
+    "LineCaller",
+    "LineMoney",
+    "Money",
+    "Settled",
+]
 
 _UNPAID: Final[tuple[FinishReason, ...]] = ("failed",)
 """Ends that the key does not pay for: they are not its fault."""
@@ -81,7 +91,8 @@ class GatewayConfig:
 class Settled:
     """A call that has ended, for whoever counts: what it was, each attempt's line, when its first piece came.
 
-    `call` is None for embeddings. `entries` is empty if no attempt was made.
+    `call` is None for embeddings. `entries` is empty if no attempt was made, `is_refused` if
+    that was for want of money.
     """
 
     caller: Caller
@@ -91,6 +102,19 @@ class Settled:
     records: tuple[AttemptRecord, ...]
     ttft_s: float | None
     total_s: float
+    is_refused: bool = False
+
+
+class Copies(Protocol):
+    """Who keeps answered calls (`server.capture`). Both must be quick and not raise."""
+
+    def wants(self, call: Call, caller: Caller) -> bool:
+        """Whether to copy the answer to this call."""
+        ...
+
+    def take(self, settled: Settled, call: Call, reply: Reply) -> None:
+        """The call as it was asked and the whole answer, once it is settled and read to its end."""
+        ...
 
 
 class Gateway:
@@ -104,15 +128,18 @@ class Gateway:
         config: GatewayConfig,
         *,
         on_settled: Callable[[Settled], None] = lambda _: None,
+        copies: Copies | None = None,
     ) -> None:
         self.router = router
         self._money = money
         self._prices = prices
         self._config = config
         self._on_settled = on_settled
+        self._copies = copies
         self._limits = KeyLimits()
         self._settling: set[asyncio.Task[None]] = set()
         self._answers: set[Answer] = set()
+        self._refused: set[str] = set()
         self._num_calls = 0
         self._is_draining = False
 
@@ -214,6 +241,8 @@ class Gateway:
             caller.money.begin()
         routed = self.router.start(plan, self._job(caller, tier), self._before(plan.call.model, caller, tier))
         answer = Answer(routed, prepared, caller, tier)
+        if self._copies is not None and self._copies.wants(plan.call, caller):
+            answer.copy = AnswerCopy(self._copies, plan.call)
         self._answers.add(answer)
         task = asyncio.create_task(self._settle(answer, permit))
         self._settling.add(task)
@@ -226,6 +255,8 @@ class Gateway:
             tenant=caller.key.project,
             tier=tier,
             timeout_s=self._config.timeout_s(tier),
+            key_id=caller.key.id,
+            feature=caller.feature,
         )
 
     def _before(self, model: str, caller: Caller, tier: Tier) -> Before:
@@ -236,7 +267,13 @@ class Gateway:
             worst = self._prices.worst_nano_usd(
                 model, tier, prepared.num_prompt_tokens, prepared.max_output_tokens
             )
-            await money.reserve(caller.key, caller.request_id, number, worst, durable=not backend.is_local)
+            try:
+                await money.reserve(
+                    caller.key, caller.request_id, number, worst, durable=not backend.is_local
+                )
+            except BudgetError:
+                self._refused.add(caller.request_id)
+                raise
 
         return reserve
 
@@ -248,22 +285,26 @@ class Gateway:
         records = await answer.routed.spent()
         total_s = time.monotonic() - answer.started_s
         self._answers.discard(answer)
+        is_refused = answer.caller.request_id in self._refused
+        self._refused.discard(answer.caller.request_id)
         permit.leave(sum(record.spent.usage.num_total_tokens for record in records))
         self._leave()
         call = answer.call
         entries = self._entries(call.model, call.user, answer.caller, answer.tier, records)
         await self._money_of(answer.caller).settle(entries)
-        self._on_settled(
-            Settled(
-                caller=answer.caller,
-                call=call,
-                tier=answer.tier,
-                entries=entries,
-                records=records,
-                ttft_s=answer.ttft_s,
-                total_s=total_s,
-            )
+        settled = Settled(
+            caller=answer.caller,
+            call=call,
+            tier=answer.tier,
+            entries=entries,
+            records=records,
+            ttft_s=answer.ttft_s,
+            total_s=total_s,
+            is_refused=is_refused,
         )
+        self._on_settled(settled)
+        if answer.copy is not None:
+            answer.copy.settle(settled)
 
     async def _embed(
         self, model: str, texts: Sequence[Prompt], caller: Caller, user: str, tier: Tier
@@ -278,6 +319,7 @@ class Gateway:
                 )
             finally:
                 permit.leave(0)
+                self._refused.discard(caller.request_id)
         finally:
             self._leave()
         entries = self._entries(model, user, caller, tier, found.records)
@@ -341,6 +383,42 @@ class Gateway:
         return 0 if is_free else self._prices.nano_usd(model, tier, record.spent.usage)
 
 
+class AnswerCopy:
+    """Collects an answer while its reader gets it: kept once it is settled and read to its end."""
+
+    def __init__(self, copies: Copies, call: Call) -> None:
+        self._copies = copies
+        self._call = call
+        self._builder: ReplyBuilder | None = ReplyBuilder()
+        self._reply: Reply | None = None
+        self._settled: Settled | None = None
+
+    def add(self, piece: Piece) -> None:
+        """A piece that the reader gets. An answer without measure is not kept."""
+        if self._builder is not None:
+            try:
+                self._builder.add((piece,))
+            except TokenmillError:
+                self._builder = None
+
+    def end(self) -> None:
+        """The reader has it all, or has left; then there is no whole answer to keep."""
+        builder, self._builder = self._builder, None
+        if builder is not None:
+            with contextlib.suppress(TokenmillError):
+                self._reply = builder.reply()
+                self._keep()
+
+    def settle(self, settled: Settled) -> None:
+        """It is in the ledger."""
+        self._settled = settled
+        self._keep()
+
+    def _keep(self) -> None:
+        if self._settled is not None and self._reply is not None:
+            self._copies.take(self._settled, self._call, self._reply)
+
+
 class Answer:
     """A call that is being answered. One reader, once."""
 
@@ -352,6 +430,7 @@ class Answer:
         self.tier: Tier = tier
         self.started_s = time.monotonic()
         self.ttft_s: float | None = None
+        self.copy: AnswerCopy | None = None
 
     @property
     def deployment(self) -> str:
@@ -369,9 +448,13 @@ class Answer:
             async for piece in self.routed:
                 if self.ttft_s is None and isinstance(piece, TextPiece | ToolPiece):
                     self.ttft_s = time.monotonic() - self.started_s
+                if self.copy is not None:
+                    self.copy.add(piece)
                 yield piece
         finally:
             self.routed.cancel()
+            if self.copy is not None:
+                self.copy.end()
 
     async def reply(self) -> Reply:
         """The whole answer. Cancelling who waits for it cancels the call."""

@@ -21,6 +21,7 @@ _MAX_HEADER_BYTES: Final = 8 << 10
 _MAX_PREAMBLE_BYTES: Final = 1 << 10
 _PARAMETER: Final = re.compile(r';\s*([A-Za-z*]{1,32})=(?:"((?:[^"\\]|\\.)*)"|([^;"\s]*))')
 _BOUNDARY: Final = re.compile(r"[0-9A-Za-z'()+_,./:=? -]{1,70}")
+_PLAIN: Final = ("binary", "8bit", "7bit")
 _HINT: Final = "send multipart/form-data, as `curl -F` does"
 
 
@@ -131,19 +132,19 @@ class FormReader:
 
 def _begin_of(headers: str) -> PartBegin:
     """The part that these headers begin."""
+    begin: PartBegin | None = None
     for line in headers.split("\r\n"):
         name, _, value = line.partition(":")
-        if name.lower() == "content-transfer-encoding" and value.strip().lower() not in (
-            "binary",
-            "8bit",
-            "7bit",
-        ):
+        name, value = name.strip().lower(), value.strip()
+        if name == "content-transfer-encoding" and value.lower() not in _PLAIN:
             raise FieldError("", "a part of the form is encoded", hint="send it as it is")
-        if name.lower() == "content-disposition" and value.strip().lower().startswith("form-data"):
+        if name == "content-disposition" and value.lower().startswith("form-data"):
             found = _parameters(value)
             if "name" in found:
-                return PartBegin(found["name"], found.get("filename"))
-    raise FieldError("", "a part of the form has no name", hint=_HINT)
+                begin = begin or PartBegin(found["name"], found.get("filename"))
+    if begin is None:
+        raise FieldError("", "a part of the form has no name", hint=_HINT)
+    return begin
 
 
 def _parameters(value: str) -> dict[str, str]:

@@ -317,6 +317,8 @@ def _breaker(gateway: Gateway, backend: Backend) -> Callable[[], BreakerState]:
 
 def _times(settled: Settled) -> CallTimes | None:
     """How a call went; None if it was refused before it cost anything, by no fault of the server."""
+    if settled.is_refused:
+        return None
     model = settled.call.model if settled.call is not None else ""
     if not settled.entries:
         return CallTimes(model, settled.tier, "failed", None, settled.total_s, 0) if model else None

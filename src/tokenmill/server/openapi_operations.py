@@ -147,7 +147,7 @@ OPERATIONS: Final[Mapping[tuple[str, str], Operation]] = {
     ),
     ("GET", "/v1/messages/batches/{id}/results"): Operation(
         name="getMessageBatchResults", summary="One line an answer", tag="Anthropic", api="anthropic",
-        answer_type="application/jsonl", also=(404,),
+        answer_type="application/x-jsonl", also=(404,),
     ),
     ("POST", "/v1/files"): Operation(
         name="createFile", summary="Upload the lines of a batch", tag="OpenAI", body=_UPLOAD,

@@ -91,6 +91,7 @@ class _Answer(msgspec.Struct):
     id: str | None = None
     model: str | None = None
     created: int | float | None = None
+    system_fingerprint: str | None = None
     choices: list[_Choice] | None = None
     usage: dict[str, Any] | None = None
     error: Any = None
@@ -163,7 +164,8 @@ def read_models(body: bytes) -> list[str]:
 
 
 def _begin(answer: _Answer) -> Begin:
-    return Begin(answer.id or "", answer.model or "", int(answer.created or 0))
+    fingerprint = answer.system_fingerprint or ""
+    return Begin(answer.id or "", answer.model or "", int(answer.created or 0), fingerprint)
 
 
 def _pieces(choice: _Choice, message: _Message | None) -> Iterator[Piece]:

@@ -11,6 +11,8 @@ from typing import Any, Final
 
 import numpy as np
 
+from tokenmill.core import UsageError
+
 __all__ = ["MAX_CONTAINERS", "MAX_DEPTH", "BadJsonError", "check_json"]
 
 MAX_DEPTH: Final = 64
@@ -27,8 +29,8 @@ _OPEN: Final = (ord("["), ord("{"))
 _CLOSE: Final = (ord("]"), ord("}"))
 
 
-class BadJsonError(ValueError):
-    """Why a text is not taken; `path` is the field, where one is to blame."""
+class BadJsonError(UsageError):
+    """A text that is not taken; `path` is the field, where one is to blame."""
 
     def __init__(self, message: str, path: str = "") -> None:
         super().__init__(message)

@@ -106,7 +106,8 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     """Prompts of a file of JSON lines, or of one JSON list, perhaps .gz.
 
     A row is a text, or an object with one of `prompt`, `instruction`, `question`, `turns` or `messages`
-    (the last turn of the user). Raises UsageError with file and line.
+    (the last turn of the user), or a call of a workload, which has them in `request`. Raises UsageError with
+    file and line.
     """
     prompts = []
     for place, row in _rows(path):
@@ -143,6 +144,8 @@ def _text_of(row: Any) -> str:
         return row
     if not isinstance(row, dict):
         return ""
+    if isinstance(row.get("request"), dict):
+        return _text_of(row["request"])
     for name in ("prompt", "instruction", "question"):
         if isinstance(row.get(name), str):
             return str(row[name])
