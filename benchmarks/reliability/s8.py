@@ -137,7 +137,7 @@ async def _capacity(port: int, seconds: float, draw: random.Random) -> float:
 async def _one(port: int, number: int, draw: random.Random, counts: dict[str, int]) -> None:
     """One call: streamed or plain, of either API, or broken off."""
     tokens = draw.randint(1, 40)
-    # Few texts: the tokenizers library keeps the words that it met, some 40 MB of long ones, and then no more.
+    # Few texts: the tokenizers library keeps words that it met, some 40 MB of long ones, then no more.
     chat = {
         "model": "mock",
         "messages": [{"role": "user", "content": f"{number % 500} " + "x" * (number % 400)}],
