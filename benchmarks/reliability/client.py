@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -87,7 +87,9 @@ async def post(
     )
 
 
-async def stream(port: int, value: Any, path: str = "/v1/completions") -> AsyncIterator[tuple[float, bytes]]:
+async def stream(
+    port: int, value: Any, path: str = "/v1/completions"
+) -> AsyncGenerator[tuple[float, bytes], None]:
     """The chunks of a streamed answer with the seconds at which they came. Raises ValueError if refused."""
     async with connect(port) as connection:
         connection.send("POST", path, json.dumps({**value, "stream": True}).encode())

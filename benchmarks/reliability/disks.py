@@ -34,7 +34,7 @@ class _File(apsw.VFSFile):
         self._ask = ask
         super().__init__("", name, flags)
 
-    def xWrite(self, data: "apsw.Buffer", offset: int) -> None:
+    def xWrite(self, data: bytes | bytearray | memoryview, offset: int) -> None:
         self._ask(self, "write", offset, bytes(data))
         super().xWrite(data, offset)
 

@@ -14,9 +14,9 @@ from benchmarks.reliability.client import connect
 
 __all__ = ["Ended", "Heard", "Probe", "hear", "percentile", "watch"]
 
-Ended = Literal["whole", "error", "refused", "broken", "truncated", "late"]
-"""`broken`: the connection ended before the answer did, which every client notices. `truncated`: the HTTP
-answer is complete, but the stream in it is not, and no error says so."""
+Ended = Literal["whole", "error", "refused", "absent", "broken", "truncated", "late"]
+"""`absent`: nobody listened. `broken`: the connection ended before the answer did, which every client notices.
+`truncated`: the HTTP answer is complete, but the stream in it is not, and no error says so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +43,10 @@ async def hear(
     begun_s = time.perf_counter()
     last_s, status, name = begun_s, 0, ""
     ttft_s, gaps, body = 0.0, list[float](), b""
-    ended: Ended = "broken"
+    ended: Ended = "absent"
     try:
         async with asyncio.timeout(timeout_s), connect(port) as connection:
+            ended = "broken"
             connection.send("POST", path, json.dumps(value).encode())
             status, headers = await connection.head()
             name = headers.get("x-request-id") or headers.get("request-id", "")

@@ -123,6 +123,10 @@ def test_tokens_are_spread_over_the_time_in_which_they_came() -> None:
     assert sum(slot.output_tokens for slot in slots) == pytest.approx(400)
     assert max(slot.output_tokens for slot in slots) == pytest.approx(100)
     assert sum(slot.prompt_tokens for slot in slots) == pytest.approx(10)
+    history.add(call(total_s=8.0 * SLOT_S, ttft_s=2.0 * SLOT_S, tokens=60), 500, NOW_S)
+    slots = [slot for slot in history.slots(NOW_S) if slot is not None]
+    assert sum(slot.prompt_tokens for slot in slots) == pytest.approx(510)
+    assert min(slot.prompt_tokens for slot in slots) == 0  # nothing is taken from the time after the prompt
 
 
 def test_the_last_hour_is_kept_and_no_more() -> None:

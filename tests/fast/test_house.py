@@ -124,7 +124,7 @@ def read_text(path: str) -> str | None:
     full = ROOT / path
     if full.is_dir():
         return ""
-    return full.read_text(encoding="utf-8") if full.is_file() else None
+    return full.read_text(encoding="utf-8", errors="replace") if full.is_file() else None
 
 
 def allowances() -> list[Allowance]:

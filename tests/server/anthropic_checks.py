@@ -87,8 +87,8 @@ ASKED: Final[dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], bool]]]]
     "stop_sequences": ({"stop_sequences": ["a", "b"]}, lambda c: c["params"]["stop"] == ["a", "b"]),
     "metadata.user_id": ({"metadata": {"user_id": "u-1"}}, lambda c: c["user"] == "u-1"),
     "metadata without a user": ({"metadata": {"user_id": None}}, lambda c: c["user"] == ""),
-    "service_tier auto": ({"service_tier": "auto"}, lambda c: c["tier"] == "standard"),
-    "service_tier standard_only": ({"service_tier": "standard_only"}, lambda c: c["tier"] == "standard"),
+    "service_tier auto": ({"service_tier": "auto"}, lambda c: c["tier"] is None),
+    "service_tier standard_only": ({"service_tier": "standard_only"}, lambda c: c["tier"] is None),
     "speed fast": ({"speed": "fast"}, lambda c: c["tier"] == "fast"),
     "thinking disabled": ({"thinking": {"type": "disabled"}}, lambda c: c["model"] == "echo"),
     "anthropic-beta is passed over": (

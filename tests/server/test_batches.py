@@ -98,7 +98,8 @@ def test_a_server_that_is_told_to_end_gives_lines_back_at_once(tmp_path: Path) -
         assert server.process.wait(20) == 0
         assert time.monotonic() - begun < 10
     database = apsw.Connection(str(tmp_path / "server.db"), flags=apsw.SQLITE_OPEN_READONLY)
-    states = dict(database.execute("SELECT state, count(*) FROM lines GROUP BY state").fetchall())
+    found = database.execute("SELECT state, count(*) FROM lines GROUP BY state").fetchall()
+    states = {str(state): int(str(count)) for state, count in found}
     tries = database.execute("SELECT max(num_tries) FROM lines WHERE state = 'pending'").get
     database.close()
     assert states["pending"] > 0 and "leased" not in states, states

@@ -258,7 +258,7 @@ def test_projects_do_not_see_each_other(client: Any, claude: Any, server: Server
     for method, path in routes:
         for secret, expected in (("tm_two", 404), ("tm_nobody", 401), ("", 401)):
             headers = {"x_api_key": secret} if secret else {}
-            assert ask(server.port, method, path, **headers)[0] == expected, (method, path, secret)
+            assert ask(server.port, method, path, b"", **headers)[0] == expected, (method, path, secret)
     for path in ("/v1/files", "/v1/batches", "/v1/messages/batches"):
         assert ask(server.port, "GET", path, x_api_key="tm_two")[1]["data"] == []
     body = json.dumps({"input_file_id": done.input_file_id, "endpoint": CHAT, "completion_window": "24h"})

@@ -343,6 +343,8 @@ WRONG: Final[list[tuple[str, dict[str, Any]]]] = [
     ("text.format.schema", {"text": {"format": {"type": "json_schema", "name": "x"}}}),
     ("tools[0].type", {"tools": [{"type": "web_search"}]}),
     ("tool_choice", {"tool_choice": {"type": "function", "name": "other"}, "tools": [FUNCTION]}),
+    ("tool_choice", {"tool_choice": {"type": "function", "name": ["weather"]}, "tools": [FUNCTION]}),
+    ("input[0].call_id", {"input": [{**MADE, "call_id": "x" * 300}]}),
     ("service_tier", {"service_tier": "gold"}),
     ("stream_options", {"stream_options": {}}),
     ("frobnicate", {"frobnicate": 1}),

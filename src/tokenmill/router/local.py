@@ -41,6 +41,8 @@ __all__ = ["LocalAttempt", "LocalBackend", "LocalConfig"]
 
 _MAX_TOKEN_BYTES: Final = 64
 """No prompt of so many bytes a token of the context is tokenized: hardly any token is longer."""
+_LONG_CHARS: Final = 64 << 10
+"""A call with more text than this waits for others like it, so that two of them do not hold up the rest."""
 _NANO: Final = 1_000_000_000
 _ORDER: Final[tuple[FinishReason, ...]] = (
     "completed",
@@ -73,6 +75,7 @@ class LocalBackend:
         self._tools = ToolFormat.of(self._template) if self._template else None
         self.fingerprint = f"fp_{directory.digest[:12]}"
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="prompts")
+        self._long_threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="long-prompts")
         self._attempts: dict[str, LocalAttempt] = {}
         self._engine: AsyncEngine | None = None
 
@@ -138,7 +141,8 @@ class LocalBackend:
         """Tokens of the call's prompts. Raises UsageError for a call that this model cannot answer."""
         self._check_size(call)
         loop = asyncio.get_running_loop()
-        prompts = await loop.run_in_executor(self._threads, self._prompts, call)
+        threads = self._long_threads if _num_chars(call) > _LONG_CHARS else self._threads
+        prompts = await loop.run_in_executor(threads, self._prompts, call)
         if not all(prompts):
             field = "messages" if call.is_chat else "prompt"
             raise FieldError(field, "has no tokens", hint="give some text")
@@ -189,7 +193,8 @@ class LocalBackend:
         Raises FieldError for a text that the model cannot read.
         """
         loop = asyncio.get_running_loop()
-        prompts = await loop.run_in_executor(self._threads, self._texts, texts)
+        threads = self._long_threads if sum(map(len, texts)) > _LONG_CHARS else self._threads
+        prompts = await loop.run_in_executor(threads, self._texts, texts)
         handle = self.engine.embed(
             EmbeddingRequest(
                 request_id=job.request_id,
@@ -220,7 +225,8 @@ class LocalBackend:
         """End the engine."""
         if self._engine is not None:
             await self._engine.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._long_threads):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     def _settle(self, request: Request, completions: tuple[Completion, ...]) -> None:
         attempt = self._attempts.pop(request.request_id, None)
@@ -233,8 +239,7 @@ class LocalBackend:
         return -(-nanoseconds * nano_usd_per_hour // (3600 * _NANO))
 
     def _check_size(self, call: Call) -> None:
-        num_bytes = sum(len(each.content or "") for each in call.messages)
-        num_bytes += sum(len(prompt) for prompt in call.prompts)
+        num_bytes = _num_chars(call)
         if num_bytes > _MAX_TOKEN_BYTES * self.context_length:
             raise FieldError(
                 "messages" if call.is_chat else "prompt",
@@ -427,6 +432,11 @@ class LocalAttempt:
             nanojoules=charge[1],
             cost_nano_usd=self._backend.cost_of(charge[0]),
         )
+
+
+def _num_chars(call: Call) -> int:
+    """The characters of its texts, and the tokens of prompts that are tokens."""
+    return sum(len(each.content or "") for each in call.messages) + sum(map(len, call.prompts))
 
 
 def _reseeded(call: Call, at: int) -> SamplingParams:

@@ -17,6 +17,7 @@ from tokenmill.core import Tier
 from tokenmill.costs.prices import load_prices
 from tokenmill.engine.mock import MockModel
 from tokenmill.engine.serving.messages import EngineSpec
+from tokenmill.engine.serving.supervisor import SupervisorConfig
 from tokenmill.models.store.directory import ModelDirectory
 from tokenmill.models.store.library import Library
 from tokenmill.router import Backend, Price, Router, UpstreamBackend
@@ -42,6 +43,8 @@ __all__ = ["check_deployment", "serve"]
 
 _LOG: Final = logging.getLogger(__name__)
 _LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
+_SUPERVISOR: Final = SupervisorConfig(silence_s=4.0, hang_s=3.0)
+"""So that an engine that is stopped or hangs is known within 5 s, on a busy machine too."""
 _MOCK_TEMPLATE: Final = (
     "{% if tools %}<tools>{{ tools | tojson }}{% endif %}"
     "{% for message in messages %}<{{ message.role }}>{{ message.content or '' }}"
@@ -189,7 +192,7 @@ async def _local(model: ModelConfig, deployment: Deployment) -> LocalBackend:
         drain_s=deployment.http.drain_s,
     )
     begun_s = time.monotonic()
-    backend = await LocalBackend.open(config, directory, spec)
+    backend = await LocalBackend.open(config, directory, spec, _SUPERVISOR)
     _LOG.info("%s is open after %.1f s", name, time.monotonic() - begun_s)
     return backend
 

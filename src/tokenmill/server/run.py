@@ -30,6 +30,8 @@ _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 _ACCEPTED: Final = 64
 """Connections that are accepted in one turn of the loop at most; the system holds many more."""
 _UNSENT_BYTES: Final = 16 << 10
+_FAREWELL_S: Final = 5
+"""After the drain, for clients to take the rest of what was written to them."""
 _OWN_FILES: Final = 256
 """Open files that are kept for the store, engines, upstreams."""
 
@@ -127,6 +129,7 @@ def _uvicorn_config(app: Asgi, config: HttpConfig) -> uvicorn.Config:
         date_header=True,
         backlog=_ACCEPTED,
         timeout_keep_alive=config.keep_alive_s,
+        timeout_graceful_shutdown=_FAREWELL_S,
     )
 
 

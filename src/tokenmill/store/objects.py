@@ -11,13 +11,12 @@ a process that died are free at once, others when their time is over. Every ques
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any, Final
 
 import apsw
 import msgspec
 
-from tokenmill.core import NotFoundError, ResourceError, UsageError
+from tokenmill.core import ResourceError, UsageError
 from tokenmill.store.object_records import (
     Batch,
     BatchApi,
@@ -31,13 +30,22 @@ from tokenmill.store.object_records import (
     NewLine,
     StoredFile,
 )
+from tokenmill.store.object_rows import (
+    BATCH_COLUMNS,
+    FILE_COLUMNS,
+    ask,
+    batch_of_row,
+    columns,
+    encoded,
+    file_of_row,
+    not_there,
+    page_of,
+)
 from tokenmill.store.records import Entry
 from tokenmill.store.sqlite import SqliteStore, settle_entry
 
 __all__ = ["Answered", "ObjectStore"]
 
-_FILE: Final = tuple(each.name for each in fields(StoredFile))
-_BATCH: Final = tuple(each.name for each in fields(Batch))
 _LINE: Final = ("batch_id", "number", "custom_id", "offset", "length", "num_tries", "num_failures", "lease")
 _RESULT: Final = ("number", "custom_id", "state", "status", "body")
 _JSON: Final = ("metadata", "faults")
@@ -75,7 +83,7 @@ class ObjectStore:
                     f"the files of this project would have {total + file.num_bytes} bytes, over {max_bytes}",
                     hint="delete some (DELETE /v1/files/ID)",
                 )
-            _insert(connection, "files", _FILE, file)
+            _insert(connection, "files", FILE_COLUMNS, file)
             _answer(connection, file.project, answered)
 
         await self._store.write(work)
@@ -84,7 +92,7 @@ class ObjectStore:
         """A file. Raises NotFoundError, also for another project's."""
         found = await self._store.read(lambda connection: _file(connection, project, file_id))
         if found is None:
-            raise _no("file", file_id)
+            raise not_there("file", file_id)
         return found
 
     async def files(
@@ -94,9 +102,9 @@ class ObjectStore:
         where = f"purpose IN ({', '.join('?' * len(purposes))})"
         return await self._store.read(
             lambda connection: [
-                _file_of_row(row)
-                for row in _page(
-                    connection, "files", _FILE, (project, *purposes), where, after, limit, newest_first
+                file_of_row(row)
+                for row in page_of(
+                    connection, "files", FILE_COLUMNS, (project, *purposes), where, after, limit, newest_first
                 )
             ]
         )
@@ -106,7 +114,7 @@ class ObjectStore:
 
         def work(connection: apsw.Connection) -> None:
             if _file(connection, project, file_id) is None:
-                raise _no("file", file_id)
+                raise not_there("file", file_id)
             sql = "SELECT id FROM batches WHERE input_file_id = ? AND ended_s IS NULL"
             if (reader := connection.execute(sql, (file_id,)).get) is not None:
                 raise UsageError(f"{reader} has not ended and reads this file", hint="cancel it, or wait")
@@ -117,15 +125,15 @@ class ObjectStore:
     async def expired_files(self, now_s: float, limit: int = 100) -> list[StoredFile]:
         """Files of all projects whose time is over, and which no batch reads."""
         sql = (
-            f"SELECT {_columns(_FILE)} FROM files WHERE expires_s <= ? AND NOT EXISTS "
+            f"SELECT {columns(FILE_COLUMNS)} FROM files WHERE expires_s <= ? AND NOT EXISTS "
             "(SELECT 1 FROM batches WHERE input_file_id = files.id AND ended_s IS NULL) LIMIT ?"
         )
-        found = await self._store.read(lambda connection: _ask(connection, sql, (now_s, limit)))
-        return [_file_of_row(row) for row in found]
+        found = await self._store.read(lambda connection: ask(connection, sql, (now_s, limit)))
+        return [file_of_row(row) for row in found]
 
     async def file_ids(self) -> set[str]:
         """The ids of all files there are, for who looks for content that belongs to none."""
-        found = await self._store.read(lambda connection: _ask(connection, "SELECT id FROM files"))
+        found = await self._store.read(lambda connection: ask(connection, "SELECT id FROM files"))
         return {row[0] for row in found}
 
     async def add_batch(
@@ -148,12 +156,12 @@ class ObjectStore:
             if connection.execute(sql, (batch.project,)).get >= max_open:
                 raise ResourceError(f"{max_open} batches of this project have not ended", hint="wait for one")
             if file is not None:
-                _insert(connection, "files", _FILE, file)
+                _insert(connection, "files", FILE_COLUMNS, file)
             elif (found := _file(connection, batch.project, batch.input_file_id)) is None:
-                raise _no("file", batch.input_file_id)
+                raise not_there("file", batch.input_file_id)
             elif found.purpose != "batch":
                 raise UsageError(f"{found.id} is no input of a batch", hint="upload one with purpose batch")
-            _insert(connection, "batches", _BATCH, batch)
+            _insert(connection, "batches", BATCH_COLUMNS, batch)
             _add_lines(connection, batch.id, lines)
             _answer(connection, batch.project, answered)
 
@@ -161,11 +169,11 @@ class ObjectStore:
 
     async def batch(self, project: str, batch_id: str, api: BatchApi) -> Batch:
         """A batch. Raises NotFoundError, also for another project's and the other API's."""
-        sql = f"SELECT {_columns(_BATCH)} FROM batches WHERE id = ? AND project = ? AND api = ?"
-        found = await self._store.read(lambda connection: _ask(connection, sql, (batch_id, project, api)))
+        sql = f"SELECT {columns(BATCH_COLUMNS)} FROM batches WHERE id = ? AND project = ? AND api = ?"
+        found = await self._store.read(lambda connection: ask(connection, sql, (batch_id, project, api)))
         if not found:
-            raise _no("batch", batch_id)
-        return _batch_of_row(found[0])
+            raise not_there("batch", batch_id)
+        return batch_of_row(found[0])
 
     async def batches(
         self, project: str, api: BatchApi, *, after: str = "", limit: int, newest_first: bool = True
@@ -173,24 +181,34 @@ class ObjectStore:
         """Batches of a project, as of `files`."""
         return await self._store.read(
             lambda connection: [
-                _batch_of_row(row)
-                for row in _page(
-                    connection, "batches", _BATCH, (project, api), "api = ?", after, limit, newest_first
+                batch_of_row(row)
+                for row in page_of(
+                    connection,
+                    "batches",
+                    BATCH_COLUMNS,
+                    (project, api),
+                    "api = ?",
+                    after,
+                    limit,
+                    newest_first,
                 )
             ]
         )
 
     async def open_batches(self) -> list[Batch]:
         """Batches of all projects that have not ended, the oldest first."""
-        sql = f"SELECT {_columns(_BATCH)} FROM batches WHERE ended_s IS NULL ORDER BY created_s, id"
-        found = await self._store.read(lambda connection: _ask(connection, sql))
-        return [_batch_of_row(row) for row in found]
+        sql = f"SELECT {columns(BATCH_COLUMNS)} FROM batches WHERE ended_s IS NULL ORDER BY created_s, id"
+        found = await self._store.read(lambda connection: ask(connection, sql))
+        return [batch_of_row(row) for row in found]
 
     async def recent_batches(self, limit: int) -> list[Batch]:
         """Batches of all projects, those that have not ended first, then the newest."""
-        sql = f"SELECT {_columns(_BATCH)} FROM batches ORDER BY ended_s IS NOT NULL, created_s DESC LIMIT ?"
-        found = await self._store.read(lambda connection: _ask(connection, sql, (limit,)))
-        return [_batch_of_row(row) for row in found]
+        sql = (
+            f"SELECT {columns(BATCH_COLUMNS)} FROM batches "
+            "ORDER BY ended_s IS NOT NULL, created_s DESC LIMIT ?"
+        )
+        found = await self._store.read(lambda connection: ask(connection, sql, (limit,)))
+        return [batch_of_row(row) for row in found]
 
     async def delete_batch(self, project: str, batch_id: str, api: BatchApi) -> list[str]:
         """Forget a batch that has ended; returns the ids of its files, which are forgotten, too.
@@ -203,9 +221,9 @@ class ObjectStore:
                 "SELECT ended_s, input_file_id, output_file_id FROM batches "
                 "WHERE id = ? AND project = ? AND api = ?"
             )
-            found = _ask(connection, sql, (batch_id, project, api))
+            found = ask(connection, sql, (batch_id, project, api))
             if not found:
-                raise _no("batch", batch_id)
+                raise not_there("batch", batch_id)
             ended_s, *file_ids = found[0]
             if ended_s is None:
                 raise UsageError(f"{batch_id} has not ended", hint="cancel it, or wait")
@@ -241,13 +259,13 @@ class ObjectStore:
             "SELECT DISTINCT batch_id FROM lines WHERE NOT EXISTS "
             "(SELECT 1 FROM batches WHERE batches.id = lines.batch_id AND ended_s IS NULL)"
         )
-        found = await self._store.read(lambda connection: _ask(connection, sql))
+        found = await self._store.read(lambda connection: ask(connection, sql))
         return [row[0] for row in found]
 
     async def last_line(self, batch_id: str) -> int:
         """The highest number of a batch's lines, -1 if there are none."""
         sql = "SELECT coalesce(max(number), -1) FROM lines WHERE batch_id = ?"
-        found = await self._store.read(lambda connection: _ask(connection, sql, (batch_id,)))
+        found = await self._store.read(lambda connection: ask(connection, sql, (batch_id,)))
         return int(found[0][0])
 
     async def add_lines(self, batch_id: str, lines: Sequence[NewLine]) -> None:
@@ -275,7 +293,7 @@ class ObjectStore:
             "UPDATE batches SET status = 'failed', outcome = 'failed', output_file_id = '', "
             "error_file_id = '', ended_s = ?, faults = ? WHERE id = ?"
         )
-        await self._run(sql, (now_s, _encoded(tuple(faults)), batch_id))
+        await self._run(sql, (now_s, encoded(tuple(faults)), batch_id))
 
     async def cancel_batch(self, project: str, batch_id: str, api: BatchApi, now_s: float) -> None:
         """Answer no more of it. No-op if it is being ended, or has ended. Raises NotFoundError."""
@@ -299,10 +317,10 @@ class ObjectStore:
         sql = (
             "UPDATE lines SET state = 'leased', num_tries = num_tries + 1, lease = ?, leased_until_s = ? "
             "WHERE id IN (SELECT id FROM lines WHERE batch_id = ? AND state = 'pending' "
-            f"AND {condition} ORDER BY number LIMIT ?) RETURNING {_columns(_LINE)}"
+            f"AND {condition} ORDER BY number LIMIT ?) RETURNING {columns(_LINE)}"
         )
         values = (lease, until_s, batch_id, max_calm_tries, limit)
-        found = await self._store.write(lambda connection: _ask(connection, sql, values))
+        found = await self._store.write(lambda connection: ask(connection, sql, values))
         lines = [Line(**dict(zip(_LINE, row, strict=True))) for row in found]
         return sorted(lines, key=lambda line: line.number)
 
@@ -356,7 +374,7 @@ class ObjectStore:
             "(SELECT count(*) FROM lines WHERE batch_id = ?1 AND state = 'pending' AND num_tries >= 2), "
             "(SELECT count(*) FROM lines WHERE batch_id = ?1 AND state = 'leased')"
         )
-        found = await self._store.read(lambda connection: _ask(connection, sql, (batch_id,)))
+        found = await self._store.read(lambda connection: ask(connection, sql, (batch_id,)))
         pending, suspects, leased = found[0]
         return pending, suspects, leased
 
@@ -382,19 +400,19 @@ class ObjectStore:
     async def results(self, batch_id: str, after: int, limit: int) -> list[LineResult]:
         """What lines came to, in order, from the number behind `after` on."""
         sql = (
-            f"SELECT {_columns(_RESULT)} FROM lines WHERE batch_id = ? AND number > ? ORDER BY number LIMIT ?"
+            f"SELECT {columns(_RESULT)} FROM lines WHERE batch_id = ? AND number > ? ORDER BY number LIMIT ?"
         )
-        found = await self._store.read(lambda connection: _ask(connection, sql, (batch_id, after, limit)))
+        found = await self._store.read(lambda connection: ask(connection, sql, (batch_id, after, limit)))
         return [LineResult(**dict(zip(_RESULT, row, strict=True))) for row in found]
 
     async def end_batch(self, batch: Batch, files: Sequence[StoredFile], now_s: float) -> None:
         """A batch's files are written: keep them, and end it. No-op if that was done."""
 
         def work(connection: apsw.Connection) -> None:
-            if _ask(connection, "SELECT status FROM batches WHERE id = ?", (batch.id,)) != [("finalizing",)]:
+            if ask(connection, "SELECT status FROM batches WHERE id = ?", (batch.id,)) != [("finalizing",)]:
                 return
             for file in files:
-                _insert(connection, "files", _FILE, file)
+                _insert(connection, "files", FILE_COLUMNS, file)
             ids = {file.id for file in files}
             kept = [each if each in ids else "" for each in (batch.output_file_id, batch.error_file_id)]
             sql = (
@@ -406,12 +424,7 @@ class ObjectStore:
         await self._store.write(work, settles=True)
 
     async def _run(self, sql: str, values: tuple[Any, ...]) -> None:
-        await self._store.write(lambda connection: _ask(connection, sql, values), settles=True)
-
-
-def _ask(connection: apsw.Connection, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-    """All rows of a question."""
-    return connection.execute(sql, tuple(values)).fetchall()
+        await self._store.write(lambda connection: ask(connection, sql, values), settles=True)
 
 
 def _close_line(connection: apsw.Connection, line: Line, end: LineEnd, entries: Sequence[Entry]) -> int:
@@ -454,7 +467,7 @@ def _add_lines(connection: apsw.Connection, batch_id: str, lines: Sequence[NewLi
 def _insert(
     connection: apsw.Connection, table: str, names: Sequence[str], record: StoredFile | Batch
 ) -> None:
-    values = [_encoded(getattr(record, name)) if name in _JSON else getattr(record, name) for name in names]
+    values = [encoded(getattr(record, name)) if name in _JSON else getattr(record, name) for name in names]
     marks = ", ".join("?" * len(names))
     connection.execute(f"INSERT INTO {table} ({', '.join(names)}) VALUES ({marks})", values)
 
@@ -469,56 +482,6 @@ def _answer(connection: apsw.Connection, project: str, answered: Answered | None
 
 
 def _file(connection: apsw.Connection, project: str, file_id: str) -> StoredFile | None:
-    sql = f"SELECT {_columns(_FILE)} FROM files WHERE id = ? AND project = ?"
-    found = _ask(connection, sql, (file_id, project))
-    return _file_of_row(found[0]) if found else None
-
-
-def _page(
-    connection: apsw.Connection,
-    table: str,
-    names: Sequence[str],
-    values: Sequence[Any],
-    where: str,
-    after: str,
-    limit: int,
-    newest_first: bool,
-) -> list[tuple[Any, ...]]:
-    """Rows of a project (the first of `values`), in order of time, behind the one with the id `after`."""
-    order, sign = ("DESC", "<") if newest_first else ("ASC", ">")
-    bounds = ""
-    if after:
-        sql = f"SELECT created_s FROM {table} WHERE id = ? AND project = ?"
-        created_s = connection.execute(sql, (after, values[0])).get
-        if created_s is None:
-            raise _no({"files": "file", "batches": "batch"}[table], after)
-        bounds = f"AND (created_s, id) {sign} (?, ?)"
-        values = (*values, created_s, after)
-    sql = (
-        f"SELECT {', '.join(names)} FROM {table} WHERE project = ? AND {where} {bounds} "
-        f"ORDER BY created_s {order}, id {order} LIMIT ?"
-    )
-    return _ask(connection, sql, (*values, limit))
-
-
-def _file_of_row(row: Sequence[Any]) -> StoredFile:
-    return StoredFile(**dict(zip(_FILE, row, strict=True)))
-
-
-def _batch_of_row(row: Sequence[Any]) -> Batch:
-    values = dict(zip(_BATCH, row, strict=True))
-    values["metadata"] = msgspec.json.decode(values["metadata"], type=dict[str, str])
-    values["faults"] = msgspec.json.decode(values["faults"], type=tuple[BatchFault, ...])
-    return Batch(**values)
-
-
-def _columns(names: Sequence[str]) -> str:
-    return ", ".join(names)
-
-
-def _encoded(value: object) -> str:
-    return msgspec.json.encode(value).decode()
-
-
-def _no(what: str, name: str) -> NotFoundError:
-    return NotFoundError(f"there is no {what} {name[:80]!r}", hint="list those that there are")
+    sql = f"SELECT {columns(FILE_COLUMNS)} FROM files WHERE id = ? AND project = ?"
+    found = ask(connection, sql, (file_id, project))
+    return file_of_row(found[0]) if found else None

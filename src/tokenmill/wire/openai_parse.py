@@ -4,7 +4,7 @@ What is not supported is not passed over: an unknown field, a part that is no te
 range are a `FieldError`. Parameters that OpenAI does not have are those that vLLM has, under its names.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal
 
 import msgspec
@@ -327,17 +327,18 @@ def _message(message: _Message, path: str) -> Message:
 def _call(call: _ToolCall, path: str) -> ToolCall:
     if call.type != "function":
         raise FieldError(f"{path}.type", f"it is {call.type[:40]!r}", hint="use function")
-    return told_call(call.id, call.function.name, call.function.arguments, path)
+    names = {"name": f"{path}.function.name", "id": f"{path}.id"}
+    return told_call(call.id, call.function.name, call.function.arguments, names)
 
 
-def told_call(call_id: str, name: str, arguments: str | dict[str, Any], path: str) -> ToolCall:
-    """A call of the conversation. Raises FieldError.
+def told_call(call_id: str, name: str, arguments: str | dict[str, Any], names: Mapping[str, str]) -> ToolCall:
+    """A call of the conversation; `names` are the fields of its name and id. Raises FieldError.
 
     Arguments that are no JSON object came from a model, which must not end its conversation: they are told to
     it as a text.
     """
     text = arguments_text(arguments) or "{}"
-    with named_fields({"name": f"{path}.name", "id": f"{path}.id"}, path):
+    with named_fields(names, names["name"]):
         try:
             return ToolCall(id=call_id, name=name, arguments=text)
         except UsageError as error:

@@ -59,7 +59,7 @@ def _message(item: Mapping[str, Any], path: str) -> Message:
 def _add_call(messages: list[Message], names: dict[str, str], item: Mapping[str, Any], path: str) -> None:
     check_keys(item, path, _CALL)
     call_id, name, arguments = (_string(item, key, path) for key in ("call_id", "name", "arguments"))
-    call = told_call(call_id, name, arguments, path)
+    call = told_call(call_id, name, arguments, {"name": f"{path}.name", "id": f"{path}.call_id"})
     names[call_id] = name
     with named_fields({}, path):
         if messages and messages[-1].role == "assistant":

@@ -183,10 +183,10 @@ def _tool_choice(request: _Request, names: set[str]) -> ToolChoice:
     if choice == "required":
         return ToolChoice(mode="required", parallel=parallel)
     name = choice.get("name") if isinstance(choice, dict) and choice.get("type") == "function" else None
-    if name not in names:
+    if not isinstance(name, str) or name not in names:
         hint = 'use auto, none, required, or {"type": "function", "name": one of tools}'
         raise FieldError("tool_choice", "it cannot be used", hint=hint)
-    return ToolChoice(mode="named", name=str(name), parallel=parallel)
+    return ToolChoice(mode="named", name=name, parallel=parallel)
 
 
 def _echo(request: _Request) -> dict[str, Any]:

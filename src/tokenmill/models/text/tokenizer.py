@@ -29,6 +29,7 @@ __all__ = ["Tokenizer"]
 _MAX_FILE_BYTES: Final = 64 << 20
 _MAX_TOKEN_CHARS: Final = 4096
 _LONG_CONTENT: Final = re.compile(rf'"content"\s*:\s*"(?:[^"\\]|\\.){{{_MAX_TOKEN_CHARS}}}')
+_LONG_TEXT: Final = 1024
 # White space as Unicode and the library have it; `str.strip` would take four control characters more.
 _WHITE: Final = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
     map(chr, range(0x2000, 0x200B))
@@ -102,12 +103,12 @@ class Tokenizer:
         `allow_special` is for text that tokenmill wrote itself, such as a rendered chat template.
         """
         if not allow_special:
-            return list(self._parts.start.encode(text, add_special_tokens=False).ids)
+            return _ids(self._parts.start, text)
         return self.encode_marked(text, mark="")
 
     def encode_after(self, text: str) -> list[int]:
         """Token ids of plain text that continues another: their bytes are those of `text`, if lossless."""
-        return list(self._parts.after.encode(text, add_special_tokens=False).ids)
+        return _ids(self._parts.after, text)
 
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids of a plain text to be continued, with what the model wants in front of it."""
@@ -158,6 +159,15 @@ class Tokenizer:
     def _plain_ids(self, plain: str, at: int) -> list[int]:
         """Token ids of a plain part of a text that began `at` characters before it."""
         return self.encode(plain) if at == 0 or self._parts.restarts else self.encode_after(plain)
+
+
+def _ids(inner: tokenizers.Tokenizer, text: str) -> list[int]:
+    """Token ids of a text. Other threads run meanwhile if it is long: of the library's ways only that for
+    batches lets them.
+    """
+    if len(text) < _LONG_TEXT:
+        return list(inner.encode(text, add_special_tokens=False).ids)
+    return list(inner.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
 
 def _without(text: str, mark: str) -> str:

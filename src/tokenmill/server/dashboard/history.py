@@ -156,7 +156,7 @@ class History:
         first = max(oldest, int(begin_s // SLOT_S))
         length_s = end_s - begin_s
         for at in range(first, newest + 1):
-            inside_s = min(end_s, (at + 1) * SLOT_S) - max(begin_s, at * SLOT_S)
+            inside_s = max(0.0, min(end_s, (at + 1) * SLOT_S) - max(begin_s, at * SLOT_S))
             share = inside_s / length_s if length_s > 0 else float(at == newest)
             slot = self._slots[at - newest - 1]
             setattr(slot, name, getattr(slot, name) + amount * share)
