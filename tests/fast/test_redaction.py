@@ -60,7 +60,7 @@ def test_arguments_stay_json_and_names_are_searched() -> None:
 
 
 def test_nothing_is_missed_where_a_long_text_is_cut() -> None:
-    for pad in range(0, 40):
+    for pad in range(0, 40, 5):
         text = (
             "some words " * 2978 + "x" * pad + " card 4111 1111 1111 1111 of bob@example.com " + "and " * 9000
         )

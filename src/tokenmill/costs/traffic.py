@@ -207,7 +207,7 @@ def _chat(where: str, record: Mapping[str, Any]) -> tuple[Call, bool]:
     request, response = _object(record, "request", "body"), _object(record, "response")
     response = _object(response, "body")
     messages = request.get("messages")
-    if messages is None and isinstance(request.get("prompt"), str):
+    if request is not record and messages is None and isinstance(request.get("prompt"), str):
         messages = [{"role": "user", "content": request["prompt"]}]
     if not isinstance(messages, list) or not messages:
         raise UsageError(f"{where}: neither lengths nor messages", hint="use the OpenAI chat shape")

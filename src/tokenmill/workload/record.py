@@ -38,10 +38,11 @@ class Given(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     cost_nano_usd: int = 0
 
 
-class WorkloadCall(Given, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A call and its answer. `created` is Unix time in seconds when it began, money is nanodollars.
+class WorkloadCall(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A call and the answer that was given, with the fields of `Given`.
 
-    `shadow` is what another deployment answered to the same call, for comparison.
+    `created` is Unix time in seconds when it began, money is nanodollars. `shadow` is what another deployment
+    answered to the same call, for comparison.
     """
 
     id: str
@@ -50,8 +51,13 @@ class WorkloadCall(Given, frozen=True, kw_only=True, forbid_unknown_fields=True)
     end_user: str = ""
     feature: str = ""
     tier: Tier = "standard"
-    price_nano_usd: int = 0
     request: dict[str, Any]
+    response: dict[str, Any]
+    deployment: str
+    origin: Origin
+    terms: tuple[str, ...] = ()
+    price_nano_usd: int = 0
+    cost_nano_usd: int = 0
     shadow: Given | None = None
 
 
