@@ -15,7 +15,7 @@ from benchmarks.reliability.client import connect
 __all__ = ["Ended", "Heard", "Probe", "hear", "percentile", "watch"]
 
 Ended = Literal["whole", "error", "refused", "absent", "broken", "truncated", "late"]
-"""`absent`: nobody listened. `broken`: the connection ended before the answer did, which every client notices.
+"""`absent`: nobody listened. `broken`: the connection ended before the answer did, as every client notices.
 `truncated`: the HTTP answer is complete, but the stream in it is not, and no error says so."""
 
 

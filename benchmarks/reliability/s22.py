@@ -44,6 +44,7 @@ from tokenmill.server import deploy
 from tokenmill.server.app import create_app
 from tokenmill.server.config import Deployment, ModelConfig
 from tokenmill.server.edge import EdgeConfig, check_exposure, needed_scope
+from tokenmill.server.erasing import EraseApi
 from tokenmill.server.keys import KeyCache
 from tokenmill.server.observer import Observer, ObserverConfig
 from tokenmill.store import Key, hash_secret, new_secret
@@ -67,8 +68,9 @@ async def served_routes(folder: Path) -> list[tuple[str, str]]:
     model = ModelConfig(name="mock", mock=MockScript())
     config = Deployment(models=(model,), store=str(folder / "routes.db"))
     observer = Observer(ObserverConfig(), prices=load_prices())
-    async with deploy._opened(config, observer) as (gateway, _store, room):
-        more = [*observer.routes, *([] if room is None else deploy._batch_routes(room))]
+    async with deploy._opened(config, observer) as (gateway, store, room, capture):
+        more = [*observer.routes, *EraseApi(store, capture.folder).routes()]
+        more += [] if room is None else deploy._batch_routes(room)
         app = create_app(gateway, EdgeConfig(), _no_key, more)
         routes = app._app.routes  # type: ignore[attr-defined]
         return [

@@ -168,10 +168,16 @@ async def _beside_hostile(server: Server, cases: int, draw: random.Random) -> tu
     async def hostile() -> None:
         await asyncio.gather(*(_try(server, grammars[at::4]) for at in range(4)))
 
-    gaps = {}
-    for name, work in (("nothing", nothing), ("10 MB of text", huge), ("hostile grammars", hostile)):
-        gaps[name] = await _silence(server, work)
+    works = {"nothing": nothing, "10 MB of text": huge, "hostile grammars": hostile}
+    gaps = {name: await _silence(server, work) for name, work in works.items() if cases or work is huge}
     return gaps, len(grammars) + len(_HUGE_BYTES)
+
+
+def silence_beside_texts(folder: Path, seed: int, guard: bool) -> float:
+    """The longest silence in streams beside huge texts alone, in seconds."""
+    with running(_steps(seed), folder, sabotage="" if guard else _WITHOUT_THREADS) as server:
+        gaps, _ = asyncio.run(_beside_hostile(server, 0, random.Random(seed)))
+    return gaps["10 MB of text"]
 
 
 async def _try(server: Server, grammars: list[Any]) -> None:

@@ -61,10 +61,11 @@ def run(*, cases: int, seed: int, guard: bool) -> Line:
         engine_faults = [fault for fault, part in trials if part == "engine"]
         with running(config(seed), folder, sabotage="" if guard else _BLIND) as server:
             for fault in engine_faults if guard else [*engine_faults, "hang", "term"][:4]:
-                found += asyncio.run(engine_trial(server, fault, draw, figures, guard))
+                trial = asyncio.run(engine_trial(server, fault, draw, figures, guard))
+                found += _named(trial, fault, "engine")
         for fault, part in trials if guard else ():
             if part != "engine":
-                found += front_trial(folder, seed, fault, part, draw, figures)
+                found += _named(front_trial(folder, seed, fault, part, draw, figures), fault, part)
         if guard:
             found += run_probes(folder, seed, min(600.0, 2.0 * cases), figures.values)
         for drain_s in (60.0, 0.5):
@@ -77,6 +78,10 @@ def run(*, cases: int, seed: int, guard: bool) -> Line:
         seconds=time.perf_counter() - begun_s,
         figures={**figures.summary(), **found},
     )
+
+
+def _named(found: Counter[str], fault: str, part: str) -> Counter[str]:
+    return Counter({f"{name} ({fault}, {part})": num for name, num in found.items()})
 
 
 class Figures:
@@ -158,11 +163,11 @@ async def engine_trial(
     if fault == "stop" and not guard:
         os.kill(pid, signal.SIGKILL)
     if detected_s is None or detected_s > _DETECT_S:
-        found[f"ready beside an engine that is gone ({fault})"] += 1
+        found["ready beside an engine that is gone"] += 1
     figures.detected_s += [detected_s] if detected_s is not None else []
     figures.again_s += [again_s] if again_s is not None else []
     if again_s is None:
-        found[f"not ready again ({fault})"] += 1
+        found["not ready again"] += 1
     return found + _ends(heard, figures, may_break=False)
 
 
@@ -213,7 +218,8 @@ async def _harm_front(
     is_over = fault in ("kill", "memory", "term")
     async with _calls(server.port, draw, heard) as probe:
         await asyncio.sleep(0.3 + draw.random())
-        children, before, seen = server.engine_pids(), len(heard), _lines(server.store)
+        await _until(lambda: 1.0 if any(each.ended == "whole" for each in heard) else None, _AGAIN_S)
+        children, before, seen = server.engine_pids(), len(heard), await _some_lines(server.store)
         whole = {each.request_id for each in heard[:before] if each.ended == "whole"}
         await asyncio.to_thread(_harm, server, fault, part, children)
         if not is_over:
@@ -291,6 +297,15 @@ def _lines(path: Path) -> set[tuple[str, int, str]]:
         return set(connection.execute("SELECT request_id, attempt, kind FROM ledger"))
 
 
+async def _some_lines(path: Path) -> set[tuple[str, int, str]]:
+    """The lines, once there are some: a line follows its answer."""
+    for _ in range(100):
+        if found := _lines(path):
+            return found
+        await asyncio.sleep(0.05)
+    return set()
+
+
 def _checks(path: Path) -> dict[str, int]:
     """What may be wrong with a file whose server is gone."""
     with contextlib.closing(apsw.Connection(str(path))) as connection:
@@ -309,7 +324,7 @@ def _checks(path: Path) -> dict[str, int]:
 
 def run_probes(folder: Path, seed: int, seconds: float, figures: dict[str, Any]) -> Counter[str]:
     """Probes of a server that has all that it can do."""
-    with running(config(seed, step_s=0.01, max_waiting=64), folder) as server:
+    with running(config(seed, step_s=0.05), folder) as server:
         heard, probe = asyncio.run(_full(server, seconds))
     live = [took_s for _, _, took_s in probe.live]
     not_ready = sum(status != 200 for _, status, _ in probe.ready)

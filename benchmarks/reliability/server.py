@@ -86,9 +86,9 @@ def _url(process: "subprocess.Popen[str]", log: Path) -> str:
     while time.monotonic() < deadline and process.poll() is None:
         if select.select([process.stdout], [], [], 0.1)[0]:
             data += os.read(process.stdout.fileno(), 4096)
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, KeyError):
                 return str(json.loads(data)["url"])
-    raise RuntimeError(f"the server did not start: {log.read_text(encoding='utf-8')[-800:]}")
+    raise RuntimeError(f"the server did not start: {data!r} {log.read_text(encoding='utf-8')[-800:]}")
 
 
 def _end(process: "subprocess.Popen[str]") -> None:

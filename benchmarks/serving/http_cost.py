@@ -2,9 +2,9 @@
 
     python -m benchmarks.serving.http_cost smollm2-135m --rounds 3
 
-The engine alone is `AsyncEngine` in this process, so its tokens cross the process boundary as the server's do.
-Of many streams: tokens a second of both; the client's own processor time is measured, and the share of it that
-the processors would otherwise have had for the server is taken off. First token: one call after another, the
+The engine alone is `AsyncEngine` in this process, so its tokens cross the process boundary as the server's.
+Of many streams: tokens a second of both; the client's own processor time is measured, and what the server
+would have had of it is taken off. First token: one call after another, the
 prompt different each time; what HTTP and admission add is the median of the differences.
 """
 

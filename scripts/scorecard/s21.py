@@ -66,13 +66,15 @@ _MODULES = frozenset(
             "imp",
             "runpy",
         ),
-        *("code", "codeop", "yaml", "ctypes.util", "xmlrpc", "telnetlib", "pty"),
+        *("code", "codeop", "ctypes.util", "xmlrpc", "telnetlib", "pty"),
     }
 )
 _CALLS = frozenset(
     {"eval", "exec", "compile", "__import__", "torch.load", "torch.hub.load", "torch.jit.load"}
 )
 _CALLS_OF_OS = frozenset({"os.system", "os.popen", "os.startfile"})
+_YAML = "yaml.safe_load"
+"""The one way to read YAML that makes no objects."""
 _FLAGS = frozenset({"allow_pickle", "trust_remote_code", "shell"})
 _BAD_MODULE = (
     "import pickle\nfrom yaml import load\nx = eval('1')\ntorch.load(f)\nnp.load(f, allow_pickle=True)\n"
@@ -121,15 +123,21 @@ def unsafe_uses(source: str) -> Iterator[str]:
             names = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
         elif isinstance(node, ast.Call):
             called = ast.unparse(node.func)
-            if called in _CALLS | _CALLS_OF_OS:
+            if called in _CALLS | _CALLS_OF_OS or _is_bad_yaml(called):
                 yield f"line {node.lineno}: {called}()"
             for keyword in node.keywords:
                 is_off = isinstance(keyword.value, ast.Constant) and keyword.value.value is False
                 if keyword.arg in _FLAGS and not is_off:
                     yield f"line {node.lineno}: {keyword.arg}"
         for name in names:
-            if name in _MODULES or name.partition(".")[0] in _MODULES or name in _CALLS | _CALLS_OF_OS:
+            is_bad = name in _MODULES or name.partition(".")[0] in _MODULES or name in _CALLS | _CALLS_OF_OS
+            if is_bad or _is_bad_yaml(name):
                 yield f"import {name}"
+
+
+def _is_bad_yaml(name: str) -> bool:
+    """Whether this is of the YAML library, and not the safe way to read."""
+    return name.startswith("yaml.") and name != _YAML
 
 
 def listening(pids: set[int]) -> list[str]:

@@ -166,8 +166,7 @@ def test_a_call_in_the_queue_of_somebody_erased_is_not_written(tmp_path: Path) -
 
     def capture_job(capture: Capture) -> Any:
         jobs: list[Any] = []
-        put = capture._put
-        capture._put = jobs.append  # type: ignore[method-assign, assignment]
+        put, capture._put = capture._put, jobs.append  # type: ignore[method-assign, assignment]
         capture.take(settled(), ASKED, reply())
         capture._put = put  # type: ignore[method-assign]
         return jobs[0]

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 __all__ = [
     "Charge",
+    "F64Array",
     "RowShare",
     "StepPrices",
     "StepUse",
@@ -31,6 +32,7 @@ __all__ = [
 
 
 F64Array: TypeAlias = npt.NDArray[np.float64]
+"""Weights of the parts of a step."""
 
 _MOST: Final = float(1 << 62)
 

@@ -181,7 +181,7 @@ async def _local(model: ModelConfig, deployment: Deployment) -> LocalBackend:
         name=name,
         model=name,
         usd_per_hour=deployment.machine.usd_per_hour,
-        max_requests=deployment.http.max_calls * 8,
+        max_requests=min(deployment.http.max_calls * 8, 1 << 20),
     )
     draft = str(Library().find(model.draft).path) if model.draft else ""
     spec = EngineSpec(

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 
 from starlette.requests import Request
 
-from tokenmill.core import UsageError
+from tokenmill.core import TokenmillError, UsageError
 from tokenmill.server.answering import send_json
 from tokenmill.server.caller import Caller
 from tokenmill.server.edge import Receive, Scope_, Send
@@ -23,11 +23,11 @@ __all__ = ["FirstTime", "Repeated", "once"]
 _HEADER = "idempotency-key"
 
 
-class Repeated(Exception):
+class Repeated(TokenmillError):
     """Not the first time: what is to be answered, at once."""
 
     def __init__(self, status: int, body: bytes) -> None:
-        super().__init__(status)
+        super().__init__("this request was made before")
         self.status = status
         self.body = body
 
