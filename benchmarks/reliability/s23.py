@@ -66,20 +66,21 @@ def run(
     Without `trials` nothing is timed: few of them show nothing.
     """
     begun_s, found, draw = time.perf_counter(), Found(), Random(seed)
-    script = {"seed": seed, "row_s": 5e-5}
+    script = {"seed": seed, "row_s": 5e-5 if trials else 2e-5}
+    tenants = _TENANTS if trials else 16
     names = {"owner": "victim", "sibling": "victim", "other": "other" if guard else "victim"}
-    names |= {"revoked": "victim", **{f"t{at}": f"t{at}" if guard else "victim" for at in range(_TENANTS)}}
+    names |= {"revoked": "victim", **{f"t{at}": f"t{at}" if guard else "victim" for at in range(tenants)}}
     with tempfile.TemporaryDirectory() as folder:
         config = deployment(mock=script, engine={"kv_tokens": 64 * _PREFIX, "max_batch": 64})
         with tenant_server(config, Path(folder), names) as (server, keys):
             asyncio.run(_objects(server, keys, found))
             if trials:
                 asyncio.run(_timing(server, keys, found, trials, draw))
-            asyncio.run(_flood(server, keys, found, max(60, trials // 4), draw))
+            asyncio.run(_flood(server, keys, found, max(24, trials // 4), draw))
     with tempfile.TemporaryDirectory() as folder:
         config = deployment(mock={"seed": seed}, engine={"max_batch": 256, "max_rows": 4096})
         with tenant_server(config, Path(folder), names) as (server, keys):
-            asyncio.run(_canaries(server, keys, found, cases, seed, guard, max_s))
+            asyncio.run(_canaries(server, keys, found, cases, seed, guard, max_s, tenants))
     _collisions(found, pairs, draw, guard)
     violations = [f"{part}: {each}" for part, some in found.violations.items() for each in some]
     missed = [part for part, some in found.violations.items() if not some]
@@ -156,18 +157,25 @@ async def _lists(
 
 
 async def _canaries(
-    server: Server, keys: dict[str, str], found: Found, cases: int, seed: int, guard: bool, max_s: float
+    server: Server,
+    keys: dict[str, str],
+    found: Found,
+    cases: int,
+    seed: int,
+    guard: bool,
+    max_s: float,
+    tenants: int,
 ) -> None:
     """Answers that each prompt alone gives, to many tenants at once; now and then one is broken off."""
     wrong = found.violations.setdefault("canaries", [])
-    right, counts = _canary_prompts(seed, Random(seed)), Counter[str]()
+    right, counts = _canary_prompts(seed, Random(seed), 5 * tenants), Counter[str]()
     begun_s = time.perf_counter()
 
     async def work(number: int) -> None:
         draw = Random(seed * 1000 + number)
         while counts["answers"] < cases and time.perf_counter() - begun_s < max_s:
-            tenant = draw.randrange(_TENANTS)
-            own = list(right)[tenant::_TENANTS]
+            tenant = draw.randrange(tenants)
+            own = list(right)[tenant::tenants]
             async with opened(server, keys[f"t{tenant}"]) as client:
                 for _ in range(20):
                     await ask(client, draw.choices(own, k=_PROMPTS), draw)
@@ -195,15 +203,15 @@ async def _canaries(
     await asyncio.gather(*(work(number) for number in range(_CONNECTIONS)))
     found.num += counts["answers"]
     seconds = time.perf_counter() - begun_s
-    text = f"{counts['answers']} answers in {counts['responses']} responses to {_TENANTS} tenants"
+    text = f"{counts['answers']} answers in {counts['responses']} responses to {tenants} tenants"
     found.figures["canaries"] = f"{text}, {counts['broken off']} broken off, {seconds:.0f} s"
 
 
-def _canary_prompts(seed: int, draw: Random) -> dict[str, str]:
+def _canary_prompts(seed: int, draw: Random, num: int) -> dict[str, str]:
     """Prompts whose answers are plain and each another one, a few for each tenant."""
     script, right = MockScript(seed=seed), dict[str, str]()
     taken = set[str]()
-    while len(right) < 5 * _TENANTS:
+    while len(right) < num:
         prompt = f"{draw.getrandbits(48):012x}"
         tokens = reference_tokens(list(prompt.encode()), _ANSWER, script, ignore_eos=True)
         text = "".join(map(chr, tokens))
