@@ -25,7 +25,7 @@ __all__ = ["PATIENT", "Rig", "Served", "open_rig", "request_line"]
 
 PATIENT = BreakerConfig(failures=1000, window=10_000, share=1.0)
 _URL = "/v1/completions"
-_PATIENCE_S = 30.0
+_PATIENCE_S = 60.0
 
 
 @dataclass

@@ -101,6 +101,31 @@ def test_a_full_engine_is_no_failure(tmp_path: Path) -> None:
     asyncio.run(go())
 
 
+def test_a_line_that_was_given_back_runs_again_though_its_last_try_is_slow_to_go(tmp_path: Path) -> None:
+    calls: Counter[str] = Counter()
+
+    def full(text: str) -> None:
+        calls[text] += 1
+        if calls[text] == 1:
+            raise ResourceError("full")
+
+    async def go() -> None:
+        async with open_rig(tmp_path, Mirror(on_start=full), starts=False) as rig:
+            run = rig.room.runner.run
+
+            async def slow_to_go(*args: Any) -> Any:
+                fate = await run(*args)
+                await asyncio.sleep(0.2)
+                return fate
+
+            rig.room.runner.run = slow_to_go  # type: ignore[method-assign, assignment]
+            await rig.room.start()
+            async with asyncio.timeout(20.0):
+                assert set((await rig.served(await rig.submit(["a"]))).answers) == {"a"}
+
+    asyncio.run(go())
+
+
 @pytest.mark.parametrize("stage", ["read", "write"])
 def test_a_batch_that_cannot_be_read_or_written_fails_alone(tmp_path: Path, stage: str) -> None:
     async def go() -> None:

@@ -275,7 +275,9 @@ class BatchWorker:
             )
             await self._runner.refuse(batch, line, error)
             return
-        if where in self._flights:  # its lease ran out under it: it will find out, and be begun again then
+        if where in self._flights:
+            # Its last try has given it back and is not quite gone, or its lease ran out under it: not yet.
+            await self._objects.close_line(line, LineEnd(state="pending"), [])
             return
         flight = self._flights[where] = _Flight(line, key.id)
         run = LineRun(
