@@ -2,7 +2,6 @@
 written. They may run beside the server, which sees what they change within a second."""
 
 import argparse
-import asyncio
 import datetime
 import re
 from collections.abc import Awaitable, Callable
@@ -51,6 +50,8 @@ def with_store(
             return await work(store)
         finally:
             await store.close()
+
+    import asyncio  # not at the top: it would be read for every command
 
     return asyncio.run(run())
 

@@ -1,7 +1,6 @@
 """`tokenmill serve`: models of this machine and endpoints elsewhere behind the OpenAI and Anthropic APIs."""
 
 import argparse
-import asyncio
 import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -52,6 +51,8 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def _serve(args: argparse.Namespace, out: Output) -> int:
+    import asyncio  # not at the top: it would be read for every command
+
     from tokenmill.server.deploy import check_deployment, serve
     from tokenmill.server.logs import set_up_logs
 
