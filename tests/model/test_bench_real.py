@@ -48,7 +48,7 @@ def test_measured_rows_are_plausible(model: ModelDirectory, limits: MachineLimit
         # A generous margin for a machine that is busier in one moment than in the next.
         assert 0 < row.of_limit < 4, row
         assert row.spread[0] <= row.tokens_per_s <= row.spread[1]
-        assert row.peak_rss_mb is None or 130 < row.peak_rss_mb < 2000
+        assert row.peak_rss_mb is None or 130 < row.peak_rss_mb < 6000
     decode = rows["decode", 4]
     assert decode.tpot_p50_ms is not None and decode.tpot_p99_ms is not None
     assert decode.tpot_p50_ms <= decode.tpot_p99_ms
