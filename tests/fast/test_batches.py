@@ -106,7 +106,7 @@ def test_a_line_that_was_given_back_runs_again_though_its_last_try_is_slow_to_go
 
     def full(text: str) -> None:
         calls[text] += 1
-        if calls[text] == 1:
+        if calls[text] <= 6:  # more often than a call tries by itself
             raise ResourceError("full")
 
     async def go() -> None:
