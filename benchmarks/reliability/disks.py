@@ -21,7 +21,7 @@ FAULTS: Final[tuple[Fault, ...]] = ("eio", "enospc", "short", "dead")
 
 _SECTOR: Final = 512
 
-_Before: TypeAlias = Callable[["_File", str, int, bytes], None]
+_Before: TypeAlias = Callable[["_File | None", str, int, bytes], None]
 
 
 class _File(apsw.VFSFile):
@@ -56,33 +56,32 @@ class _File(apsw.VFSFile):
 
 
 class _Disk(apsw.VFS):
-    def __init__(self, name: str) -> None:
+    """`before` is called before each operation; it raises what the operation is to fail with."""
+
+    def __init__(self, name: str, before: _Before) -> None:
         self.name = name
+        self._before = before
         super().__init__(name, "")
 
     def xOpen(self, name: "str | apsw.URIFilename | None", flags: list[int]) -> apsw.VFSFile:
         path = name.filename() if isinstance(name, apsw.URIFilename) else str(name)
-        self.before(None, "open", 0, path.encode())
-        return _File(path, name, flags, self.before)
+        self._before(None, "open", 0, path.encode())
+        return _File(path, name, flags, self._before)
 
     def xDelete(self, filename: str, syncdir: bool) -> None:
-        self.before(None, "delete", int(syncdir), filename.encode())
+        self._before(None, "delete", int(syncdir), filename.encode())
         super().xDelete(filename, syncdir)
 
     def excepthook(self, *_: object) -> bool:
         """What is raised here is meant."""
         return True
 
-    def before(self, file: _File | None, what: str, offset: int, data: bytes) -> None:
-        """Called before each operation; raises what the operation is to fail with."""
-        raise NotImplementedError
-
 
 class FaultyDisk(_Disk):
     """Fails at operation number `at`, counted from 1; `has_failed` says whether it came to that."""
 
     def __init__(self, name: str, fault: Fault, at: int) -> None:
-        super().__init__(name)
+        super().__init__(name, self.before)
         self._fault = fault
         self._at = at
         self.num_operations = 0
@@ -137,7 +136,7 @@ class PowerDisk(_Disk):
     """Its power is cut at operation number `at`; from then on nothing works. Files lie in `folder`."""
 
     def __init__(self, name: str, folder: Path, at: int) -> None:
-        super().__init__(name)
+        super().__init__(name, self.before)
         self._at = at
         self._num_operations = 0
         self._new: set[str] = set()

@@ -7,12 +7,14 @@ below 95 % of what a full server answers. With the guard off the bound of open c
 import asyncio
 import collections
 import random
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks.reliability.client import Answered, post
+from benchmarks.reliability.command import main
 from benchmarks.reliability.server import Server, deployment, running
 from scripts.scorecard import Line
 
@@ -90,3 +92,7 @@ async def _closed(port: int) -> float:
 async def _call(port: int) -> Answered:
     value = {"model": "mock", "prompt": "hello", "max_tokens": _TOKENS, "ignore_eos": True}
     return await post(port, "/v1/completions", value)
+
+
+if __name__ == "__main__":
+    sys.exit(main("s1", run, 3_000, __doc__))

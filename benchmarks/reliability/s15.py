@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from benchmarks.reliability import command
 from benchmarks.reliability.raw import Came, exchange, post
-from benchmarks.reliability.report import run_line
 from benchmarks.reliability.server import Server, deployment, running
 from scripts.scorecard import Line
 
@@ -362,7 +362,7 @@ def run(*, cases: int, seed: int, guard: bool) -> Line:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
-    return run_line("s15", __doc__ or "", 2400, run, arguments)
+    return command.main("s15", run, 2400, __doc__, arguments)
 
 
 if __name__ == "__main__":

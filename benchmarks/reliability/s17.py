@@ -55,7 +55,7 @@ _NUM_KEYS: Final = 24
 _CONFIG: Final = SqliteConfig(min_free_bytes=0)
 
 
-def run(cases: int, seed: int, guard: bool) -> Line:
+def run(*, cases: int, seed: int, guard: bool) -> Line:
     """Both parts."""
     began = time.perf_counter()
     ledger = run_ledger(cases, seed, guard)

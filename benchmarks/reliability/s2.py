@@ -8,6 +8,7 @@ import asyncio
 import json
 import random
 import statistics
+import sys
 import tempfile
 import time
 from contextlib import aclosing
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.reliability.client import connect, stream
+from benchmarks.reliability.command import main
 from benchmarks.reliability.server import Server, deployment, running
 from scripts.scorecard import Line
 
@@ -130,3 +132,7 @@ def _anon_kb(pid: int) -> int:
     """Memory of a process that is its own, in KiB."""
     status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
     return sum(int(line.split()[1]) for line in status.splitlines() if line.startswith(("RssAnon", "VmSwap")))
+
+
+if __name__ == "__main__":
+    sys.exit(main("s2", run, 1_000, __doc__, minutes=30.0))

@@ -47,7 +47,7 @@ _HANG_S: Final = 30.0
 _AT_S: Final = 1_790_000_000.0
 
 
-def run(cases: int, seed: int, guard: bool) -> Line:
+def run(*, cases: int, seed: int, guard: bool) -> Line:
     """All three parts."""
     began = time.perf_counter()
     parts = [

@@ -23,6 +23,7 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
+from benchmarks.reliability import command
 from benchmarks.reliability.attacks import (
     Attack,
     bind_cases,
@@ -34,7 +35,6 @@ from benchmarks.reliability.attacks import (
     wrong_keys,
 )
 from benchmarks.reliability.raw import Came, exchange
-from benchmarks.reliability.report import run_line
 from benchmarks.reliability.server import Server, deployment, running
 from scripts.scorecard import Line
 from tokenmill.core import UsageError
@@ -382,7 +382,7 @@ def run(*, cases: int, seed: int, guard: bool) -> Line:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
-    return run_line("s22", __doc__ or "", 100_000, run, arguments)
+    return command.main("s22", run, 100_000, __doc__, arguments)
 
 
 if __name__ == "__main__":

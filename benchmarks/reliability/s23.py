@@ -15,7 +15,6 @@ With `--guard off` all tenants are one project, two answers in a hundred are exc
 put together without lengths: every part must notice.
 """
 
-import argparse
 import asyncio
 import itertools
 import sys
@@ -29,15 +28,15 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from benchmarks.reliability.command import main
 from benchmarks.reliability.server import Server, deployment
 from benchmarks.reliability.tenants import Client, make_objects, once, opened, tenant_server
 from scripts.scorecard import Line
-from scripts.scorecard.__main__ import as_json, as_text
 from tokenmill.engine.mock import MockScript, reference_tokens
 from tokenmill.kernels import KV_BLOCK
 from tokenmill.kvcache import PrefixChain, prefix_root
 
-__all__ = ["Found", "main", "run"]
+__all__ = ["Found", "run"]
 
 _CANARY = "canary-5ae1"
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "OPTIONS", "TRACE", "DELETE")
@@ -353,33 +352,5 @@ def _structured(draw: Random) -> Iterator[tuple[tuple[str, ...], tuple[int, ...]
         yield tuple(moved), tokens
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the line. Returns 0 if the guarded run found no violation, and if every control was noticed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.reliability.s23",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--cases", type=int, default=1_000_000, help="answers with canaries")
-    parser.add_argument("--trials", type=int, default=2000, help="of each class of the timing")
-    parser.add_argument("--pairs", type=int, default=1_000_000, help="of prefix keys")
-    parser.add_argument("--max-s", type=float, default=600.0, help="canaries end after so many seconds")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--guard", choices=("on", "off"), default="on")
-    parser.add_argument("--json", action="store_true", help="one JSON object")
-    args = parser.parse_args(arguments)
-    guard = args.guard == "on"
-    line = run(
-        cases=args.cases,
-        seed=args.seed,
-        guard=guard,
-        trials=args.trials,
-        pairs=args.pairs,
-        max_s=args.max_s,
-    )
-    print(as_json(line, args.seed, guard) if args.json else as_text(line, args.seed, guard))
-    return 0 if (line.violations == 0) == guard else 1
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("s23", run, 1_000_000, __doc__, trials=2000, pairs=1_000_000, max_s=600.0))

@@ -26,8 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from benchmarks.reliability import command
 from benchmarks.reliability.raw import exchange, post
-from benchmarks.reliability.report import run_line
 from benchmarks.reliability.server import Server, deployment, running
 from scripts.scorecard import Line
 
@@ -247,7 +247,7 @@ def main(arguments: list[str] | None = None) -> int:
     if given[:1] == ["--ask"]:
         _ask(int(given[1]), float(given[2]))
         return 0
-    return run_line("s3", __doc__ or "", 6000, run, arguments)
+    return command.main("s3", run, 6000, __doc__, arguments)
 
 
 if __name__ == "__main__":

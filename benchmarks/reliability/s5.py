@@ -23,8 +23,8 @@ from typing import Any, Final
 
 import uvicorn
 
+from benchmarks.reliability import command
 from benchmarks.reliability.raw import post
-from benchmarks.reliability.report import run_line
 from scripts.scorecard import Line
 from tokenmill.core import Completion, Request
 from tokenmill.engine import LLMConfig
@@ -316,7 +316,7 @@ def run(*, cases: int, seed: int, guard: bool) -> Line:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
-    return run_line("s5", __doc__ or "", 10_000, run, arguments)
+    return command.main("s5", run, 10_000, __doc__, arguments)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """S6: fairness. A long prompt, a huge one, hostile grammars and a flood, each beside ordinary calls.
 
-    python -m benchmarks.reliability s6 --cases 200
+    python -m benchmarks.reliability.s6 --cases 200
 
 On the mock, with a time for each row of a step. Violations: short calls whose p99 time to the first token
 is over 3 times what it is on an idle server, a long prompt that the flood keeps from its answer, and a
@@ -12,6 +12,7 @@ take a prompt whole, and threads may not be used for texts.
 import asyncio
 import json
 import random
+import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.reliability.client import post
+from benchmarks.reliability.command import main
 from benchmarks.reliability.heard import Heard, hear, percentile
 from benchmarks.reliability.server import Server, deployment, running
 from scripts.scorecard import Line
@@ -222,3 +224,7 @@ async def _silence(server: Server, work: Callable[[], Awaitable[None]]) -> float
     is_over = True
     await asyncio.gather(*tasks)
     return worst_s
+
+
+if __name__ == "__main__":
+    sys.exit(main("s6", run, 400, __doc__))

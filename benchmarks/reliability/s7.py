@@ -1,6 +1,6 @@
 """S7: faults of processes, and what clients, probes and the ledger see of them.
 
-    python -m benchmarks.reliability s7 --cases 200 --seed 1
+    python -m benchmarks.reliability.s7 --cases 200 --seed 1
 
 Five faults (killed, stopped, hung, out of memory, told to end) of three parts (the engine process, the
 front end, the front end in the middle of its writes), each under streams and plain calls of both APIs.
@@ -15,6 +15,7 @@ import contextlib
 import os
 import random
 import signal
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -26,6 +27,7 @@ from typing import Any
 
 import apsw
 
+from benchmarks.reliability.command import main
 from benchmarks.reliability.heard import Heard, Probe, hear, percentile, watch
 from benchmarks.reliability.server import Server, deployment, running
 from scripts.scorecard import Line
@@ -392,3 +394,7 @@ async def _drained(server: Server, num: int) -> tuple[list[Heard], float, int]:
     heard = await asyncio.gather(*tasks)
     code = await asyncio.to_thread(server.process.wait, 90.0)
     return list(heard), time.perf_counter() - begun_s, code
+
+
+if __name__ == "__main__":
+    sys.exit(main("s7", run, 200, __doc__))

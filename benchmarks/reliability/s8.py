@@ -1,6 +1,6 @@
 """S8: a leak soak. Calls of many kinds for a long time, and what both processes hold after it.
 
-    python -m benchmarks.reliability s8 --minutes 1440
+    python -m benchmarks.reliability.s8 --minutes 1440
 
 On the mock, at 70 % of what it can do, with 5 % of the calls broken off by the client. Every 5 s memory
 that is a process's own (RssAnon + VmSwap, which counts what went to swap), open files and threads are
@@ -16,6 +16,7 @@ import itertools
 import json
 import random
 import statistics
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.reliability.client import connect, post, stream
+from benchmarks.reliability.command import main
 from benchmarks.reliability.heard import hear
 from benchmarks.reliability.server import Server, deployment, running
 from scripts.scorecard import Line
@@ -222,3 +224,7 @@ def slope_mb_per_hour(at_s: list[float], kb: list[int], seed: int = 1) -> tuple[
         slopes.append(float(np.polyfit(times, slope * times + offset + noise, 1)[0]))
     cuts = statistics.quantiles(slopes, n=40)
     return float(slope), cuts[0], cuts[-1]
+
+
+if __name__ == "__main__":
+    sys.exit(main("s8", run, 2, __doc__, minutes=1440.0))

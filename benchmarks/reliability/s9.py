@@ -344,11 +344,7 @@ async def _outage(kind: str, seed: int, guard: bool, rate: int, down_s: int) -> 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the line and print its record."""
-    return command.main("s9", _run, 20 * _KINDS, __doc__, arguments)
-
-
-def _run(cases: int, seed: int, guard: bool) -> Line:
-    return run(cases=cases, seed=seed, guard=guard)
+    return command.main("s9", run, 20 * _KINDS, __doc__, arguments)
 
 
 if __name__ == "__main__":
