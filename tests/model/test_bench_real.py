@@ -1,14 +1,16 @@
 """The benchmark on the default model: its bytes are the file's, its rates those of a machine."""
 
 import json
+import multiprocessing
 import os
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tokenmill.cli.main import main
 from tokenmill.costs import decode_work
-from tokenmill.engine.bench import BenchConfig, bench, decoder_cost, peak_rss_bytes
+from tokenmill.engine.bench import BenchConfig, BenchRow, bench, decoder_cost, peak_rss_bytes
 from tokenmill.kernels.probe import MachineLimits, measure_machine
 from tokenmill.models.packing.compile import load_packed
 from tokenmill.models.packing.layout import compile_plan
@@ -40,15 +42,23 @@ def test_a_decode_step_reads_the_weights_of_its_format(
     assert work.bytes_read == cost.block_bytes + cost.head_bytes + 129 * 23_040
 
 
-def test_measured_rows_are_plausible(model: ModelDirectory, limits: MachineLimits) -> None:
+def bench_rows(path: Path, limits: MachineLimits) -> list[BenchRow]:
     config = BenchConfig(weights=("w8a8",), batches=(1, 4), prompt=64, output=8, num_runs=2)
-    rows = {(row.phase, row.batch): row for row in bench(model, config, limits)}
+    return list(bench(ModelDirectory.open(path), config, limits))
+
+
+def test_measured_rows_are_plausible(model_dir: Path, limits: MachineLimits) -> None:
+    # In a process of its own, for what other tests have mapped would count as its memory.
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        rows = {
+            (row.phase, row.batch): row for row in pool.submit(bench_rows, model_dir, limits).result(300.0)
+        }
     assert set(rows) == {("prefill", 1), ("decode", 1), ("prefill", 4), ("decode", 4)}
     for row in rows.values():
         # A generous margin for a machine that is busier in one moment than in the next.
         assert 0 < row.of_limit < 4, row
         assert row.spread[0] <= row.tokens_per_s <= row.spread[1]
-        assert row.peak_rss_mb is None or 130 < row.peak_rss_mb < 6000
+        assert row.peak_rss_mb is None or 130 < row.peak_rss_mb < 2000
     decode = rows["decode", 4]
     assert decode.tpot_p50_ms is not None and decode.tpot_p99_ms is not None
     assert decode.tpot_p50_ms <= decode.tpot_p99_ms

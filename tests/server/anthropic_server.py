@@ -22,6 +22,7 @@ from tokenmill.core import (
     ResourceError,
     TokenmillError,
     Usage,
+    UsageError,
 )
 from tokenmill.engine import LLMConfig
 from tokenmill.engine.mock import MockModel, MockScript
@@ -164,8 +165,8 @@ class WrittenBackend:
         return Written(self.model, prepared.call, job)
 
     async def embed(self, texts: Sequence[Prompt], job: Job) -> Embedded:
-        """Never asked."""
-        raise NotImplementedError
+        """It has none."""
+        raise UsageError("this model makes no embeddings", hint="ask another one")
 
     async def drain(self, deadline_s: float) -> None:
         """Nothing runs."""

@@ -32,6 +32,7 @@ __all__ = [
     "add_generator_flags",
     "add_model_argument",
     "add_shared_flags",
+    "add_speculation_flags",
     "byte_size",
     "expert_cache_fields",
     "llm_config",
@@ -142,6 +143,14 @@ def add_engine_flags(parser: Parser) -> "argparse._ArgumentGroup":
 
 def add_generator_flags(parser: Parser) -> None:
     """The engine flags, and those for what only a generation has: speculation and an adapter."""
+    group = add_speculation_flags(parser)
+    group.add_argument(
+        "--adapter", type=Path, metavar="FOLDER", help="use this LoRA adapter, as PEFT saves it"
+    )
+
+
+def add_speculation_flags(parser: Parser) -> "argparse._ArgumentGroup":
+    """The engine flags, and `--speculation` and `--draft`."""
     group = add_engine_flags(parser)
     group.add_argument(
         "--speculation",
@@ -151,9 +160,7 @@ def add_generator_flags(parser: Parser) -> None:
     group.add_argument(
         "--draft", metavar="MODEL", help="a small model with the same vocabulary that guesses for MODEL"
     )
-    group.add_argument(
-        "--adapter", type=Path, metavar="FOLDER", help="use this LoRA adapter, as PEFT saves it"
-    )
+    return group
 
 
 def adapter_name(args: argparse.Namespace) -> str:

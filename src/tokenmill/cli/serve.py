@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from tokenmill.cli.arguments import (
     Subparsers,
     add_command,
-    add_generator_flags,
+    add_speculation_flags,
     llm_config,
     open_model,
 )
@@ -47,7 +47,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="(default: info)"
     )
     parser.add_argument("--check", action="store_true", help="say what would be served, and serve nothing")
-    add_generator_flags(parser)
+    add_speculation_flags(parser)
 
 
 def _serve(args: argparse.Namespace, out: Output) -> int:
@@ -84,13 +84,11 @@ def _deployment(args: argparse.Namespace) -> "Deployment":
     from tokenmill.server.config import Deployment, ModelConfig, read_deployment
 
     if args.what.endswith(_SUFFIXES):
-        if args.weights or args.kv or args.threads or args.draft or args.adapter or args.speculation:
+        if args.weights or args.kv or args.threads or args.draft or args.speculation:
             raise UsageError("engine flags are for a model, not a file", hint="write them into the file")
         deployment = read_deployment(Path(args.what))
     else:
         directory = open_model(args.what)
-        if args.adapter:
-            raise UsageError("adapters are not served yet", hint="merge it: tokenmill export")
         name = args.what if "/" not in args.what else directory.name
         model = ModelConfig(
             name=name, model=str(directory.path), draft=args.draft or "", engine=llm_config(args)

@@ -126,6 +126,7 @@ def _uvicorn_config(app: Asgi, config: HttpConfig) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # nothing here asks what a header says of the client's address
         date_header=True,
         backlog=_ACCEPTED,
         timeout_keep_alive=config.keep_alive_s,
