@@ -67,6 +67,8 @@ class BatchRoom:
         self.objects = objects or ObjectStore(store)
         self.files = BatchFiles(self.objects, FileFolder(folder), files or FilesConfig(), self.now_s)
         self.runner = LineRunner(self.objects, accounts, endpoints)
+        self._keys: dict[str, Key] = {}
+        self._key_version = -1
         self.worker = BatchWorker(
             self.objects,
             self.files,
@@ -97,7 +99,11 @@ class BatchRoom:
     async def _key(self, key_id: str) -> Key | None:
         if key_id == ANONYMOUS.id:
             return ANONYMOUS
-        return next((key for key in await self.store.keys() if key.id == key_id), None)
+        version = await self.store.key_version()
+        if version != self._key_version:
+            self._keys = {key.id: key for key in await self.store.keys()}
+            self._key_version = version
+        return self._keys.get(key_id)
 
 
 def endpoints_of(routes: Sequence[Route]) -> dict[str, Endpoint]:

@@ -4,7 +4,7 @@ What is not supported is not passed over: an unknown field, a part that is no te
 range are a `FieldError`. Parameters that OpenAI does not have are those that vLLM has, under its names.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, Final, Literal
 
 import msgspec
@@ -23,6 +23,7 @@ __all__ = [
     "parse_openai_completion",
     "tier_of",
     "told_call",
+    "tool_choice_of",
 ]
 
 _TIERS: Final[dict[str, Tier | None]] = {
@@ -365,18 +366,30 @@ def _tool(tool: _Tool, path: str) -> dict[str, Any]:
 
 
 def _tool_choice(request: _ChatRequest, names: set[str]) -> ToolChoice:
-    choice, parallel = request.tool_choice, request.parallel_tool_calls is not False
+    choice = request.tool_choice
+    name = "" if choice is None else _chosen_name(choice)
+    example = '{"type": "function", "function": {"name": one of tools}}'
+    return tool_choice_of(choice, name, names, parallel=request.parallel_tool_calls, example=example)
+
+
+def tool_choice_of(
+    choice: object, name: object, names: Set[str], *, parallel: bool | None, example: str
+) -> ToolChoice:
+    """What `tool_choice` asks for: one of three words, or the function `name`, written as in `example`.
+
+    Raises FieldError for a name that is none of `names`.
+    """
+    is_parallel = parallel is not False
     if choice is None or choice == "auto":
-        return ToolChoice(parallel=parallel)
+        return ToolChoice(parallel=is_parallel)
     if choice == "none":
-        return ToolChoice(mode="none", parallel=parallel)
+        return ToolChoice(mode="none", parallel=is_parallel)
     if choice == "required":
-        return ToolChoice(mode="required", parallel=parallel)
-    name = _chosen_name(choice)
-    if name not in names:
-        hint = 'use auto, none, required, or {"type": "function", "function": {"name": one of tools}}'
+        return ToolChoice(mode="required", parallel=is_parallel)
+    if not isinstance(name, str) or name not in names:
+        hint = f"use auto, none, required, or {example}"
         raise FieldError("tool_choice", "it cannot be used", hint=hint)
-    return ToolChoice(mode="named", name=name, parallel=parallel)
+    return ToolChoice(mode="named", name=name, parallel=is_parallel)
 
 
 def _chosen_name(choice: str | dict[str, Any]) -> str:

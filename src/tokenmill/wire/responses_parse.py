@@ -13,7 +13,7 @@ import msgspec
 from tokenmill.core import Grammar, Message, SamplingParams
 from tokenmill.wire.call import Call, ToolChoice
 from tokenmill.wire.fields import FieldError, decode_request, encode_json, named_fields
-from tokenmill.wire.openai_parse import check_temperature, check_tools, tier_of
+from tokenmill.wire.openai_parse import check_temperature, check_tools, tier_of, tool_choice_of
 from tokenmill.wire.parts import filled, tool_name, whole_tool
 from tokenmill.wire.responses_items import read_items
 
@@ -175,18 +175,10 @@ def _tool(raw: dict[str, Any], path: str) -> dict[str, Any]:
 
 
 def _tool_choice(request: _Request, names: set[str]) -> ToolChoice:
-    choice, parallel = request.tool_choice, request.parallel_tool_calls is not False
-    if choice is None or choice == "auto":
-        return ToolChoice(parallel=parallel)
-    if choice == "none":
-        return ToolChoice(mode="none", parallel=parallel)
-    if choice == "required":
-        return ToolChoice(mode="required", parallel=parallel)
+    choice = request.tool_choice
     name = choice.get("name") if isinstance(choice, dict) and choice.get("type") == "function" else None
-    if not isinstance(name, str) or name not in names:
-        hint = 'use auto, none, required, or {"type": "function", "name": one of tools}'
-        raise FieldError("tool_choice", "it cannot be used", hint=hint)
-    return ToolChoice(mode="named", name=name, parallel=parallel)
+    example = '{"type": "function", "name": one of tools}'
+    return tool_choice_of(choice, name, names, parallel=request.parallel_tool_calls, example=example)
 
 
 def _echo(request: _Request) -> dict[str, Any]:
