@@ -78,7 +78,6 @@ class Connections:
     def __init__(self, limits: HttpLimits) -> None:
         self.limits = limits
         self.num_refused = 0
-        self.num_cut = 0
         self._open: set[HttpProtocol] = set()
         self._of_host: Counter[str] = Counter()
         self._timer: asyncio.TimerHandle | None = None
@@ -114,7 +113,6 @@ class Connections:
         now_s = loop.time()
         for each in rest[:_AT_ONCE]:
             if each in self._open and each.is_overdue(now_s):
-                self.num_cut += 1
                 each.cut()
         delay_s = _LOOK_S / max(1.0, len(self._open) / _AT_ONCE)
         self._timer = loop.call_later(delay_s, self._look, loop, rest[_AT_ONCE:]) if self._open else None
