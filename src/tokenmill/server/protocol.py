@@ -77,7 +77,6 @@ class Connections:
 
     def __init__(self, limits: HttpLimits) -> None:
         self.limits = limits
-        self.num_refused = 0
         self._open: set[HttpProtocol] = set()
         self._of_host: Counter[str] = Counter()
         self._timer: asyncio.TimerHandle | None = None
@@ -94,7 +93,6 @@ class Connections:
         of_host = 0 if each.host in self.limits.trusted else self._of_host[each.host]
         if len(self._open) <= self.limits.max_connections and of_host <= self.limits.max_per_host:
             return True
-        self.num_refused += 1
         return False
 
     def leave(self, each: "HttpProtocol") -> None:
