@@ -91,9 +91,7 @@ class Connections:
         if self._timer is None:
             self._timer = each.loop.call_later(_LOOK_S, self._look, each.loop, [])
         of_host = 0 if each.host in self.limits.trusted else self._of_host[each.host]
-        if len(self._open) <= self.limits.max_connections and of_host <= self.limits.max_per_host:
-            return True
-        return False
+        return len(self._open) <= self.limits.max_connections and of_host <= self.limits.max_per_host
 
     def leave(self, each: "HttpProtocol") -> None:
         """Count it out."""
