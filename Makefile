@@ -95,6 +95,6 @@ $(VENV)/.package: $(VENV)/.build $(SOURCES)
 # torch is asked for by its full version first: the extra then finds it installed.
 $(VENV)/.dev: $(VENV)/.package pyproject.toml
 	$(PIP) install torch==2.13.0
-	$(BIN)/python scripts/requirements.py dev train > $(VENV)/dev.txt
+	$(BIN)/python scripts/requirements.py dev train postgres > $(VENV)/dev.txt
 	$(PIP) install -r $(VENV)/dev.txt
 	@touch $@
