@@ -31,6 +31,7 @@ COMMANDS: Final = (
     "eval",
     "compare",
     "decontaminate",
+    "train",
     "serve",
     "load",
     "versus",
