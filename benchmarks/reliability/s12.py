@@ -151,15 +151,25 @@ def run(
             command += [f"--max-failures={most}"] if most else []
             said = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
             is_alive = server.process.poll() is None
+            errors = [] if is_alive and not said.returncode else _errors(server.log)
         found = read_events(events) if events.exists() else Found()
     if not found.finished:
         found.wrong[f"Schemathesis did not end: {said.stdout[-300:]}{said.stderr[-300:]}"] += 1
     if not is_alive:
         found.wrong["the server is gone"] += 1
-    return _line(found, begun_s)
+    return _line(found, begun_s, errors)
 
 
-def _line(found: Found, begun_s: float) -> Line:
+def _errors(log: Path) -> list[str]:
+    """The first errors that the server logged, refusals of probes aside."""
+    with log.open(encoding="utf-8", errors="replace") as lines:
+        errors = [
+            line.strip()[:2000] for line in lines if '"level":"info"' not in line and "/health/" not in line
+        ]
+    return errors[:_SHOWN]
+
+
+def _line(found: Found, begun_s: float, errors: list[str]) -> Line:
     kinds = [f"{kind} ({number})" for kind, number in found.wrong.most_common(_SHOWN)]
     figures: dict[str, float | int | str] = {
         "operations": found.selected,
@@ -170,6 +180,7 @@ def _line(found: Found, begun_s: float) -> Line:
         "valid": found.valid,
         "accepted": found.accepted,
         **{f"wrong {at}": kind for at, kind in enumerate(kinds, 1)},
+        **({f"log {at}": text for at, text in enumerate(errors, 1)} if found.wrong else {}),
     }
     return Line(
         name="S12",
