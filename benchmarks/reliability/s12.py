@@ -14,6 +14,7 @@ find a 5xx.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,6 @@ from scripts.scorecard.__main__ import as_json, as_text
 
 __all__ = ["Found", "main", "read_events", "run"]
 
-_ROOT: Final = Path(__file__).parents[2]
 _UNGUARDED: Final = """\
 from tokenmill.core import SamplingParams
 from tokenmill.server import openai_batches
@@ -197,12 +197,11 @@ def _tool() -> Iterator[str]:
 
 
 def _environment(folder: Path, guard: bool) -> dict[str, str]:
-    """The server's: this tree's code; for the control, without the guard."""
-    places = [str(_ROOT / "src"), str(_ROOT)]
-    if not guard:
-        (folder / "sitecustomize.py").write_text(_UNGUARDED, encoding="utf-8")
-        places.insert(0, str(folder))
-    return {"PYTHONPATH": ":".join(places)}
+    """The server's; for the control, without the guard."""
+    if guard:
+        return {}
+    (folder / "sitecustomize.py").write_text(_UNGUARDED, encoding="utf-8")
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH", ""))))}
 
 
 def main(arguments: list[str] | None = None) -> int:
