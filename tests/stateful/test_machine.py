@@ -1,4 +1,4 @@
-"""A Hypothesis state machine over the engine's core: 100,000 events, and the proof that it would notice."""
+"""A Hypothesis state machine over the engine's core: 40,000 events, and the proof that it would notice."""
 
 from random import Random
 
