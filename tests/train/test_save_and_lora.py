@@ -15,7 +15,7 @@ from tests.train import tools
 from tokenmill.core import UsageError
 from tokenmill.kernels import F32Array, create_executor
 from tokenmill.models.adapter import pack_adapter, read_adapter
-from tokenmill.models.packing.compile import compile_plan
+from tokenmill.models.packing.layout import compile_plan
 from tokenmill.models.packing.pack import pack_model
 from tokenmill.models.store.directory import ModelDirectory
 from tokenmill.models.store.library import Library
@@ -161,7 +161,7 @@ def test_only_the_adapter_is_trained_and_at_first_it_adds_nothing(source: ModelD
     train(model, tools.examples(20), replace(CONFIG, dtype="float32"))
     now = dict(model.named_parameters())
     assert all(torch.equal(now[name], weight) for name, weight in before.items())
-    assert now.keys() - before.keys() and float(now["model.layers.0.self_attn.q_proj.up"].abs().max()) > 0
+    assert now.keys() - before.keys() and now["model.layers.0.self_attn.q_proj.up"].any()
     with pytest.raises(UsageError, match="has an adapter already"):
         add_lora(model, LoraConfig())
 
