@@ -12,8 +12,13 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any, Final, NamedTuple
 
-import torch
-from torch import Tensor
+from tokenmill.core.errors import UsageError
+
+try:
+    import torch
+    from torch import Tensor
+except ModuleNotFoundError as error:
+    raise UsageError("torch is not installed", hint="run: pip install 'tokenmill[train]'") from error
 
 __all__ = ["SHORT", "PackedRow", "attend_short", "pad", "unpad"]
 
