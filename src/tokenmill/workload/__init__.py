@@ -11,6 +11,7 @@ from tokenmill.workload.config import (
 )
 from tokenmill.workload.erasure import Erasure, erase, read_erasures, verify_erasures
 from tokenmill.workload.folder import FolderConfig, WorkloadFolder
+from tokenmill.workload.inference import Inference, infer_log, infer_workload
 from tokenmill.workload.log import read_log
 from tokenmill.workload.record import Given, Origin, WorkloadCall, read_calls, write_call
 from tokenmill.workload.row import (
@@ -25,6 +26,7 @@ from tokenmill.workload.row import (
 from tokenmill.workload.rows import read_rows, split_rows
 from tokenmill.workload.splits import PARTS, Splits, freeze, look, num_looks, split
 from tokenmill.workload.terms import Action, Ruling, Terms, TermsCount, count_terms
+from tokenmill.workload.write import write_rejected, write_workload
 
 __all__ = [
     "PARTS",
@@ -34,6 +36,7 @@ __all__ = [
     "FolderConfig",
     "Given",
     "Incumbent",
+    "Inference",
     "Log",
     "Origin",
     "Quality",
@@ -54,6 +57,8 @@ __all__ = [
     "erase",
     "estimated_tokens",
     "freeze",
+    "infer_log",
+    "infer_workload",
     "look",
     "num_looks",
     "prompt_text",
@@ -66,4 +71,6 @@ __all__ = [
     "split_rows",
     "verify_erasures",
     "write_call",
+    "write_rejected",
+    "write_workload",
 ]

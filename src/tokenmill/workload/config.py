@@ -154,10 +154,10 @@ class SplitConfig:
 class WorkloadConfig:
     """A workload and what is wanted of it.
 
-    `columns` name the columns of a CSV log (keys of `formats.COLUMNS`). `slice_by` is what a row's slice is: "log"
-    what the log says, "answer" the right answer, "json:FIELD" a field of it, "none". `labels` is the
-    closed set of answers, if it is one. `price_per_hour` is the machine's, in USD; `budget_s` what the search
-    may take.
+    `columns` name the columns of a CSV log (keys of `formats.COLUMNS`). `slice_by` is what a row's slice
+    is: "log" what the log says, "answer" the right answer, "json:FIELD" a field of it, "none". `labels` is
+    the closed set of answers, if it is one. `price_per_hour` is the machine's, in USD; `budget_s` what the
+    search may take.
     """
 
     log: Path

@@ -111,8 +111,6 @@ def _of_exchange(
 
 
 def _capture(line: Mapping[str, Any]) -> Sequence[Draft]:
-    if line.get("shadow"):
-        raise DraftError("is a shadow's answer to a call that has a line of its own")
     origin = line.get("origin")
     model = origin.get("model") if isinstance(origin, Mapping) else origin
     draft = _of_exchange(
@@ -327,7 +325,7 @@ def _sharegpt(line: Mapping[str, Any]) -> Sequence[Draft]:
         said.append({"role": "system", "content": line["system"]})
     drafts = []
     for at, turn in enumerate(turns):
-        role = _SPEAKERS.get(turn.get("from") or turn.get("role")) if isinstance(turn, Mapping) else None
+        role = _SPEAKERS.get(str(turn.get("from", turn.get("role")))) if isinstance(turn, Mapping) else None
         if role is None:
             raise DraftError(f"conversations[{at}] is from nobody known")
         content = turn.get("value", turn.get("content"))

@@ -34,8 +34,8 @@ def read_log(
     """The rows and faults of a file, or of the files of a folder.
 
     `columns` says which columns of flat rows have what, by the keys of `formats.COLUMNS`. Raises
-    NotFoundError, StorageError, ResourceError for too many rows; UsageError for a format that nobody knows, and a log in
-    which no line makes a row.
+    NotFoundError, StorageError, ResourceError for too many rows; UsageError for a format that nobody knows,
+    and for a log in which no line makes a row.
     """
     chosen = _checked(columns or {})
     reader = _Reader(max_rows)
