@@ -116,8 +116,8 @@ def _slo_lines(config: WorkloadConfig) -> Iterator[str]:
 
 
 def _terms_lines(inference: Inference) -> Iterator[str]:
-    yield "# May these answers train a model? allow, warn or deny; denied rows train nothing. Some licences are"
-    yield "# known, but not what you agreed to with a provider. Found in the log:"
+    yield "# May these answers train a model? allow, warn or deny; denied rows train nothing. Some licences"
+    yield "# are known, but not what you agreed to with a provider. Found in the log:"
     for each in count_terms(inference.log.rows, inference.config.terms):
         term = _text(each.term) if each.term else "that name no terms"
         yield f"#   {each.num_rows} rows {term}: {each.action}"
