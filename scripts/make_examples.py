@@ -18,10 +18,13 @@ EXAMPLES: Final = Path(__file__).parents[1] / "examples"
 
 SLOTS_PROMPT: Final = (
     "Turn the user's request into one line of JSON with its intent (AddToPlaylist, BookRestaurant, "
-    "GetWeather, PlayMusic, RateBook, SearchCreativeWork or SearchScreeningEvent) and its slots, whose values "
-    "are copied from the request."
+    "GetWeather, PlayMusic, RateBook, SearchCreativeWork or SearchScreeningEvent) and its slots, whose "
+    "values are copied from the request."
 )
-BANKING_PROMPT: Final = "You sort the questions of a bank's customers. Answer with the name of the question's intent, nothing else."
+BANKING_PROMPT: Final = (
+    "You sort the questions of a bank's customers. Answer with the name of the question's intent, nothing "
+    "else."
+)
 
 
 def main(data: Path) -> None:

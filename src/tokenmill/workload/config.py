@@ -87,7 +87,7 @@ class Incumbent:
 @dataclass(frozen=True, kw_only=True)
 class Quality:
     """What a candidate must reach. `bar` "incumbent": not worse than the incumbent by more than `margin`; a
-    number: a mean score of at least that. The statement holds with `confidence`.
+    number: a mean score of at least that, whatever `margin` is. The statement holds with `confidence`.
     """
 
     scorer: Scorer = "exact"
