@@ -44,6 +44,7 @@ COMMANDS: Final = (
     "keys",
     "ledger",
     "erase",
+    "distil",
     "export",
     "completion",
 )
