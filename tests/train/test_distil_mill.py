@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,17 +15,19 @@ from tokenmill.compress import (
     DistilConfig,
     MillConfig,
     StudentShape,
+    answer_prompts,
     common_system_prompt,
     conversations_of,
     examples_of,
     folded_template,
     mill,
     prepare_teacher,
+    prompt_of,
 )
 from tokenmill.core import Message, UsageError
 from tokenmill.models.chat.template import ChatTemplate
 from tokenmill.models.store.directory import ModelDirectory
-from tokenmill.train import ConversationEncoder, TrainConfig
+from tokenmill.train import ConversationEncoder, Example, TrainConfig
 from tokenmill.workload import Row
 
 SYSTEM = 'Answer in JSON like {"who": "x", "at": 1} \\ "quoted" {{ and }} {% nothing %} — ünïcode\nline two'
@@ -134,6 +137,25 @@ def test_the_whole_chain_and_again_from_what_is_there(model: ModelDirectory, tmp
     assert again.student.model.manifest.files[name] == first.student.model.manifest.files[name]
     with pytest.raises(UsageError, match="something else: rows was"):
         mill(model, used[1:], config, tmp_path / "three", work=work, validation=held)
+
+
+def test_a_student_learns_from_its_teachers_answers(model: ModelDirectory, tmp_path: Path) -> None:
+    used = conversations_of(ROWS[:60])
+    config = MillConfig(
+        student=SHAPE,
+        vocabulary=None,
+        teacher=replace(QUICK, num_epochs=12),
+        answers="teacher",
+        distil=DistilConfig(train=QUICK),
+    )
+    work = tmp_path / "work"
+    made = mill(model, used, config, tmp_path / "one", work=work)
+    learnt = [Example(*each) for each in json.loads((work / "answers.json").read_text())]
+    asked = examples_of(made.teacher, used)
+    given = answer_prompts(made.teacher, [prompt_of(each) for each in asked], max_tokens=60).examples
+    assert 30 < len(learnt) <= 60 and learnt == [Example(list(e.tokens), list(e.is_target)) for e in given]
+    with pytest.raises(UsageError, match="answers is 'mine'"):
+        replace(config, answers="mine")  # type: ignore[arg-type]
 
 
 def write_log(path: Path, terms: str = "CC0-1.0") -> Path:

@@ -50,6 +50,12 @@ def add_parser(subparsers: Subparsers) -> None:
         "--recipe", choices=RECIPES, default=RECIPES[0], help=f"what it learns from (default: {RECIPES[0]})"
     )
     parser.add_argument(
+        "--answers",
+        choices=("recorded", "teacher"),
+        default="recorded",
+        help="whose answers it learns from (default: recorded)",
+    )
+    parser.add_argument(
         "--vocabulary",
         type=positive,
         default=4096,
@@ -110,7 +116,9 @@ def _config(args: argparse.Namespace) -> "MillConfig":
         on_policy=OnPolicyConfig() if args.recipe == "on-policy" else None,
         train=replace(plain.train, num_epochs=args.epochs, seed=args.seed),
     )
-    config = MillConfig(student=PRESETS[args.student], vocabulary=args.vocabulary, distil=distil)
+    config = MillConfig(
+        student=PRESETS[args.student], vocabulary=args.vocabulary, answers=args.answers, distil=distil
+    )
     if args.keep_teacher:
         return replace(config, vocabulary=None, teacher=None)
     assert config.teacher is not None

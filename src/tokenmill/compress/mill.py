@@ -5,30 +5,35 @@
     cut         a student's shape out of the teacher
     student     distilled (`recipes`)
 
-The teacher is a candidate itself. Each step is a model directory in the work folder and is made once: a run that
-was killed goes on with the step that it was in. Search over shapes and settings is not here.
+The teacher is a candidate itself. Each step is a model directory in the work folder and is made once: a run
+that was killed goes on with the step that it was in. Search over shapes and settings is not here.
 """
 
 import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, get_args
 
 from tokenmill.compress.corpus import Conversation, examples_of, prepare_teacher
 from tokenmill.compress.export_check import ExportMismatch, check_export
+from tokenmill.compress.generation import answer_prompts, kept_examples, longest_answer, prompt_of
 from tokenmill.compress.recipes import DistilConfig, Distilled, distil
 from tokenmill.compress.students import PRESETS, StudentInit, StudentShape, make_student
 from tokenmill.compress.teacher_logits import examples_digest
 from tokenmill.core import UsageError
+from tokenmill.models.packing.compile import forget_packed
 from tokenmill.models.store.directory import ModelDirectory
 from tokenmill.models.torch_twin import TorchDecoder
 from tokenmill.runs import RunFolder, content_hash
 from tokenmill.train import Example, TrainConfig, save_model, train
 from tokenmill.train.loop import Progress
 
-__all__ = ["MillConfig", "Milled", "mill", "train_teacher"]
+__all__ = ["AnswersOf", "MillConfig", "Milled", "mill", "train_teacher"]
+
+AnswersOf = Literal["recorded", "teacher"]
 
 _CALIBRATION: Final = 64
 _CHECK_WINDOWS: Final = 16
@@ -37,7 +42,8 @@ _CHECK_WINDOWS: Final = 16
 @dataclass(frozen=True, kw_only=True)
 class MillConfig:
     """What is made of a model. `vocabulary` None leaves the teacher's tokens and template as they are;
-    `teacher` None leaves its weights. `teacher_rows` are as many as it is trained on (None: all).
+    `teacher` None leaves its weights. `teacher_rows` are as many as it is trained on (None: all). The student
+    learns from the `recorded` answers or from the `teacher`'s own (sequence-level distillation).
     """
 
     student: StudentShape = field(default_factory=lambda: PRESETS["mill-4M"])
@@ -48,7 +54,14 @@ class MillConfig:
         default_factory=lambda: TrainConfig(learning_rate=2e-4, num_epochs=1, tokens_per_step=2048)
     )
     teacher_rows: int | None = None
+    answers: AnswersOf = "recorded"
     distil: DistilConfig = field(default_factory=DistilConfig)
+
+    def __post_init__(self) -> None:
+        if self.answers not in get_args(AnswersOf):
+            raise UsageError(
+                f"answers is {self.answers!r}", hint=f"use one of {', '.join(get_args(AnswersOf))}"
+            )
 
     def decisive(self) -> dict[str, Any]:
         """What decides the weights."""
@@ -102,6 +115,8 @@ def mill(
         cut = _kept(work / "cut") or make_student(
             teacher, config.student, work / "cut", windows, start=config.start, seed=config.distil.train.seed
         )
+        if config.answers == "teacher":
+            examples = kept_examples(work / "answers.json", partial(_own_answers, teacher, examples))
         student = distil(
             teacher,
             cut,
@@ -125,7 +140,7 @@ def train_teacher(
     validation: Sequence[Example] = (),
     progress: Progress | None = None,
 ) -> ModelDirectory:
-    """Train all weights of `model` on the examples, as the new model directory `folder`, checked in the engine.
+    """Train all weights of `model` on the examples: the new model directory `folder`, checked in the engine.
 
     Errors as in `train` and `check_export`; a directory that is not served as trained is not left behind.
     """
@@ -145,9 +160,19 @@ def train_teacher(
             made, [each.tokens for each in (validation or examples)[:_CHECK_WINDOWS]], twin=twin.float()
         )
     except ExportMismatch:
+        forget_packed(folder)
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return made
+
+
+def _own_answers(teacher: ModelDirectory, examples: Sequence[Example]) -> Sequence[Example]:
+    """What the teacher answers to the prompts of the examples; answers without an end are left out."""
+    prompts = [prompt_of(each) for each in examples]
+    answers = answer_prompts(teacher, prompts, max_tokens=longest_answer(examples)).examples
+    if not answers:
+        raise UsageError(f"{teacher.name} ends none of its answers", hint="train it on the workload first")
+    return answers
 
 
 def _kept(folder: Path) -> ModelDirectory | None:

@@ -1,9 +1,9 @@
 """More prompts for a workload that has few: written by a model, let in only if they are new and leak nothing.
 
 A generator (the teacher, or an endpoint) is shown a few requests of the workload and writes others (Wang et
-al. 2023). Each passes two gates: it repeats no known prompt and no other new one, to the word or nearly; and it
-overlaps with no prompt that certifies, for a student that was trained on these would be certified on what it
-has seen. Who answers the prompts is for the caller: usually the teacher.
+al. 2023). Each passes two gates: it repeats no known prompt and no other new one, to the word or nearly; and
+it overlaps with no prompt that certifies, for a student that was trained on these would be certified on what
+it has seen. Who answers the prompts is for the caller: usually the teacher.
 """
 
 import random
