@@ -33,6 +33,8 @@ COMMANDS: Final = (
     "eval",
     "compare",
     "decontaminate",
+    "train",
+    "distil",
     "serve",
     "load",
     "versus",
@@ -44,7 +46,6 @@ COMMANDS: Final = (
     "keys",
     "ledger",
     "erase",
-    "distil",
     "export",
     "completion",
 )
