@@ -163,7 +163,7 @@ def test_random_damage_never_ends_in_an_unknown_error(tmp_path: Path) -> None:
             log = read_log(path)
         except TokenmillError:
             continue
-        numbers = {each.number for each in (*log.rows, *log.faults)}
+        numbers = {each.number for each in log.rows} | {each.number for each in log.faults}
         assert numbers >= {at for at, line in enumerate(bytes(data).split(b"\n"), 1) if line.strip()}
 
 
@@ -179,7 +179,8 @@ def test_any_value_in_the_place_of_any_field_is_a_row_or_a_fault(tmp_path: Path)
         lines += [json.dumps(each) for each in _replaced(whole, odd)]
         path.write_text("\n".join(lines))
         log = read_log(path)
-        assert {each.number for each in (*log.rows, *log.faults)} == set(range(1, len(lines) + 1))
+        numbers = {each.number for each in log.rows} | {each.number for each in log.faults}
+        assert numbers == set(range(1, len(lines) + 1))
 
 
 def _replaced(value: Any, odd: list[Any]) -> list[Any]:

@@ -211,8 +211,8 @@ def _show_reach(quality: "Quality", summary: "Summary", out: Output) -> None:
     if not isinstance(quality.bar, str):
         known = wilson_interval(round(quality.bar * num), num, confidence=quality.confidence)
         out.text(
-            f"The bar is a score of {quality.bar:g}: one of about that is known to lie between {known.low:.3f} "
-            f"and {known.high:.3f}"
+            f"The bar is a score of {quality.bar:g}: one of about that is known to lie between "
+            f"{known.low:.3f} and {known.high:.3f}"
         )
         return
     needed = [

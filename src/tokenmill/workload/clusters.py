@@ -99,7 +99,7 @@ def _near_pairs(texts: Sequence[str], near: float) -> Iterator[tuple[int, int]]:
 
 def _likeness(first: str, second: str) -> float:
     """The share of pieces in common."""
-    pieces, others = _pieces(first), _pieces(second)
+    pieces, others = np.unique(_pieces(first)), np.unique(_pieces(second))
     common = len(np.intersect1d(pieces, others, assume_unique=True))
     return common / (len(pieces) + len(others) - common)
 
@@ -110,7 +110,7 @@ def _plain(text: str) -> str:
 
 
 def _pieces(text: str) -> NDArray[np.uint64]:
-    """A hash for each different piece of the beginning of a text; a shorter text is one piece."""
+    """A hash for each piece of the beginning of a text, in order; a shorter text is one piece."""
     data = text[:_MAX_CHARS].encode("utf-32-le", "surrogatepass")
     codes = np.frombuffer(data, np.uint32).astype(np.uint64)
     size = max(1, min(_PIECE, len(codes)))
@@ -119,4 +119,4 @@ def _pieces(text: str) -> NDArray[np.uint64]:
     for at in range(min(size, len(codes))):
         mixed = (mixed ^ codes[at : at + num]) * _ODD
         mixed ^= mixed >> np.uint64(29)
-    return np.unique(mixed)
+    return mixed
