@@ -148,7 +148,7 @@ class _Reader:
                 raise DraftError(_mismatch(line.value, format))
             drafts = format.drafts(line.value)
         except DraftError as error:
-            self._fault(line.number, str(error))
+            self._fault(line.number, error.message)
             return
         for draft in drafts:
             self._add(line.number, draft)
