@@ -44,7 +44,7 @@ from tokenmill.train.losses import (
     target_loss,
 )
 
-__all__ = ["DistilConfig", "Distilled", "OnPolicyConfig", "distil"]
+__all__ = ["DistilConfig", "Distilled", "Divergence", "OnPolicyConfig", "distil"]
 
 Divergence = Literal["reverse_kl", "jsd"]
 
