@@ -1,6 +1,7 @@
 """`tokenmill train`, as its user."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,7 @@ def test_an_adapter_alone_is_written(run: Runner, data: Path, tmp_path: Path, ho
         (line("a", "b") + '{"prompt": "x"}\n', "train.jsonl:2: there is no messages"),
         (
             '{"messages": [{"role": "user", "content": "x"}]}\n',
-            "train.jsonl:1: .*does not end with an answer",
+            "train.jsonl:1: .*does not end with",
         ),
         ('{"messages": [{"role": "boss", "content": "x"}]}\n', r"train.jsonl:1: .*messages\[0\]"),
     ],
@@ -80,7 +81,7 @@ def test_wrong_data_is_one_line_with_its_place(
     data.write_text(text)
     result = run("train", "tiny", str(data), "--output", str(tmp_path / "mine"))
     assert result.code == 2
-    assert pytest.importorskip("re").search(message, result.error_line), result.error_line
+    assert re.search(message, result.error_line), result.error_line
 
 
 def test_wrong_flags_are_refused_before_anything_is_read(run: Runner, data: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def examples(count: int, *, seed: int = 0, longest: int = 30) -> list[Example]:
         length = random_.randint(3, longest)
         tokens = [random_.randrange(100) for _ in range(length)]
         start = random_.randint(1, length - 1)
-        is_target = [at >= start and not (at == start + 2) for at in range(length)]
+        is_target = [at >= start and at != start + 2 for at in range(length)]
         made.append(Example(tokens, is_target))
     return made
 

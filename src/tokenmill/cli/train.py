@@ -54,7 +54,7 @@ def add_parser(subparsers: Subparsers) -> None:
     _add_settings(parser.add_argument_group("how to train"))
     adapter = parser.add_argument_group("low-rank adapter")
     adapter.add_argument("--lora", type=positive, metavar="RANK", help="train an adapter of this rank only")
-    adapter.add_argument("--alpha", type=float, help="its strength (default: twice the rank)")
+    adapter.add_argument("--alpha", type=float, metavar="X", help="its strength (default: twice the rank)")
     adapter.add_argument("--targets", nargs="+", metavar="NAME", help="its matrices (default: all)")
     adapter.add_argument(
         "--adapter", action="store_true", help="write the adapter alone, not merged into the model"

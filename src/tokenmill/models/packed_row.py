@@ -109,7 +109,11 @@ def attend_short(q_BTHE: Tensor, k_BTGE: Tensor, v_BTGE: Tensor) -> Tensor:
     size, length, num_heads, head_dim = q_BTHE.shape
     num_kv = k_BTGE.shape[2]
     k_NTE, v_NTE = (x.transpose(1, 2).flatten(0, 1) for x in (k_BTGE, v_BTGE))
-    q_NRE = q_BTHE.unflatten(2, (num_kv, -1)).permute(0, 2, 3, 1, 4).reshape(size * num_kv, -1, head_dim)
+    q_NRE = (
+        q_BTHE.reshape(size, length, num_kv, -1, head_dim)
+        .permute(0, 2, 3, 1, 4)
+        .reshape(size * num_kv, -1, head_dim)
+    )
     hidden_TT = q_BTHE.new_full((length, length), float("-inf")).triu(1)
     hidden_RT = hidden_TT.repeat(num_heads // num_kv, 1)
     scores_NRT = torch.baddbmm(hidden_RT, q_NRE, k_NTE.transpose(1, 2), alpha=head_dim**-0.5)

@@ -104,7 +104,7 @@ class _RmsNormFunction(torch.autograd.Function):
         return weight * normed
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         normed, scale, weight = ctx.saved_tensors
         grad_weight = (grads[0] * normed).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
