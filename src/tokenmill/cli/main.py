@@ -34,6 +34,7 @@ COMMANDS: Final = (
     "compare",
     "decontaminate",
     "train",
+    "distil",
     "serve",
     "load",
     "versus",
