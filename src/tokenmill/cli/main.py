@@ -33,6 +33,7 @@ COMMANDS: Final = (
     "eval",
     "compare",
     "decontaminate",
+    "train",
     "serve",
     "load",
     "versus",

@@ -1,13 +1,14 @@
 """The decoder in plain torch: the twin that the native runner is compared with, and that the trainer trains.
 
 It exists to be read, to be differentiated and to be right: one forward pass over whole sequences, module
-and parameter names are the canonical ones (see `families.py`), so that weights load one to one. It does not
-cover a KV cache, sampling, padding, quantised weights or speed; the engine does those. Importing this module
-needs torch (the `train` extra); nothing else in `tokenmill.models` does.
+and parameter names are the canonical ones (see `families.py`), so that weights load one to one. Sequences of
+different lengths stand one after the other in a row (`PackedRow`), without padding and without seeing each
+other. It does not cover a KV cache, sampling or quantised weights; the engine does those. Importing this
+module needs torch (the `train` extra); nothing else in `tokenmill.models` does.
 
 Shape legend: B sequences, T tokens of each, D model width, H query heads, G key-value heads, E head width,
 F inner width of the gated unit, X experts, K experts of a token, V vocabulary, R rows (any number of tokens,
-flattened).
+flattened), P rows with padding between the sequences.
 
 Named points carry the names they have in TransformerLens and the meaning they have in the engine: a
 `hook_normalized` is the norm's output with its weight, what the next linears read (TransformerLens takes
@@ -26,7 +27,7 @@ with norms on its outputs has no `hook_normalized`.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, Self, TypeAlias
+from typing import Any, Final, NamedTuple, Self, TypeAlias
 
 from tokenmill.core.errors import ModelFormatError, UsageError
 from tokenmill.kernels import Activation
@@ -37,11 +38,14 @@ from tokenmill.models.weights import WeightSource
 try:
     import torch
     from torch import Tensor, nn
+    from torch.autograd.function import once_differentiable
     from torch.nn import functional
 except ModuleNotFoundError as error:
     raise UsageError("torch is not installed", hint="run: pip install 'tokenmill[train]'") from error
 
-__all__ = ["HEAD_ROWS", "Hook", "Hooks", "TorchDecoder"]
+from tokenmill.models.packed_row import SHORT, PackedRow, attend_short, pad, unpad
+
+__all__ = ["HEAD_ROWS", "Hook", "Hooks", "PackedRow", "TorchDecoder"]
 
 Hook: TypeAlias = Callable[[Tensor], Tensor | None]
 Hooks: TypeAlias = Mapping[str, Hook]
@@ -80,6 +84,40 @@ class _Taps:
         return new
 
 
+class _Places(NamedTuple):
+    """Where the tokens of a pass stand: angles [T, E] by position, and the sequences of a packed row."""
+
+    cos_TE: Tensor
+    sin_TE: Tensor
+    row: PackedRow | None
+
+
+class _RmsNormFunction(torch.autograd.Function):
+    """x / rms(x) * weight; a backward pass of few operations, in the type of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        normed = (wide * scale).to(x.dtype)
+        ctx.save_for_backward(normed, scale, weight)
+        return weight * normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        normed, scale, weight = ctx.saved_tensors
+        grad_weight = (grads[0] * normed).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        if not ctx.needs_input_grad[0]:
+            return None, grad_weight, None
+        grad = grads[0] * weight
+        along = (grad * normed).mean(-1, keepdim=True, dtype=scale.dtype).to(grad.dtype)
+        return torch.addcmul(grad, normed, along, value=-1).mul_(scale.to(grad.dtype)), grad_weight, None
+
+
+_rms_norm: Final[Callable[[Tensor, Tensor, float], Tensor]] = _RmsNormFunction.apply
+
+
 class _RmsNorm(nn.Module):
     """x / rms(x) * weight, computed in at least float32 (Zhang and Sennrich 2019)."""
 
@@ -89,9 +127,7 @@ class _RmsNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        return _rms_norm(x, self.weight, self.eps)
 
 
 class _Attention(nn.Module):
@@ -101,6 +137,7 @@ class _Attention(nn.Module):
         super().__init__()
         self.head_dim, self.kind = architecture.head_dim, kind
         self.norms_heads = architecture.qk_norm == "head"
+        self.num_heads = [architecture.num_heads, architecture.num_kv_heads, architecture.num_kv_heads]
         hidden, q_size, kv_size = architecture.hidden_size, architecture.query_size, architecture.kv_size
         self.q_proj = nn.Linear(hidden, q_size, bias=architecture.qkv_bias)
         self.k_proj = nn.Linear(hidden, kv_size, bias=architecture.qkv_bias)
@@ -111,32 +148,50 @@ class _Attention(nn.Module):
             self.q_norm = _RmsNorm(q_norm, architecture.norm_eps)
             self.k_norm = _RmsNorm(k_norm, architecture.norm_eps)
 
-    def forward(self, a_BTD: Tensor, cos_TE: Tensor, sin_TE: Tensor, taps: _Taps) -> Tensor:
-        q_BHTE, k_BGTE = (
-            self._normed(self.q_proj(a_BTD), "q_norm"),
-            self._normed(self.k_proj(a_BTD), "k_norm"),
-        )
+    def forward(self, a_BTD: Tensor, places: _Places, taps: _Taps) -> Tensor:
+        q_BTHE = self._normed(self.q_proj(a_BTD), "q_norm")
+        k_BTGE = self._normed(self.k_proj(a_BTD), "k_norm")
         if self.kind.rotary:
-            q_BHTE, k_BGTE = _rotate(q_BHTE, cos_TE, sin_TE), _rotate(k_BGTE, cos_TE, sin_TE)
-        v_BGTE = self._heads(self.v_proj(a_BTD))
-        seen_TT = _window_mask(a_BTD.shape[1], self.kind.window, a_BTD.device)
-        z_BHTE = functional.scaled_dot_product_attention(
-            q_BHTE, k_BGTE, v_BGTE, attn_mask=seen_TT, is_causal=seen_TT is None, enable_gqa=True
-        )
-        z_BTHE = taps("hook_z", z_BHTE.transpose(1, 2))
+            q_BTHE, k_BTGE = (_rotate(x, places.cos_TE, places.sin_TE) for x in (q_BTHE, k_BTGE))
+        v_BTGE = self._heads(self.v_proj(a_BTD))
+        if places.row is None:
+            z_BTHE = self._attend(q_BTHE, k_BTGE, v_BTGE)
+        else:
+            z_BTHE = self._attend_packed(torch.cat((q_BTHE, k_BTGE, v_BTGE), dim=2)[0], places.row)[None]
+        z_BTHE = taps("hook_z", z_BTHE)
         out_BTD: Tensor = self.o_proj(z_BTHE.flatten(2))
         return out_BTD
 
+    def _attend(self, q_BTHE: Tensor, k_BTGE: Tensor, v_BTGE: Tensor) -> Tensor:
+        """[B, T, H, E]: what each token of a sequence gathers from those that it sees."""
+        seen_TT = _window_mask(q_BTHE.shape[1], self.kind.window, q_BTHE.device)
+        q_BHTE, k_BGTE, v_BGTE = (x.transpose(1, 2) for x in (q_BTHE, k_BTGE, v_BTGE))
+        z_BHTE = functional.scaled_dot_product_attention(
+            q_BHTE, k_BGTE, v_BGTE, attn_mask=seen_TT, is_causal=seen_TT is None, enable_gqa=True
+        )
+        return z_BHTE.transpose(1, 2)
+
+    def _attend_packed(self, qkv_TSE: Tensor, row: PackedRow) -> Tensor:
+        """[T, H, E] from queries, keys and values side by side (S heads of E), a group at a time."""
+        qkv_PSE = pad(qkv_TSE, row)
+        parts = []
+        for start, size, length in row.groups:
+            qkv_BTSE = qkv_PSE[start : start + size * length].view(size, length, *qkv_PSE.shape[1:])
+            is_short = length <= min(SHORT, self.kind.window or SHORT)
+            attend = attend_short if is_short else self._attend
+            parts.append(attend(*torch.split(qkv_BTSE, self.num_heads, dim=2)).flatten(0, 1))
+        return unpad(torch.cat(parts), row)
+
     def _normed(self, x: Tensor, norm: str) -> Tensor:
-        """[B, T, heads * E] to [B, heads, T, E], by way of the norm over each head or over all of them."""
+        """[B, T, heads * E] to [B, T, heads, E], by way of the norm over each head or over all of them."""
         if not hasattr(self, norm):
             return self._heads(x)
         apply = getattr(self, norm)
         return apply(self._heads(x)) if self.norms_heads else self._heads(apply(x))
 
     def _heads(self, x: Tensor) -> Tensor:
-        """[B, T, heads * E] to [B, heads, T, E]."""
-        return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
+        """[B, T, heads * E] to [B, T, heads, E]."""
+        return x.view(*x.shape[:-1], -1, self.head_dim)
 
 
 class _GatedUnit(nn.Module):
@@ -202,11 +257,11 @@ class _Block(nn.Module):
         else:
             self.mlp = _GatedUnit(architecture, architecture.intermediate_size, architecture.mlp_bias)
 
-    def forward(self, x_BTD: Tensor, cos_TE: Tensor, sin_TE: Tensor, taps: _Taps) -> Tensor:
+    def forward(self, x_BTD: Tensor, places: _Places, taps: _Taps) -> Tensor:
         norm1, norm2 = (self.get_submodule(name) for name in self.norm_names)
         x_BTD = taps("hook_resid_pre", x_BTD)
         a_BTD = x_BTD if self.post_norm else taps("ln1.hook_normalized", norm1(x_BTD))
-        out_BTD = self.self_attn(a_BTD, cos_TE, sin_TE, taps.within("attn"))
+        out_BTD = self.self_attn(a_BTD, places, taps.within("attn"))
         x_BTD = taps("hook_resid_mid", x_BTD + (norm1(out_BTD) if self.post_norm else out_BTD))
         a_BTD = x_BTD if self.post_norm else taps("ln2.hook_normalized", norm2(x_BTD))
         out_BTD = self.mlp(a_BTD, taps.within("mlp"))
@@ -271,28 +326,38 @@ class TorchDecoder(nn.Module):
         ]
         return ("hook_embed", *points, "ln_final.hook_normalized")
 
-    def forward(self, tokens_BT: Tensor, hooks: Hooks | None = None) -> Tensor:
+    def forward(
+        self, tokens_BT: Tensor, hooks: Hooks | None = None, *, row: PackedRow | None = None
+    ) -> Tensor:
         """Logits [B, T, V] of token ids [B, T], each from the tokens up to its own position.
 
-        A hook is called with the value of its point and may return another one of that shape, with
-        which the pass goes on. Raises `UsageError` for an unknown point or too many tokens.
+        With `row`, B is 1 and the tokens are its sequences. A hook is called with the value of its point and
+        may return another one of that shape, with which the pass goes on. Raises `UsageError` for an unknown
+        point or too many tokens.
         """
-        logits_BTV: Tensor = self.lm_head(self.hidden(tokens_BT, hooks))
+        logits_BTV: Tensor = self.lm_head(self.hidden(tokens_BT, hooks, row=row))
         return logits_BTV
 
-    def hidden(self, tokens_BT: Tensor, hooks: Hooks | None = None) -> Tensor:
+    def hidden(
+        self, tokens_BT: Tensor, hooks: Hooks | None = None, *, row: PackedRow | None = None
+    ) -> Tensor:
         """The input of the head, [B, T, D]; arguments and errors as in `forward`."""
         hooks = hooks or {}
         if unknown := sorted(hooks.keys() - set(self.hook_names)):
             raise UsageError(f"no point is named {unknown[0]}", hint="see TorchDecoder.hook_names")
-        num_tokens, limit = tokens_BT.shape[1], self.architecture.max_positions
+        assert row is None or tokens_BT.shape == (1, row.num_tokens), (tokens_BT.shape, row)
+        limit = self.architecture.max_positions
+        num_tokens = tokens_BT.shape[1] if row is None else max(row.lengths)
         if num_tokens > limit:
             raise UsageError(f"{num_tokens} tokens in a sequence", hint=f"this model takes at most {limit}")
         taps = _Taps(hooks=hooks)
         x_BTD = taps("hook_embed", self.model.embed_tokens(tokens_BT))
         cos_TE, sin_TE = _rope_tables(self.architecture, num_tokens, like=x_BTD)
+        if row is not None:
+            cos_TE, sin_TE = cos_TE[row.positions_T], sin_TE[row.positions_T]
+        places = _Places(cos_TE, sin_TE, row)
         for layer, block in enumerate(self.model.layers):
-            x_BTD = block(x_BTD, cos_TE, sin_TE, taps.within(f"blocks.{layer}"))
+            x_BTD = block(x_BTD, places, taps.within(f"blocks.{layer}"))
         return taps("ln_final.hook_normalized", self.model.norm(x_BTD))
 
     def logprobs(self, tokens_BT: Tensor, hooks: Hooks | None = None) -> Tensor:
@@ -336,6 +401,6 @@ def _window_mask(num_tokens: int, window: int | None, device: torch.device) -> T
 
 
 def _rotate(x: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
-    """Rotate [B, heads, T, E] by position; component i is paired with i + E/2, as in Hugging Face."""
+    """Rotate [B, T, heads, E] by position; component i is paired with i + E/2, as in Hugging Face."""
     first, second = x.chunk(2, dim=-1)
-    return x * cos_TE + torch.cat((-second, first), dim=-1) * sin_TE
+    return x * cos_TE[:, None] + torch.cat((-second, first), dim=-1) * sin_TE[:, None]
