@@ -77,13 +77,14 @@ class OnPolicyConfig:
 class DistilConfig:
     """How a student learns. `hard_share` is the weight of the examples' own tokens: 1 needs no teacher.
 
-    The learning rate is that of small models: ten times a large one's.
+    The learning rate is that of small models, ten times a large one's, and so are the steps: with 1,024 tokens
+    instead of 4,096 a student is at the same loss after about half the tokens.
     """
 
     hard_share: float = 0.5
     cache: CacheConfig = field(default_factory=CacheConfig)
     train: TrainConfig = field(
-        default_factory=lambda: TrainConfig(learning_rate=2e-3, num_epochs=8, tokens_per_step=4096)
+        default_factory=lambda: TrainConfig(learning_rate=2e-3, num_epochs=8, tokens_per_step=1024)
     )
     on_policy: OnPolicyConfig | None = None
 
