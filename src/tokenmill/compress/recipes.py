@@ -77,8 +77,7 @@ class OnPolicyConfig:
 class DistilConfig:
     """How a student learns. `hard_share` is the weight of the examples' own tokens: 1 needs no teacher.
 
-    The learning rate is that of small models, ten times a large one's; so are the steps: with 1,024 tokens and
-    not 4,096 a student is at the same loss after about half the tokens.
+    The learning rate is that of small models, ten times a large one's, and the steps are small, too.
     """
 
     hard_share: float = 0.5
