@@ -1,0 +1,110 @@
+"""Which rows belong together: those of one conversation, and those that ask nearly the same.
+
+What trains a model must not be what certifies it in other words. Texts are compared without their system
+prompts, by 5-character pieces; their likeness is estimated with MinHash (Broder 1997) on 64 hashes, which are
+256 bytes a row however long its text is. Rewordings with other words are not found.
+"""
+
+import unicodedata
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenmill.workload.row import Row, prompt_text
+
+__all__ = ["clusters", "signatures"]
+
+_PIECE: Final = 5
+_HASHES: Final = 64
+_BAND: Final = 4
+_MAX_CHARS: Final = 1 << 15
+_LOOKED_AT: Final = 8
+"""Rows of a bucket with which a new one is compared."""
+_ODD: Final = np.uint64(0x9E3779B97F4A7C15)
+
+
+def clusters(rows: Sequence[Row], near: float) -> list[int]:
+    """For each row the first row of its cluster. Rows are in one if they share a conversation, ask the same,
+    or are as alike as `near` (0 to 1, estimated), also by way of others.
+    """
+    heads = _Heads(len(rows))
+    by_name: dict[str, int] = {}
+    texts: list[str] = []
+    by_text: dict[str, int] = {}
+    for at, row in enumerate(rows):
+        if row.conversation:
+            heads.join(at, by_name.setdefault(row.conversation, at))
+        text = _plain(prompt_text(row.request, with_system=False))
+        first = by_text.setdefault(text, at)
+        heads.join(at, first)
+        if first == at:
+            texts.append(text)
+    places = list(by_text.values())
+    for first, second in _near_pairs(signatures(texts), near):
+        heads.join(places[first], places[second])
+    return [heads.of(at) for at in range(len(rows))]
+
+
+class _Heads:
+    """Disjoint sets of numbers, each named by its least."""
+
+    def __init__(self, num: int) -> None:
+        self._up = list(range(num))
+
+    def of(self, at: int) -> int:
+        while self._up[at] != at:
+            self._up[at] = self._up[self._up[at]]
+            at = self._up[at]
+        return at
+
+    def join(self, first: int, second: int) -> None:
+        low, high = sorted((self.of(first), self.of(second)))
+        self._up[high] = low
+
+
+def signatures(texts: Sequence[str]) -> NDArray[np.uint32]:
+    """MinHash signatures `[T, 64]` of texts: the share of equal columns estimates the Jaccard likeness."""
+    factors = np.random.Generator(np.random.PCG64(20_261_122)).integers(
+        1, 1 << 62, _HASHES, np.uint64
+    ) | np.uint64(1)
+    found = np.empty((len(texts), _HASHES), np.uint32)
+    for at, text in enumerate(texts):
+        mixed = _pieces(text)[:, None] * factors
+        found[at] = (mixed >> np.uint64(32)).min(axis=0)
+    return found
+
+
+def _near_pairs(rows: NDArray[np.uint32], near: float) -> Iterator[tuple[int, int]]:
+    """Pairs with at least `near` equal columns, out of those with four in a row equal somewhere."""
+    for start in range(0, _HASHES, _BAND):
+        buckets: dict[bytes, list[int]] = {}
+        band = np.ascontiguousarray(rows[:, start : start + _BAND])
+        for at in range(len(rows)):
+            bucket = buckets.setdefault(band[at].tobytes(), [])
+            for other in bucket:
+                if float((rows[at] == rows[other]).mean()) >= near:
+                    yield at, other
+                    break
+            else:
+                if len(bucket) < _LOOKED_AT:
+                    bucket.append(at)
+
+
+def _plain(text: str) -> str:
+    """Without case, odd forms of characters and runs of spaces."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def _pieces(text: str) -> NDArray[np.uint64]:
+    """A hash for each different piece of the beginning of a text; a shorter text is one piece."""
+    data = text[:_MAX_CHARS].encode("utf-32-le", "surrogatepass")
+    codes = np.frombuffer(data, np.uint32).astype(np.uint64)
+    size = max(1, min(_PIECE, len(codes)))
+    num = max(1, len(codes) - size + 1)
+    mixed = np.zeros(num, np.uint64)
+    for at in range(min(size, len(codes))):
+        mixed = (mixed ^ codes[at : at + num]) * _ODD
+        mixed ^= mixed >> np.uint64(29)
+    return np.unique(mixed)
