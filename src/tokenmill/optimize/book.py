@@ -1,4 +1,5 @@
-"""What a run has finished, by content: artefacts, answers to select, measurements. A killed run goes on from it.
+"""What a run has finished, by content: artefacts, answers to select, measurements. A killed run goes on
+from it.
 
     made.jsonl       a candidate at a share of its training: its artefact, or why it could not be made
     select.jsonl     its answers to rows of select, asked once each
@@ -81,10 +82,9 @@ class Book:
         self.run.append(_EXPLORED, [{"key": key, "explored": to_json(explored)}])
         self._explored[key] = explored
 
-    @property
-    def num_looks(self) -> int:
-        """How many candidates' answers to certify were ever looked at in this folder."""
-        return len(self._figures)
+    def all_explored(self) -> list[Explored]:
+        """Every round, in the order in which they were finished."""
+        return list(self._explored.values())
 
     def measured(self, key: str) -> tuple[Figures, tuple[Item, ...]] | None:
         """Figures and lines of a candidate on certify."""

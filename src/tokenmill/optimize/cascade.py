@@ -1,11 +1,12 @@
 """A cascade's threshold and what it guarantees: how often a kept answer is worse than the incumbent's.
 
-A row counts against the cascade if the small model keeps it and is worse there than what the row would have got
-otherwise; what is deferred is the larger one's answer. The threshold comes from select. On certify its risk has
-an upper bound of Clopper and Pearson, whatever the distribution. `learn_then_test` (Angelopoulos et al. 2021,
-fixed sequence) goes further: it takes thresholds of select, ordered from careful to bold, tests each on certify
-at the full level, and stops at the first that is not proven, so that the last proven one holds with the
-confidence stated, however many were tried. Rows must be alike and independent, as in the log they came from.
+A row counts against the cascade if the small model keeps it and is worse there than what the row would have
+got otherwise; what is deferred is the larger one's answer. The threshold comes from select. On certify its
+risk has an upper bound of Clopper and Pearson, whatever the distribution. `learn_then_test` (Angelopoulos
+et al. 2021, fixed sequence) goes further: it takes thresholds of select, ordered from careful to bold,
+tests each on certify at the full level, and stops at the first that is not proven, so that the last proven
+one holds with the confidence stated, however many were tried. Rows must be alike and independent, as in the
+log they came from.
 """
 
 from collections.abc import Sequence
@@ -74,7 +75,8 @@ def risk_at(rows: Sequence[Kept], threshold: float) -> tuple[int, int]:
 def bound(
     rows: Sequence[Kept], threshold: float, *, max_risk: float, confidence: float = 0.95, num_tried: int = 1
 ) -> Certified:
-    """The upper bound at a threshold that was chosen elsewhere; `num_tried` corrects for several (Bonferroni).
+    """The upper bound at a threshold that was chosen elsewhere; `num_tried` corrects for several
+    (Bonferroni).
 
     Raises UsageError without rows.
     """
@@ -105,7 +107,9 @@ def threshold_for(rows: Sequence[Kept], *, max_risk: float, confidence: float = 
         return None
     probabilities_N, losses_N = _sorted(rows)
     highs = [
-        exact_interval(int(count), len(rows), confidence=max(0.5, 2 * confidence - 1)).high if count < len(rows) else 1.0
+        exact_interval(int(count), len(rows), confidence=max(0.5, 2 * confidence - 1)).high
+        if count < len(rows)
+        else 1.0
         for count in range(int(losses_N[-1]) + 1)
     ]
     best = None
@@ -117,7 +121,9 @@ def threshold_for(rows: Sequence[Kept], *, max_risk: float, confidence: float = 
 
 
 def careful_to_bold(rows: Sequence[Kept], *, max_risk: float, num: int = 20) -> tuple[float, ...]:
-    """Thresholds of select from careful to bold: by the share that they keep, up to twice the risk allowed."""
+    """Thresholds of select from careful to bold: by the share that they keep, up to twice the risk
+    allowed.
+    """
     if not rows:
         return ()
     probabilities_N, losses_N = _sorted(rows)
@@ -158,4 +164,3 @@ def _sorted(rows: Sequence[Kept]) -> tuple[NDArray[np.float64], NDArray[np.int64
     ordered = sorted(rows, key=lambda each: -each.probability)
     probabilities_N = np.array([each.probability for each in ordered], np.float64)
     return probabilities_N, np.cumsum([each.is_loss for each in ordered], dtype=np.int64)
-

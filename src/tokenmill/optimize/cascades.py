@@ -39,8 +39,8 @@ def cascade_of(
     margin: float,
     confidence: float,
 ) -> Cascade | None:
-    """The cascade of a measured candidate and the incumbent; None where no threshold keeps the risk on select,
-    or a cascade would keep nothing or everything.
+    """The cascade of a measured candidate and the incumbent; None where no threshold keeps the risk on
+    select, or a cascade would keep nothing or everything.
     """
     rows = [_kept(each) for each in select]
     threshold = threshold_for(rows, max_risk=margin, confidence=0.8)

@@ -1,5 +1,5 @@
-"""The rows of a workload as calls with what is known of each: what was wanted, what the incumbent's answer was
-worth and cost.
+"""The rows of a workload as calls with what is known of each: what was wanted, what the incumbent's answer
+was worth and cost.
 """
 
 import json
@@ -12,7 +12,7 @@ from tokenmill.evals.statistics import cost_per_pass
 from tokenmill.optimize.quality import Scorer
 from tokenmill.optimize.records import Range
 from tokenmill.wire import Call, parse_openai_chat
-from tokenmill.workload.row import Row, estimated_tokens
+from tokenmill.workload import Row, estimated_tokens
 
 __all__ = ["Case", "PassRule", "Prices", "case_of", "cost_of_tokens", "incumbent_cost"]
 
@@ -109,4 +109,3 @@ def _call(request: Mapping[str, Any], model: str) -> tuple[Call | None, str]:
         return parse_openai_chat(json.dumps(body).encode(), _DEFAULTS), ""
     except (UsageError, ValueError) as error:
         return None, str(error)
-

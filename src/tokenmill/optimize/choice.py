@@ -1,7 +1,8 @@
 """Which candidate wins, and why the others do not.
 
-The cheapest that passes wins, in dollars for each passing answer, so that failed answers are paid for. It must
-also be cheaper than the incumbent, proven by their intervals; if none is, the answer is to keep the incumbent.
+The cheapest that passes wins, in dollars for each passing answer, so that failed answers are paid for. It
+must also be cheaper than the incumbent, proven by their intervals; if none is, the answer is to keep the
+incumbent.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,7 +42,9 @@ def choose(
             lost[name] = _NOT_PASSED[each.outcome] + "; ".join(each.reasons)
     passing = sorted((name for name in judged if name not in lost), key=lambda name: _key(figures[name]))
     for name in [each for each in passing if not _is_cheaper(figures[each], incumbent)]:
-        lost[name] = f"it passes, but is not proven cheaper than the incumbent: {_compared(figures[name], incumbent)}"
+        lost[name] = (
+            f"it passes, but is not proven cheaper than the incumbent: {_compared(figures[name], incumbent)}"
+        )
     left = [name for name in passing if name not in lost]
     if not left:
         why = "no candidate passes" if not passing else "what passes is not proven cheaper than the incumbent"

@@ -1,7 +1,7 @@
 """The control for closed label sets: a linear classifier on n-grams, trained with scikit-learn in seconds.
 
-It learns the label that was wanted of each training row. Its strength of regularisation is chosen on a part of
-the training rows that it does not see; select is for comparing it with others.
+It learns the label that was wanted of each training row. Its strength of regularisation is chosen on a part
+of the training rows that it does not see; select is for comparing it with others.
 """
 
 import asyncio
@@ -119,7 +119,9 @@ class ClassifierCandidate:
             raise CannotBeMadeError("there are no rows that may train a classifier", hint="see the terms")
         labels = set(workshop.labels)
         rows = [case for case in rows if not labels or case.wanted in labels]
-        model = train_classifier([_text(case) or "" for case in rows], [case.wanted for case in rows], seed=workshop.seed)
+        model = train_classifier(
+            [_text(case) or "" for case in rows], [case.wanted for case in rows], seed=workshop.seed
+        )
         model.save(workshop.folder)
         digest, num_bytes = file_digest(workshop.folder, (CONFIG_NAME, NUMBERS_NAME))
         return Artefact(
@@ -127,7 +129,9 @@ class ClassifierCandidate:
             digest=digest,
             num_bytes=num_bytes,
             seconds=time.monotonic() - began_s,
-            lineage=(Lineage(what="method", name="linear classifier, scikit-learn", terms=("BSD-3-Clause",)),),
+            lineage=(
+                Lineage(what="method", name="linear classifier, scikit-learn", terms=("BSD-3-Clause",)),
+            ),
             trained_on=tuple(case.id for case in rows),
             settings={"num_rows": len(rows), "num_labels": len(model.labels), "num_terms": len(model.terms)},
         )

@@ -1,6 +1,8 @@
-"""Candidates that are models as they are: in other weight formats, with examples in the prompt, with a grammar.
+"""Candidates that are models as they are: in other weight formats, with examples in the prompt, with a
+grammar.
 
-Nothing is trained. Examples come from rows whose terms allow training, for they become part of what is served.
+Nothing is trained. Examples come from rows whose terms allow training, for they become part of what is
+served.
 """
 
 import time

@@ -1,8 +1,9 @@
-"""A candidate under load: the batch that serves it best, and every figure of the certifying part at that batch.
+"""A candidate under load: the batch that serves it best, and every figure of the certifying part at that
+batch.
 
-The load is what `tokenmill load` sends, closed loops of so many calls at a time; the answers that are scored are
-those that were timed. Money is the machine's price an hour for the time of the run, shared among its calls by
-what each of them used.
+The load is what `tokenmill load` sends, closed loops of so many calls at a time; the answers that are
+scored are those that were timed. Money is the machine's price an hour for the time of the run, shared among
+its calls by what each of them used.
 """
 
 import asyncio
@@ -280,4 +281,3 @@ def _mean(values: Sequence[float], rules: Rules) -> Range:
 def _quantile(values_s: Sequence[float], quantile: float, rules: Rules) -> Range:
     found = quantile_interval(np.asarray(values_s), quantile, confidence=rules.confidence)
     return Range.of(found.map(1e3, 0.0))
-

@@ -59,20 +59,28 @@ class Plan:
 
 
 def plan_run(
-    problem: Problem, candidates: Sequence[Candidate], workshop: Workshop, *, budget_s: float, max_finalists: int
+    problem: Problem,
+    candidates: Sequence[Candidate],
+    workshop: Workshop,
+    *,
+    budget_s: float,
+    max_finalists: int,
 ) -> Plan:
     """Controls first, then what is expected to be done soonest, as long as the time lasts.
 
     Raises UsageError if there is nothing to try.
     """
     if not candidates:
-        raise UsageError("there is no candidate", hint="pull a model (tokenmill pull smollm2-135m), or give --model")
+        raise UsageError(
+            "there is no candidate", hint="pull a model (tokenmill pull smollm2-135m), or give --model"
+        )
     num_items = len(problem.select) + len(problem.certify)
     expected = {each.name: each.expected(workshop, num_items) for each in candidates}
     if len(expected) < len(candidates):
         raise UsageError("two candidates have one name", hint="give each its own")
     in_order = sorted(candidates, key=lambda each: (not each.is_control, sum(expected[each.name])))
-    planned, total_s = [], 0.0
+    planned: list[PlannedCandidate] = []
+    total_s = 0.0
     for each in in_order:
         need_s = sum(expected[each.name])
         is_tried = each.is_control or total_s + need_s <= budget_s or not planned
@@ -109,4 +117,3 @@ def _provable(num: int, num_candidates: int, confidence: float) -> float | None:
 def plan_to_try(plan: Plan, candidates: Mapping[str, Candidate]) -> list[Candidate]:
     """The candidates that the plan tries, in its order."""
     return [candidates[each.name] for each in plan.candidates if each.is_tried]
-

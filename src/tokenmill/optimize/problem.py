@@ -1,8 +1,8 @@
 """A workload made ready: its rows as cases in three parts, and every rule that decides, read off its file.
 
-    train     what candidates are made from; rows that the terms deny are left out here
-    select    what they are compared on while there are many
-    certify   what the verdict is of; each look is counted
+train     what candidates are made from; rows that the terms deny are left out here
+select    what they are compared on while there are many
+certify   what the verdict is of; each look is counted
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,9 +20,8 @@ from tokenmill.optimize.quality import find_scorer, passes
 from tokenmill.optimize.records import Range
 from tokenmill.optimize.verdict import Bar
 from tokenmill.runs import content_hash
-from tokenmill.workload import Log, Row, Splits, WorkloadConfig
+from tokenmill.workload import Log, Row, Splits, WorkloadConfig, count_terms
 from tokenmill.workload.clusters import clusters
-from tokenmill.workload.terms import count_terms
 
 __all__ = ["DEFAULT_USD_PER_HOUR", "Problem", "problem_of"]
 
@@ -102,9 +101,7 @@ def problem_of(config: WorkloadConfig, log: Log, splits: Splits) -> Problem:
     )
 
 
-def _case(
-    row: Row, *, rules: Rules, prices: Prices | None, heads: Mapping[str, str]
-) -> Case:
+def _case(row: Row, *, rules: Rules, prices: Prices | None, heads: Mapping[str, str]) -> Case:
     return replace(case_of(row, rules.score, rules.passes, prices), cluster=heads[row.id])
 
 
@@ -118,16 +115,19 @@ def _slo(config: WorkloadConfig) -> Slo | None:
     given = config.slo
     if given.ttft_ms is None and given.tpot_ms is None and given.e2e_ms is None:
         return None
-    return Slo(
-        ttft_ms=given.ttft_ms, tpot_ms=given.tpot_ms, e2e_ms=given.e2e_ms, percentile=given.percentile
-    )
+    return Slo(ttft_ms=given.ttft_ms, tpot_ms=given.tpot_ms, e2e_ms=given.e2e_ms, percentile=given.percentile)
 
 
 def _digests(config: WorkloadConfig, log: Log, splits: Splits) -> dict[str, str]:
     """What decides the rows and the rules, by hash."""
     path = config.log
     rules = {
-        "quality": [config.quality.scorer, config.quality.bar, config.quality.margin, config.quality.confidence],
+        "quality": [
+            config.quality.scorer,
+            config.quality.bar,
+            config.quality.margin,
+            config.quality.confidence,
+        ],
         "labels": list(config.labels),
         "slice_by": config.slice_by,
         "slo": [config.slo.ttft_ms, config.slo.tpot_ms, config.slo.e2e_ms, config.slo.percentile],

@@ -1,8 +1,8 @@
 """How good an answer is: a figure between 0 and 1 beside what was wanted, and whether it passes.
 
 What is wanted is the reference where the log has one, else what the incumbent answered; then the figure is
-agreement. Answers that are scored right or wrong pass if they are right. Graded ones pass if they are not worse
-than the incumbent's own by more than the margin, or reach the bar where that is absolute.
+agreement. Answers that are scored right or wrong pass if they are right. Graded ones pass if they are not
+worse than the incumbent's own by more than the margin, or reach the bar where that is absolute.
 """
 
 import json

@@ -218,4 +218,3 @@ def select_key(candidate: Candidate, problem: Problem, share: float, seed: int) 
             "seed": seed,
         }
     )
-

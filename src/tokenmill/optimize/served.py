@@ -1,7 +1,8 @@
-"""A local model as something that is served: its weights, what is told to it in front, the grammar of answers.
+"""A local model as something that is served: its weights, what is told to it in front, the grammar of
+answers.
 
-The same settings make the backend that is measured and the part of the deployment file that serves it, so that
-what is served is what was measured.
+The same settings make the backend that is measured and the part of the deployment file that serves it, so
+that what is served is what was measured.
 """
 
 import asyncio
@@ -31,7 +32,13 @@ _MAX_LABEL_GRAMMAR: Final = 1000
 _BYTES_PER_TOKEN: Final = 2
 _JsonTypes: TypeAlias = Mapping[type, str]
 _TYPES: Final[_JsonTypes] = {
-    str: "string", bool: "boolean", int: "number", float: "number", list: "array", dict: "object", type(None): "null"
+    str: "string",
+    bool: "boolean",
+    int: "number",
+    float: "number",
+    list: "array",
+    dict: "object",
+    type(None): "null",
 }
 
 
@@ -102,7 +109,7 @@ async def opened_model(
     try:
         yield Opened(
             PromptedBackend(served.prompted(name, inner), local),
-            lambda: resident_bytes(local.engine.stats().pid),
+            lambda: resident_bytes(local.engine.stats.pid),
         )
     finally:
         await local.close()
@@ -127,7 +134,9 @@ def chosen_shots(cases: Sequence[Case], num: int) -> tuple[Turn, ...]:
     chosen: list[Case] = []
     counts: Counter[str] = Counter()
     while len(chosen) < num and usable:
-        best = min(range(len(usable)), key=lambda at: (counts[usable[at].wanted] + counts[usable[at].slice], at))
+        best = min(
+            range(len(usable)), key=lambda at: (counts[usable[at].wanted] + counts[usable[at].slice], at)
+        )
         case = usable.pop(best)
         counts.update((case.wanted, case.slice))
         chosen.append(case)
@@ -147,7 +156,9 @@ def _turns(case: Case) -> tuple[Turn, Turn]:
 
 
 def answer_limit(cases: Sequence[Case]) -> int | None:
-    """Tokens that no answer needs: twice the longest of the training part, so that none runs on; None of none."""
+    """Tokens that no answer needs: twice the longest of the training part, so that none runs on; None of
+    none.
+    """
     if not cases:
         return None
     return 16 + 2 * max(len(case.wanted.encode()) for case in cases) // _BYTES_PER_TOKEN

@@ -17,7 +17,7 @@ from tokenmill.router.cascade import answer_probability
 from tokenmill.wire import Call, TextPiece, ToolPiece
 from tokenmill.wire import Finish as WireFinish
 from tokenmill.wire import Piece as WirePiece
-from tokenmill.workload.row import canonical_json
+from tokenmill.workload import canonical_json
 
 __all__ = ["BackendTarget", "Given", "request_of"]
 
@@ -62,7 +62,9 @@ class BackendTarget:
             async for piece in attempt:
                 pieces.append(piece)
                 if (isinstance(piece, TextPiece) and piece.text) or isinstance(piece, ToolPiece):
-                    yield Piece(loop.time(), len(piece.logprobs) or None if isinstance(piece, TextPiece) else 1)
+                    yield Piece(
+                        loop.time(), len(piece.logprobs) or None if isinstance(piece, TextPiece) else 1
+                    )
                 elif isinstance(piece, WireFinish):
                     finish = piece.finish_reason
         except BaseException:

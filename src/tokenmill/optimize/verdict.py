@@ -1,9 +1,9 @@
 """Does a candidate pass? From the lines of the certifying part alone, so that anybody can say it again.
 
 Quality: paired non-inferiority against the incumbent's recorded answers, or a share that reaches an absolute
-bar; each error rate holds for all candidates together (Holm), overall and in the slices. A candidate passes if
-it does overall and no slice is proven worse: a slice alone is mostly too small to prove that it is as good,
-which is said beside it. Limits of latency and the terms of what it was trained on stand beside quality.
+bar; each error rate holds for all candidates together (Holm), overall and in the slices. A candidate passes
+if it does overall and no slice is proven worse: a slice alone is mostly too small to prove that it is as
+good, which is said beside it. Limits of latency and the terms of what it was trained on stand beside quality.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,6 +28,7 @@ from tokenmill.optimize.records import Figures, Item
 __all__ = ["Bar", "Gate", "Judged", "Outcome", "ShareAbove", "SliceVerdict", "judge", "judge_all"]
 
 Outcome: TypeAlias = Literal["pass", "fail", "undecided"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Bar:
@@ -258,4 +259,3 @@ def _slo_gate(figures: Figures, percent: float) -> Gate:
     if figures.slo_kept:
         return Gate("latency", "pass", words)
     return Gate("latency", "fail", words)
-

@@ -14,6 +14,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -42,13 +43,14 @@ class LabelGuess(NamedTuple):
 
 
 def ngrams(text: str) -> list[str]:
-    """Words and pairs of words, and the pieces of each word with its borders; at most 20,000 characters count.
+    """Words and pairs of words, and the pieces of each word with its borders; at most 20,000 characters
+    count.
 
     They are what the classifier was trained on, so this function may not change within a format.
     """
     words = _WORD.findall(text[:_MAX_CHARS].lower())
     found = [f"w {word}" for word in words]
-    found += [f"w {one} {two}" for one, two in zip(words, words[1:], strict=False)]
+    found += [f"w {one} {two}" for one, two in pairwise(words)]
     for word in words:
         bordered = f" {word} "
         for size in _CHAR_SIZES:
@@ -131,22 +133,26 @@ class LinearClassifier:
                 raise ModelFormatError(f"{folder}: files of over {_MAX_BYTES} bytes")
             text, data = config_path.read_text(encoding="utf-8"), numbers_path.read_bytes()
         except FileNotFoundError as error:
-            raise NotFoundError(f"{folder} is no classifier (it has no {Path(error.filename).name})") from None
+            raise NotFoundError(
+                f"{folder} is no classifier (it has no {Path(error.filename).name})"
+            ) from None
         except (OSError, UnicodeDecodeError) as error:
             raise StorageError(f"{folder} cannot be read ({error})", hint="check it") from error
         labels, terms, digest = _read_config(text, config_path)
         if hashlib.sha256(data).hexdigest() != digest:
-            raise StorageError(f"{numbers_path} is not the file that {CONFIG_NAME} names", hint="make it anew")
+            raise StorageError(
+                f"{numbers_path} is not the file that {CONFIG_NAME} names", hint="make it anew"
+            )
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
                 idf_F, weights_FC, bias_C = (arrays[name] for name in ("idf", "weights", "bias"))
         except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise ModelFormatError(f"{numbers_path}: no numbers of a classifier ({error})") from error
-        if any(each.dtype != np.float32 or not np.isfinite(each).all() for each in (idf_F, weights_FC, bias_C)):
+        if any(
+            each.dtype != np.float32 or not np.isfinite(each).all() for each in (idf_F, weights_FC, bias_C)
+        ):
             raise ModelFormatError(f"{numbers_path}: numbers that are not finite float32")
-        return LinearClassifier(
-            labels=labels, terms=terms, idf_F=idf_F, weights_FC=weights_FC, bias_C=bias_C
-        )
+        return LinearClassifier(labels=labels, terms=terms, idf_F=idf_F, weights_FC=weights_FC, bias_C=bias_C)
 
 
 def _read_config(text: str, path: Path) -> tuple[tuple[str, ...], tuple[str, ...], str]:
