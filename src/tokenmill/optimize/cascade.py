@@ -106,16 +106,14 @@ def threshold_for(rows: Sequence[Kept], *, max_risk: float, confidence: float = 
     if not rows:
         return None
     probabilities_N, losses_N = _sorted(rows)
-    highs = [
-        exact_interval(int(count), len(rows), confidence=max(0.5, 2 * confidence - 1)).high
-        if count < len(rows)
-        else 1.0
-        for count in range(int(losses_N[-1]) + 1)
-    ]
+    alpha = 1 - check_confidence(confidence)
+    most = -1  # so many losses still have an upper bound within the risk
+    while most + 1 < len(rows) and 1 - binomial_tail(most + 2, len(rows), max_risk) <= alpha:
+        most += 1
     best = None
     for at, probability in enumerate(probabilities_N):
         is_last_of_equals = at + 1 == len(rows) or probabilities_N[at + 1] < probability
-        if is_last_of_equals and highs[int(losses_N[at])] <= max_risk:
+        if is_last_of_equals and losses_N[at] <= most:
             best = float(probability)
     return best
 

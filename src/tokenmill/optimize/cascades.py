@@ -43,7 +43,7 @@ def cascade_of(
     select, or a cascade would keep nothing or everything.
     """
     rows = [_kept(each) for each in select]
-    threshold = threshold_for(rows, max_risk=margin, confidence=0.8)
+    threshold = threshold_for(rows, max_risk=margin, confidence=confidence)
     if threshold is None or not any(each.probability < threshold for each in rows):
         return None
     own = [_kept(each) for each in certify]

@@ -54,7 +54,8 @@ def choose(
         lost[name] = f"it passes, but costs more: {_compared(figures[name], figures[winner].usd_per_pass)}"
     saving = _saving(figures[winner], incumbent)
     rest = "" if saving is None else f", {saving:.1%} less than the incumbent"
-    why = f"{winner} is the cheapest that passes: {usd(figures[winner].usd_per_pass.estimate)} a passing answer{rest}"
+    cost = usd(figures[winner].usd_per_pass.estimate)
+    why = f"{winner} is the cheapest that passes: {cost} a passing answer{rest}"
     return Choice(winner=winner, why=why, saving=saving, lost=lost)
 
 

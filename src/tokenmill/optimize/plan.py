@@ -51,7 +51,7 @@ class Plan:
             Lost(
                 candidate=each.name,
                 stage="plan",
-                reason=f"about {each.make_s + each.measure_s:.0f} s more would not fit into {self.budget_s:.0f} s",
+                reason=f"{each.make_s + each.measure_s:.0f} s more do not fit into {self.budget_s:.0f} s",
             )
             for each in self.candidates
             if not each.is_tried
