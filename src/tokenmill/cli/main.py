@@ -23,6 +23,8 @@ from tokenmill.core import TokenmillError
 __all__ = ["BROKEN_PIPE", "COMMANDS", "INTERRUPTED", "TERMINATED", "UNEXPECTED", "build_parser", "main"]
 
 COMMANDS: Final = (
+    "init",
+    "workload",
     "run",
     "chat",
     "score",

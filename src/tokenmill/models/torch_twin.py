@@ -1,13 +1,14 @@
 """The decoder in plain torch: the twin that the native runner is compared with, and that the trainer trains.
 
 It exists to be read, to be differentiated and to be right: one forward pass over whole sequences, module
-and parameter names are the canonical ones (see `families.py`), so that weights load one to one. It does not
-cover a KV cache, sampling, padding, quantised weights or speed; the engine does those. Importing this module
-needs torch (the `train` extra); nothing else in `tokenmill.models` does.
+and parameter names are the canonical ones (see `families.py`), so that weights load one to one. Sequences of
+different lengths stand one after the other in a row (`PackedRow`), without padding and without seeing each
+other. It does not cover a KV cache, sampling or quantised weights; the engine does those. Importing this
+module needs torch (the `train` extra); nothing else in `tokenmill.models` does.
 
 Shape legend: B sequences, T tokens of each, D model width, H query heads, G key-value heads, E head width,
 F inner width of the gated unit, X experts, K experts of a token, V vocabulary, R rows (any number of tokens,
-flattened).
+flattened), P rows with padding between the sequences.
 
 Named points carry the names they have in TransformerLens and the meaning they have in the engine: a
 `hook_normalized` is the norm's output with its weight, what the next linears read (TransformerLens takes
@@ -23,10 +24,11 @@ A routed block has `mlp.hook_route` BTX, the weights of each token's experts, in
 with norms on its outputs has no `hook_normalized`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, Self, TypeAlias
+from itertools import accumulate
+from typing import Any, Final, NamedTuple, Self, TypeAlias
 
 from tokenmill.core.errors import ModelFormatError, UsageError
 from tokenmill.kernels import Activation
@@ -41,7 +43,7 @@ try:
 except ModuleNotFoundError as error:
     raise UsageError("torch is not installed", hint="run: pip install 'tokenmill[train]'") from error
 
-__all__ = ["HEAD_ROWS", "Hook", "Hooks", "TorchDecoder"]
+__all__ = ["HEAD_ROWS", "Hook", "Hooks", "PackedRow", "TorchDecoder"]
 
 Hook: TypeAlias = Callable[[Tensor], Tensor | None]
 Hooks: TypeAlias = Mapping[str, Hook]
@@ -54,6 +56,86 @@ _ACTIVATIONS: Final[Mapping[Activation, Callable[[Tensor], Tensor]]] = {
     "gelu_tanh": partial(functional.gelu, approximate="tanh"),
     "relu": functional.relu,
 }
+
+
+class _Group(NamedTuple):
+    """Sequences of about one length: `size` of them, each in `length` rows of P from `start` on."""
+
+    start: int
+    size: int
+    length: int
+
+
+_GROUP_FILL: Final = 0.75
+"""A sequence shorter than this share of its group's longest begins another group."""
+
+
+class PackedRow:
+    """How the sequences of one row of tokens lie: one after the other, each from position 0.
+
+    For attention, sequences of about one length are one group, padded to its longest. Padding stands behind
+    the tokens, which look back only, so that no mask is needed.
+    """
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        assert lengths and min(lengths) > 0, lengths
+        self.lengths = tuple(lengths)
+        self.positions_T = torch.cat([torch.arange(length) for length in lengths])
+        starts = [0, *accumulate(lengths)]
+        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        groups: list[_Group] = []
+        places: list[int] = [0] * len(lengths)
+        end = 0
+        for i in order:
+            if not groups or lengths[i] < _GROUP_FILL * groups[-1].length:
+                groups.append(_Group(end, 0, lengths[i]))
+            group = groups[-1]
+            places[i] = end
+            groups[-1] = group._replace(size=group.size + 1)
+            end += group.length
+        self.groups = tuple(groups)
+        self.padded_T = torch.cat([torch.arange(n) + place for n, place in zip(lengths, places, strict=True)])
+        self.packed_P = torch.zeros(end, dtype=torch.long)
+        self.packed_P[self.padded_T] = torch.arange(starts[-1])
+        is_padding_P = torch.ones(end, dtype=torch.bool)
+        is_padding_P[self.padded_T] = False
+        self.padding = is_padding_P.nonzero().flatten()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the row."""
+        return len(self.positions_T)
+
+
+class _Pad(torch.autograd.Function):
+    """[T, ...] to [P, ...]; what stands in the padding is finite and read by nobody."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, row: PackedRow) -> Tensor:
+        ctx.row = row
+        return x.index_select(0, row.packed_P)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].index_select(0, ctx.row.padded_T), None
+
+
+class _Unpad(torch.autograd.Function):
+    """[P, ...] to [T, ...]; the padding has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, row: PackedRow) -> Tensor:
+        ctx.row = row
+        return x.index_select(0, row.padded_T)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        padded = grads[0].index_select(0, ctx.row.packed_P)
+        return padded.index_fill_(0, ctx.row.padding, 0), None
+
+
+_pad: Final[Callable[[Tensor, PackedRow], Tensor]] = _Pad.apply
+_unpad: Final[Callable[[Tensor, PackedRow], Tensor]] = _Unpad.apply
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +162,14 @@ class _Taps:
         return new
 
 
+class _Places(NamedTuple):
+    """Where the tokens of a pass stand: angles [T, E] by position, and the sequences of a packed row."""
+
+    cos_TE: Tensor
+    sin_TE: Tensor
+    row: PackedRow | None
+
+
 class _RmsNorm(nn.Module):
     """x / rms(x) * weight, computed in at least float32 (Zhang and Sennrich 2019)."""
 
@@ -101,6 +191,7 @@ class _Attention(nn.Module):
         super().__init__()
         self.head_dim, self.kind = architecture.head_dim, kind
         self.norms_heads = architecture.qk_norm == "head"
+        self.num_heads = [architecture.num_heads, architecture.num_kv_heads, architecture.num_kv_heads]
         hidden, q_size, kv_size = architecture.hidden_size, architecture.query_size, architecture.kv_size
         self.q_proj = nn.Linear(hidden, q_size, bias=architecture.qkv_bias)
         self.k_proj = nn.Linear(hidden, kv_size, bias=architecture.qkv_bias)
@@ -111,32 +202,48 @@ class _Attention(nn.Module):
             self.q_norm = _RmsNorm(q_norm, architecture.norm_eps)
             self.k_norm = _RmsNorm(k_norm, architecture.norm_eps)
 
-    def forward(self, a_BTD: Tensor, cos_TE: Tensor, sin_TE: Tensor, taps: _Taps) -> Tensor:
-        q_BHTE, k_BGTE = (
-            self._normed(self.q_proj(a_BTD), "q_norm"),
-            self._normed(self.k_proj(a_BTD), "k_norm"),
-        )
+    def forward(self, a_BTD: Tensor, places: _Places, taps: _Taps) -> Tensor:
+        q_BTHE = self._normed(self.q_proj(a_BTD), "q_norm")
+        k_BTGE = self._normed(self.k_proj(a_BTD), "k_norm")
         if self.kind.rotary:
-            q_BHTE, k_BGTE = _rotate(q_BHTE, cos_TE, sin_TE), _rotate(k_BGTE, cos_TE, sin_TE)
-        v_BGTE = self._heads(self.v_proj(a_BTD))
-        seen_TT = _window_mask(a_BTD.shape[1], self.kind.window, a_BTD.device)
-        z_BHTE = functional.scaled_dot_product_attention(
-            q_BHTE, k_BGTE, v_BGTE, attn_mask=seen_TT, is_causal=seen_TT is None, enable_gqa=True
-        )
-        z_BTHE = taps("hook_z", z_BHTE.transpose(1, 2))
+            q_BTHE, k_BTGE = (_rotate(x, places.cos_TE, places.sin_TE) for x in (q_BTHE, k_BTGE))
+        v_BTGE = self._heads(self.v_proj(a_BTD))
+        if places.row is None:
+            z_BTHE = self._attend(q_BTHE, k_BTGE, v_BTGE)
+        else:
+            z_BTHE = self._attend_packed(torch.cat((q_BTHE, k_BTGE, v_BTGE), dim=2)[0], places.row)[None]
+        z_BTHE = taps("hook_z", z_BTHE)
         out_BTD: Tensor = self.o_proj(z_BTHE.flatten(2))
         return out_BTD
 
+    def _attend(self, q_BTHE: Tensor, k_BTGE: Tensor, v_BTGE: Tensor) -> Tensor:
+        """[B, T, H, E]: what each token of a sequence gathers from those that it sees."""
+        seen_TT = _window_mask(q_BTHE.shape[1], self.kind.window, q_BTHE.device)
+        q_BHTE, k_BGTE, v_BGTE = (x.transpose(1, 2) for x in (q_BTHE, k_BTGE, v_BTGE))
+        z_BHTE = functional.scaled_dot_product_attention(
+            q_BHTE, k_BGTE, v_BGTE, attn_mask=seen_TT, is_causal=seen_TT is None, enable_gqa=True
+        )
+        return z_BHTE.transpose(1, 2)
+
+    def _attend_packed(self, qkv_TSE: Tensor, row: PackedRow) -> Tensor:
+        """[T, H, E] from queries, keys and values side by side (S heads of E), a group at a time."""
+        qkv_PSE = _pad(qkv_TSE, row)
+        parts = []
+        for start, size, length in row.groups:
+            qkv_BTSE = qkv_PSE[start : start + size * length].view(size, length, *qkv_PSE.shape[1:])
+            parts.append(self._attend(*torch.split(qkv_BTSE, self.num_heads, dim=2)).flatten(0, 1))
+        return _unpad(torch.cat(parts), row)
+
     def _normed(self, x: Tensor, norm: str) -> Tensor:
-        """[B, T, heads * E] to [B, heads, T, E], by way of the norm over each head or over all of them."""
+        """[B, T, heads * E] to [B, T, heads, E], by way of the norm over each head or over all of them."""
         if not hasattr(self, norm):
             return self._heads(x)
         apply = getattr(self, norm)
         return apply(self._heads(x)) if self.norms_heads else self._heads(apply(x))
 
     def _heads(self, x: Tensor) -> Tensor:
-        """[B, T, heads * E] to [B, heads, T, E]."""
-        return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
+        """[B, T, heads * E] to [B, T, heads, E]."""
+        return x.view(*x.shape[:-1], -1, self.head_dim)
 
 
 class _GatedUnit(nn.Module):
@@ -202,11 +309,11 @@ class _Block(nn.Module):
         else:
             self.mlp = _GatedUnit(architecture, architecture.intermediate_size, architecture.mlp_bias)
 
-    def forward(self, x_BTD: Tensor, cos_TE: Tensor, sin_TE: Tensor, taps: _Taps) -> Tensor:
+    def forward(self, x_BTD: Tensor, places: _Places, taps: _Taps) -> Tensor:
         norm1, norm2 = (self.get_submodule(name) for name in self.norm_names)
         x_BTD = taps("hook_resid_pre", x_BTD)
         a_BTD = x_BTD if self.post_norm else taps("ln1.hook_normalized", norm1(x_BTD))
-        out_BTD = self.self_attn(a_BTD, cos_TE, sin_TE, taps.within("attn"))
+        out_BTD = self.self_attn(a_BTD, places, taps.within("attn"))
         x_BTD = taps("hook_resid_mid", x_BTD + (norm1(out_BTD) if self.post_norm else out_BTD))
         a_BTD = x_BTD if self.post_norm else taps("ln2.hook_normalized", norm2(x_BTD))
         out_BTD = self.mlp(a_BTD, taps.within("mlp"))
@@ -271,28 +378,38 @@ class TorchDecoder(nn.Module):
         ]
         return ("hook_embed", *points, "ln_final.hook_normalized")
 
-    def forward(self, tokens_BT: Tensor, hooks: Hooks | None = None) -> Tensor:
+    def forward(
+        self, tokens_BT: Tensor, hooks: Hooks | None = None, *, row: PackedRow | None = None
+    ) -> Tensor:
         """Logits [B, T, V] of token ids [B, T], each from the tokens up to its own position.
 
-        A hook is called with the value of its point and may return another one of that shape, with
-        which the pass goes on. Raises `UsageError` for an unknown point or too many tokens.
+        With `row`, B is 1 and the tokens are its sequences. A hook is called with the value of its point and
+        may return another one of that shape, with which the pass goes on. Raises `UsageError` for an unknown
+        point or too many tokens.
         """
-        logits_BTV: Tensor = self.lm_head(self.hidden(tokens_BT, hooks))
+        logits_BTV: Tensor = self.lm_head(self.hidden(tokens_BT, hooks, row=row))
         return logits_BTV
 
-    def hidden(self, tokens_BT: Tensor, hooks: Hooks | None = None) -> Tensor:
+    def hidden(
+        self, tokens_BT: Tensor, hooks: Hooks | None = None, *, row: PackedRow | None = None
+    ) -> Tensor:
         """The input of the head, [B, T, D]; arguments and errors as in `forward`."""
         hooks = hooks or {}
         if unknown := sorted(hooks.keys() - set(self.hook_names)):
             raise UsageError(f"no point is named {unknown[0]}", hint="see TorchDecoder.hook_names")
-        num_tokens, limit = tokens_BT.shape[1], self.architecture.max_positions
+        assert row is None or tokens_BT.shape == (1, row.num_tokens), (tokens_BT.shape, row)
+        limit = self.architecture.max_positions
+        num_tokens = tokens_BT.shape[1] if row is None else max(row.lengths)
         if num_tokens > limit:
             raise UsageError(f"{num_tokens} tokens in a sequence", hint=f"this model takes at most {limit}")
         taps = _Taps(hooks=hooks)
         x_BTD = taps("hook_embed", self.model.embed_tokens(tokens_BT))
         cos_TE, sin_TE = _rope_tables(self.architecture, num_tokens, like=x_BTD)
+        if row is not None:
+            cos_TE, sin_TE = cos_TE[row.positions_T], sin_TE[row.positions_T]
+        places = _Places(cos_TE, sin_TE, row)
         for layer, block in enumerate(self.model.layers):
-            x_BTD = block(x_BTD, cos_TE, sin_TE, taps.within(f"blocks.{layer}"))
+            x_BTD = block(x_BTD, places, taps.within(f"blocks.{layer}"))
         return taps("ln_final.hook_normalized", self.model.norm(x_BTD))
 
     def logprobs(self, tokens_BT: Tensor, hooks: Hooks | None = None) -> Tensor:
@@ -336,6 +453,6 @@ def _window_mask(num_tokens: int, window: int | None, device: torch.device) -> T
 
 
 def _rotate(x: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
-    """Rotate [B, heads, T, E] by position; component i is paired with i + E/2, as in Hugging Face."""
+    """Rotate [B, T, heads, E] by position; component i is paired with i + E/2, as in Hugging Face."""
     first, second = x.chunk(2, dim=-1)
-    return x * cos_TE + torch.cat((-second, first), dim=-1) * sin_TE
+    return x * cos_TE[:, None] + torch.cat((-second, first), dim=-1) * sin_TE[:, None]

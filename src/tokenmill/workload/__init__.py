@@ -25,12 +25,14 @@ from tokenmill.workload.row import (
 )
 from tokenmill.workload.rows import read_rows, split_rows
 from tokenmill.workload.splits import PARTS, Splits, freeze, look, num_looks, split
+from tokenmill.workload.summary import Cost, Summary, incumbent_cost, summarise
 from tokenmill.workload.terms import Action, Ruling, Terms, TermsCount, count_terms
 from tokenmill.workload.write import write_rejected, write_workload
 
 __all__ = [
     "PARTS",
     "Action",
+    "Cost",
     "Erasure",
     "Fault",
     "FolderConfig",
@@ -46,6 +48,7 @@ __all__ = [
     "Slo",
     "SplitConfig",
     "Splits",
+    "Summary",
     "Terms",
     "TermsCount",
     "WorkloadCall",
@@ -57,6 +60,7 @@ __all__ = [
     "erase",
     "estimated_tokens",
     "freeze",
+    "incumbent_cost",
     "infer_log",
     "infer_workload",
     "look",
@@ -69,6 +73,7 @@ __all__ = [
     "read_workload",
     "split",
     "split_rows",
+    "summarise",
     "verify_erasures",
     "write_call",
     "write_rejected",

@@ -87,7 +87,7 @@ class Incumbent:
 @dataclass(frozen=True, kw_only=True)
 class Quality:
     """What a candidate must reach. `bar` "incumbent": not worse than the incumbent by more than `margin`; a
-    number: a mean score of at least that. The statement holds with `confidence`.
+    number: a mean score of at least that, whatever `margin` is. The statement holds with `confidence`.
     """
 
     scorer: Scorer = "exact"
@@ -219,21 +219,30 @@ def read_workload(path: Path) -> WorkloadConfig:
         found = msgspec.convert(value, WorkloadConfig, strict=True, dec_hook=_read_path)
     except msgspec.ValidationError as error:
         what, _, place = str(error).partition(" - at `$.")
-        place = place.rstrip("`")
-        shown = f"{place}: {what}" if place else what
+        place = place.rstrip("`").replace("[...]", "")
+        shown = f"{place}: {what}{_choices(place)}" if place else what
         raise UsageError(f"{_where(path, lines, place)}: {shown}", hint=_HINT) from None
     except UsageError as error:
-        place = error.message.split()[0]
+        place = error.message.split()[0].strip(",")
         raise UsageError(f"{_where(path, lines, place)}: {error.message}", hint=error.hint or _HINT) from None
     return dataclasses.replace(found, log=path.parent / found.log)
 
 
 def _where(path: Path, lines: Mapping[str, int], place: str) -> str:
     """File and line of a field, which may be named without the ones that it is in."""
-    at = place.replace("[...]", "")
-    named = (line for name, line in lines.items() if name == at or name.endswith(f".{at}"))
+    named = (line for name, line in lines.items() if name == place or name.endswith(f".{place}"))
     line = next(named, 0)
-    return f"{path}:{line}" if line and at else str(path)
+    return f"{path}:{line}" if line and place else str(path)
+
+
+def _choices(place: str) -> str:
+    """What a field may be, where that is one of a few words."""
+    kind: Any = WorkloadConfig
+    for name in place.split("."):
+        kind = typing.get_type_hints(kind).get(name) if dataclasses.is_dataclass(kind) else None
+    found = [each for part in (kind, *typing.get_args(kind)) for each in typing.get_args(part)]
+    words = [each for each in found if isinstance(each, str)]
+    return f", expected {', '.join(words)}" if words else ""
 
 
 def _lines(path: Path, data: bytes) -> dict[str, int]:
@@ -293,7 +302,7 @@ def _check_keys(value: object, kind: Any, place: str) -> None:
 def _read_path(kind: type, value: object) -> Path:
     if kind is Path and isinstance(value, str) and value:
         return Path(value).expanduser()
-    raise ValueError(f"no {kind.__name__}")
+    raise ValueError("expected the name of a file")
 
 
 def _check(name: str, value: float, low: float, high: float, what: str) -> None:

@@ -26,14 +26,15 @@ _SHOWN: Final = 5
 @dataclass(frozen=True, kw_only=True)
 class Splits:
     """The rows of each part, in the log's order. `digest` names them and what they say; `by` is "time" or
-    "cluster"."""
+    "cluster"; `clusters` has for each row's id that of the first row of its cluster: what counts as one.
+    """
 
     train: tuple[Row, ...]
     select: tuple[Row, ...]
     certify: tuple[Row, ...]
     digest: str
     by: str
-    num_clusters: int
+    clusters: Mapping[str, str]
     seed: int
     shares: tuple[float, float, float] = (0.7, 0.1, 0.2)
 
@@ -50,7 +51,7 @@ class Splits:
             "by": self.by,
             "seed": self.seed,
             "shares": list(self.shares),
-            "num_clusters": self.num_clusters,
+            "num_clusters": len(set(self.clusters.values())),
             "parts": parts,
         }
 
@@ -69,8 +70,9 @@ def split(
         missing = next((row.number for row in rows if row.created is None), 0)
         raise UsageError(f"line {missing} has no time to split by", hint="use by: cluster")
     is_by_time = by == "time" or (by == "auto" and has_times and len({row.created for row in rows}) > 2)
+    heads = clusters(rows, near)
     groups: dict[int, list[int]] = {}
-    for at, head in enumerate(clusters(rows, near)):
+    for at, head in enumerate(heads):
         groups.setdefault(head, []).append(at)
     if len(groups) < sum(share > 0 for share in shares):
         raise UsageError(
@@ -87,7 +89,7 @@ def split(
         certify=chosen[2],
         digest=digest,
         by="time" if is_by_time else "cluster",
-        num_clusters=len(groups),
+        clusters={row.id: rows[head].id for row, head in zip(rows, heads, strict=True)},
         seed=seed,
         shares=shares,
     )

@@ -21,6 +21,7 @@ _SEVERITY: Final[Mapping[Action, int]] = {"allow": 0, "warn": 1, "deny": 2}
 _KNOWN: Final[Mapping[str, Action]] = {
     "*-nc-*": "warn",
     "*noncommercial*": "warn",
+    "*-sa-*": "warn",
     "apache-2.0": "allow",
     "mit": "allow",
     "bsd-*": "allow",

@@ -1,4 +1,4 @@
-"""Writing `workload.yaml`: every field with what it means and why it is so, to be read and mended by a person."""
+"""Writing `workload.yaml`: every field with what it means and why it is so, for a person to mend."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def workload_text(inference: Inference, folder: Path) -> str:
 
 def _lines(inference: Inference, folder: Path) -> Iterator[str]:
     config, log, reasons = inference.config, inference.log, inference.reasons
-    yield f"# A workload: {len(log.rows)} calls read as {log.format}. Made by `tokenmill init`; mend what it got wrong."
+    yield f"# {len(log.rows)} calls, read as {log.format}. Made by `tokenmill init`: mend what it got wrong."
     if log.faults:
         yield f"# {len(log.faults)} lines make no call; `tokenmill workload check` lists them."
     yield f"log: {_text(_relative(config.log, folder))}"
@@ -68,7 +68,7 @@ def _incumbent_lines(config: WorkloadConfig, reason: str) -> Iterator[str]:
     incumbent = config.incumbent
     yield f"# Who answers today. {_sentence(reason)}"
     yield "incumbent:"
-    yield "  kind: recorded                # its answers are in the log; endpoint (with url:), model (with name:)"
+    yield "  kind: recorded                # its answers are in the log; endpoint (and url:), model"
     yield f"  name: {_text(incumbent.name)}"
     if incumbent.price_in is None or incumbent.price_out is None:
         yield "  # What it costs, USD for 1,000,000 tokens: without a price nothing can be said to be saved."
@@ -77,7 +77,7 @@ def _incumbent_lines(config: WorkloadConfig, reason: str) -> Iterator[str]:
         yield "  # price_date: 2026-08-05"
         yield "  # price_source: the provider's price list"
         return
-    yield f"  price_in: {incumbent.price_in:g}                # USD for 1,000,000 tokens"
+    yield f"  price_in: {incumbent.price_in:<19g} # USD for 1,000,000 tokens"
     if incumbent.price_cached is not None:
         yield f"  price_cached: {incumbent.price_cached:g}"
     yield f"  price_out: {incumbent.price_out:g}"
@@ -89,9 +89,9 @@ def _quality_lines(config: WorkloadConfig, reason: str) -> Iterator[str]:
     quality = config.quality
     yield f"# What must hold. {_sentence(reason)}"
     yield "quality:"
-    yield f"  scorer: {quality.scorer:22}  # exact, json, label, contains, rouge, sql"
+    yield f"  scorer: {quality.scorer:21}  # exact, json, label, contains, rouge, sql"
     yield "  bar: incumbent                # not worse than today's answers; or a mean score such as 0.9"
-    yield f"  margin: {quality.margin:g}                  # what a cheaper one may lose"
+    yield f"  margin: {quality.margin:<21g} # what a cheaper one may lose"
     yield f"  confidence: {quality.confidence:g}"
 
 
@@ -108,18 +108,19 @@ def _slo_lines(config: WorkloadConfig) -> Iterator[str]:
     yield "  # tpot_ms: 50                 # between tokens"
     yield "  # e2e_ms: 2000                # to the end"
     yield ""
-    yield "# What an hour of the machine costs in USD, and who says so; `tokenmill prices --hardware` lists some."
+    yield "# What an hour of the machine costs in USD, and who says so (`tokenmill prices --hardware`)."
     yield "# price_per_hour: 0.0884"
     yield "# price_per_hour_source: a cloud's price list, 2026-11-01"
     yield ""
-    yield f"budget_s: {config.budget_s:g}                  # seconds that the search may take"
+    yield f"budget_s: {config.budget_s:<21g} # seconds that the search may take"
 
 
 def _terms_lines(inference: Inference) -> Iterator[str]:
-    yield "# May these answers train a model? allow, warn or deny; denied rows train nothing. For some licences"
-    yield "# the answer is known, what you agreed to with a provider is not. Found in the log:"
+    yield "# May these answers train a model? allow, warn or deny; denied rows train nothing. Some licences"
+    yield "# are known, but not what you agreed to with a provider. Found in the log:"
     for each in count_terms(inference.log.rows, inference.config.terms):
-        yield f"#   {each.num_rows} rows {json.dumps(each.term, ensure_ascii=False) if each.term else 'without terms'}: {each.action}"
+        term = _text(each.term) if each.term else "that name no terms"
+        yield f"#   {each.num_rows} rows {term}: {each.action}"
     yield "terms:"
     yield "  answers: []                   # terms of rows that name none, such as [own] or [Apache-2.0]"
     yield '  rules: {}                     # such as {"Apache-2.0": allow, "origin:gpt-*": deny}'
@@ -133,7 +134,7 @@ def _split_lines(config: WorkloadConfig) -> Iterator[str]:
     yield f"  train: {split.train:g}"
     yield f"  select: {split.select:g}"
     yield f"  certify: {split.certify:g}"
-    yield f"  by: {split.by:26}  # time (the newest certify), cluster (chance), auto"
+    yield f"  by: {split.by:25}  # time (the newest certify), cluster (chance), auto"
     yield f"  seed: {split.seed}"
 
 
