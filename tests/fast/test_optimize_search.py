@@ -9,7 +9,15 @@ import pytest
 from tests.fast.optimize_fakes import PRICED, FakeCandidate, right, workload, wrong
 from tokenmill.core import ResourceError, UsageError
 from tokenmill.evals.statistics import PairedCounts, verdict
-from tokenmill.optimize import CannotBeMadeError, Machine, OptimizeConfig, Outcome, Problem, SearchConfig, optimize
+from tokenmill.optimize import (
+    CannotBeMadeError,
+    Machine,
+    OptimizeConfig,
+    Outcome,
+    Problem,
+    SearchConfig,
+    optimize,
+)
 from tokenmill.workload import Incumbent, Quality, Slo
 
 CHEAP = Machine(usd_per_hour=0.1)
@@ -129,7 +137,9 @@ def test_a_cascade_is_made_of_an_unsure_candidate(tmp_path: Path) -> None:
 
 def test_many_candidates_are_halved_and_controls_stay(tmp_path: Path) -> None:
     problem = workload(tmp_path, 400)
-    rivals = [FakeCandidate(name=f"r{at}", answer=flaky(0.1 * at, str(at)), is_trained=True) for at in range(8)]
+    rivals = [
+        FakeCandidate(name=f"r{at}", answer=flaky(0.1 * at, str(at)), is_trained=True) for at in range(8)
+    ]
     control = FakeCandidate(name="control", answer=lambda text: ("none", 0.1), is_control=True)
     search = SearchConfig(shares=(0.25, 1.0), max_finalists=2)
     found = run(problem, tmp_path, *rivals, control, search=search, with_cascades=False)

@@ -56,7 +56,9 @@ FIGURES = Figures(
 )
 
 
-def lines(name: str, scores: "np.ndarray[tuple[int], np.dtype[np.float64]]", *, slice: str = "") -> list[Item]:
+def lines(
+    name: str, scores: "np.ndarray[tuple[int], np.dtype[np.float64]]", *, slice: str = ""
+) -> list[Item]:
     return [
         replace(LINE, candidate=name, id=f"{slice}{at}", slice=slice, score=float(each), passed=bool(each))
         for at, each in enumerate(scores)
@@ -92,7 +94,10 @@ def test_a_slice_that_is_worse_decides_and_a_small_one_does_not() -> None:
     items = [*lines("c", np.ones(400), slice="large"), *lines("c", np.ones(5), slice="small")]
     found = judge_all(items, Bar(margin=0.05), {}, {})["c"]
     assert found.outcome == "pass"
-    assert {each.slice: each.verdict.outcome for each in found.slices} == {"large": "pass", "small": "undecided"}
+    assert {each.slice: each.verdict.outcome for each in found.slices} == {
+        "large": "pass",
+        "small": "undecided",
+    }
     worse = [*lines("c", np.ones(2000), slice="large"), *lines("c", np.zeros(30), slice="small")]
     found = judge_all(worse, Bar(margin=0.05), {}, {})["c"]
     assert found.overall.outcome == "pass" and found.outcome == "fail"
@@ -136,7 +141,8 @@ def test_the_choice_is_by_cost_a_passing_answer() -> None:
     judged = judge_all(items, Bar(margin=0.05), {}, {})
     cost = {"dear": 5e-6, "cheap": 1e-6, "odd": None}
     figures = {
-        name: replace(FIGURES, usd_per_pass=Range(estimate=usd, low=usd, high=usd)) for name, usd in cost.items()
+        name: replace(FIGURES, usd_per_pass=Range(estimate=usd, low=usd, high=usd))
+        for name, usd in cost.items()
     }
     found = choose(judged, figures, Range(estimate=1e-4, low=1e-4, high=1e-4))
     assert found.winner == "cheap" and found.saving == pytest.approx(0.99)

@@ -1,4 +1,6 @@
-"""The main job: candidates for a workload, measured and judged; the cheapest that passes, with its evidence."""
+"""The main job: candidates for a workload, measured and judged; the cheapest that passes, with its
+evidence.
+"""
 
 from tokenmill.optimize.candidate import Candidate, CannotBeMadeError, Expected, Opened, Workshop
 from tokenmill.optimize.choice import Choice
