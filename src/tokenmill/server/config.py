@@ -24,7 +24,10 @@ import yaml
 from tokenmill.core import NotFoundError, StorageError, Tier, UsageError
 from tokenmill.engine import LLMConfig
 from tokenmill.engine.mock import MockScript
+from tokenmill.router.cascade import CascadeConfig
+from tokenmill.router.classifier import ClassifierConfig
 from tokenmill.router.config import Price, RouteConfig, UpstreamConfig
+from tokenmill.router.prompted import PromptedConfig
 from tokenmill.server.batches import BatchConfig
 from tokenmill.server.capture import CaptureConfig
 from tokenmill.server.edge import is_loopback
@@ -123,11 +126,16 @@ class ModelConfig:
 class Deployment:
     """Everything that a server is told. `store` is the path of a file, or postgresql://...
 
-    `prices` are what keys pay for routes and upstreams, by name and tier; an upstream's own price otherwise.
+    `classifiers` answer with a label; `prompted` tell a deployment more before it answers; `cascades` ask one
+    deployment first and another where it is not sure. `prices` are what keys pay for routes and upstreams, by
+    name and tier; an upstream's own price otherwise.
     """
 
     models: tuple[ModelConfig, ...] = ()
     upstreams: tuple[UpstreamConfig, ...] = ()
+    classifiers: tuple[ClassifierConfig, ...] = ()
+    prompted: tuple[PromptedConfig, ...] = ()
+    cascades: tuple[CascadeConfig, ...] = ()
     routes: tuple[RouteConfig, ...] = ()
     http: HttpConfig = field(default_factory=HttpConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
@@ -138,9 +146,10 @@ class Deployment:
     store: str = ""
 
     def __post_init__(self) -> None:
-        if not self.models and not self.upstreams:
+        if not self.models and not self.upstreams and not self.classifiers:
             raise UsageError("nothing is served", hint="name a model (models:) or an endpoint (upstreams:)")
-        names = [each.served_name for each in self.models] + [each.name for each in self.upstreams]
+        others = (*self.upstreams, *self.classifiers, *self.prompted, *self.cascades)
+        names = [each.served_name for each in self.models] + [each.name for each in others]
         for name in names:
             if names.count(name) > 1:
                 raise UsageError(f"two deployments are called {name!r}", hint="give each a name of its own")
@@ -175,6 +184,9 @@ def read_deployment(path: Path) -> Deployment:
     folder = found.capture.folder
     return dataclasses.replace(
         found,
+        classifiers=tuple(
+            dataclasses.replace(each, folder=_from(path.parent, each.folder)) for each in found.classifiers
+        ),
         capture=dataclasses.replace(found.capture, folder=_from(path.parent, folder) if folder else ""),
         store=_from(path.parent, found.store) if found.store else "",
         models=tuple(
