@@ -1,8 +1,9 @@
 """Which rows belong together: those of one conversation, and those that ask nearly the same.
 
 What trains a model must not be what certifies it in other words. Texts are compared without their system
-prompts, by 5-character pieces; their likeness is estimated with MinHash (Broder 1997) on 64 hashes, which are
-256 bytes a row however long its text is. Rewordings with other words are not found.
+prompts, by 5-character pieces. Who may be alike is seen by MinHash (Broder 1997) on 64 hashes, which are 256
+bytes a row however long its text is, and then counted: of pairs that are 0.7 alike 99 % are found, of those
+at 0.8 all but one in 10,000. Rewordings with other words are not found.
 """
 
 import unicodedata
@@ -22,12 +23,14 @@ _BAND: Final = 4
 _MAX_CHARS: Final = 1 << 15
 _LOOKED_AT: Final = 8
 """Rows of a bucket with which a new one is compared."""
+_NOISE: Final = 0.2
+"""More than three standard deviations of an estimate from 64 hashes."""
 _ODD: Final = np.uint64(0x9E3779B97F4A7C15)
 
 
 def clusters(rows: Sequence[Row], near: float) -> list[int]:
     """For each row the first row of its cluster. Rows are in one if they share a conversation, ask the same,
-    or are as alike as `near` (0 to 1, estimated), also by way of others.
+    or have `near` of their pieces in common (Jaccard, 0 to 1), also by way of others.
     """
     heads = _Heads(len(rows))
     by_name: dict[str, int] = {}
@@ -42,7 +45,7 @@ def clusters(rows: Sequence[Row], near: float) -> list[int]:
         if first == at:
             texts.append(text)
     places = list(by_text.values())
-    for first, second in _near_pairs(signatures(texts), near):
+    for first, second in _near_pairs(texts, near):
         heads.join(places[first], places[second])
     return [heads.of(at) for at in range(len(rows))]
 
@@ -76,20 +79,29 @@ def signatures(texts: Sequence[str]) -> NDArray[np.uint32]:
     return found
 
 
-def _near_pairs(rows: NDArray[np.uint32], near: float) -> Iterator[tuple[int, int]]:
-    """Pairs with at least `near` equal columns, out of those with four in a row equal somewhere."""
+def _near_pairs(texts: Sequence[str], near: float) -> Iterator[tuple[int, int]]:
+    """Pairs with at least `near` of their pieces in common, out of those with four equal columns in a row."""
+    rows = signatures(texts)
     for start in range(0, _HASHES, _BAND):
         buckets: dict[bytes, list[int]] = {}
         band = np.ascontiguousarray(rows[:, start : start + _BAND])
         for at in range(len(rows)):
             bucket = buckets.setdefault(band[at].tobytes(), [])
             for other in bucket:
-                if float((rows[at] == rows[other]).mean()) >= near:
+                estimate = float((rows[at] == rows[other]).mean())
+                if estimate >= near - _NOISE and _likeness(texts[at], texts[other]) >= near:
                     yield at, other
                     break
             else:
                 if len(bucket) < _LOOKED_AT:
                     bucket.append(at)
+
+
+def _likeness(first: str, second: str) -> float:
+    """The share of pieces in common."""
+    pieces, others = _pieces(first), _pieces(second)
+    common = len(np.intersect1d(pieces, others, assume_unique=True))
+    return common / (len(pieces) + len(others) - common)
 
 
 def _plain(text: str) -> str:

@@ -38,7 +38,13 @@ def clean_request(body: object, messages: object = None) -> dict[str, Any]:
         raise DraftError("the request is none for chat completions: it has input, and no messages")
     kept = {name: value for name, value in body.items() if name not in _LEFT_OUT and value not in _EMPTY}
     kept["messages"] = _messages(given)
+    if "tools" in kept and not _is_list_of_objects(kept["tools"]):
+        raise DraftError("the request's tools are no list of objects")
     return kept
+
+
+def _is_list_of_objects(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(each, Mapping) for each in value)
 
 
 def _messages(given: object) -> list[dict[str, Any]]:
@@ -54,7 +60,7 @@ def _message(given: object, at: int) -> dict[str, Any]:
     if not isinstance(given, Mapping):
         raise DraftError(f"messages[{at}] is no object")
     role = given.get("role")
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         raise DraftError(
             f"messages[{at}].role is {_shown(role)}, expected one of {', '.join(sorted(_ROLES))}"
         )
@@ -64,6 +70,8 @@ def _message(given: object, at: int) -> dict[str, Any]:
         for name, value in given.items()
         if name in ("name", "tool_call_id", "tool_calls", "function_call") and value not in _EMPTY
     }
+    if "tool_calls" in kept and not _is_list_of_objects(kept["tool_calls"]):
+        raise DraftError(f"messages[{at}].tool_calls is no list of objects")
     if content is None and not kept.keys() & {"tool_calls", "function_call"}:
         raise DraftError(f"messages[{at}] has no content")
     return {"role": role, "content": content, **kept}

@@ -61,8 +61,8 @@ class Duplicates(NamedTuple):
 
 
 class Balance(NamedTuple):
-    """Different answers, the most frequent one and its share, and the rows of the rarest label (of those in the
-    workload's file, or of all answers); `num_unknown` rows answer with none of those labels.
+    """Different answers, the most frequent one and its share, and the rows of the rarest label (of those in
+    the workload's file, or of all answers); `num_unknown` rows answer with none of those labels.
     """
 
     num_answers: int
@@ -74,8 +74,8 @@ class Balance(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What the incumbent costs in USD at its dated price; `per_month` only where the rows' times say how often
-    it is asked. `num_estimated` rows have tokens that are estimated.
+    """What the incumbent costs in USD at its dated price; `per_month` only where the rows' times say how
+    often it is asked. `num_estimated` rows have tokens that are estimated.
     """
 
     total_usd: float
