@@ -20,7 +20,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import torch
 
-from tokenmill.compress.drift import Drift, DriftRows, drift, row_drift
+from tokenmill.compress.drift_figures import Drift, DriftRows, drift, row_drift
 from tokenmill.core import ModelFormatError, SamplingParams, UsageError
 from tokenmill.engine import LLM, LLMConfig
 from tokenmill.kernels import KV_BLOCK, F32Array, StepBatch
@@ -67,7 +67,8 @@ class ExportReport(NamedTuple):
             f"{each.weights}: relative error of logits {each.drift.relative_error:.4f} "
             f"(at most {BOUNDS[each.weights]}), same top p {each.drift.same_top_p:.2%}, "
             f"mean KLD {each.drift.mean_kld:.2e}, largest logit difference "
-            f"{each.drift.largest_difference:.3f}, {each.num_wrong_tokens} of {each.num_answer_tokens} greedy tokens wrong"
+            f"{each.drift.largest_difference:.3f}, {each.num_wrong_tokens} of {each.num_answer_tokens} "
+            "greedy tokens wrong"
             for each in self.formats
         ]
 

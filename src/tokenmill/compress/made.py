@@ -6,8 +6,6 @@ existed before. Which weights it has is for the callers.
 """
 
 import json
-import secrets
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +15,7 @@ import numpy as np
 
 from tokenmill.core import NotFoundError, UsageError
 from tokenmill.models.architecture import Architecture
-from tokenmill.models.files import atomic_file, disk_errors, sync_folder
+from tokenmill.models.files import atomic_file
 from tokenmill.models.formats.bfloat16 import U16Array
 from tokenmill.models.formats.checkpoint import WEIGHTS_NAME
 from tokenmill.models.formats.safetensors import write_safetensors
@@ -25,6 +23,7 @@ from tokenmill.models.hf_config import architecture_to_config
 from tokenmill.models.store.assemble import write_manifest
 from tokenmill.models.store.directory import ModelDirectory
 from tokenmill.models.store.manifest import DeclaredCosts, Manifest
+from tokenmill.train.save import new_folder
 
 __all__ = ["MadeModel", "check_target", "write_made"]
 
@@ -59,20 +58,10 @@ def check_target(folder: Path) -> None:
 
 def write_made(made: MadeModel, source: ModelDirectory, folder: Path) -> ModelDirectory:
     """Write the model directory `folder`, a child of `source`. Raises StorageError; then nothing is there."""
-    check_target(folder)
-    staging = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp")
-    with disk_errors(folder):
-        try:
-            staging.mkdir()
-            _write_small_files(made, source, staging)
-            _write_weights(made, staging)
-            write_manifest(staging, _manifest(made, source, folder.name))
-            sync_folder(staging)
-            staging.rename(folder)
-            sync_folder(folder.absolute().parent)
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
+    with new_folder(folder, 2 * made.architecture.num_params) as staging:
+        _write_small_files(made, source, staging)
+        _write_weights(made, staging)
+        write_manifest(staging, _manifest(made, source, folder.name))
     return ModelDirectory.open(folder)
 
 

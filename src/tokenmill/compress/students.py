@@ -10,8 +10,8 @@ to one: trim that first.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, Literal, NamedTuple
 from pathlib import Path
+from typing import Final, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -53,7 +53,7 @@ class StudentShape:
         if teacher.num_kv_heads % self.num_kv_heads or self.num_heads % self.num_kv_heads:
             raise UsageError(
                 f"the student's num_kv_heads is {self.num_kv_heads}",
-                hint=f"use a divisor of its heads ({self.num_heads}) and of the teacher's {teacher.num_kv_heads}",
+                hint=f"use a divisor of {self.num_heads} heads and of the teacher's {teacher.num_kv_heads}",
             )
         if self.num_heads // self.num_kv_heads > teacher.num_heads // self.num_kv_heads:
             raise UsageError(f"the student's num_heads is {self.num_heads}", hint="use fewer heads")
@@ -89,7 +89,7 @@ multiply-accumulates a token, about."""
 
 
 class _Choice(NamedTuple):
-    """What of the teacher is kept: layers, and in each of them (by the student's number) heads and neurons."""
+    """What of the teacher is kept: layers, and in each of them, in the student's order, heads and neurons."""
 
     layers: Sequence[int]
     dims: _Indices

@@ -1,4 +1,4 @@
-"""Fewer tokens for a model: what a workload's texts need stays, the rest goes, and every text can still be said.
+"""Fewer tokens for a model: what a workload's texts need stays, and every text can still be said.
 
 The embedding and the head of a small model are a large part of its cost, and a narrow task uses few of its
 tokens. Kept are its bytes, all added tokens, the tokens that the given texts have (the most frequent first)
@@ -16,6 +16,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -42,11 +43,14 @@ class Trimmed(NamedTuple):
     kept: tuple[int, ...]
 
 
-def trim_vocabulary(model: ModelDirectory, texts: Iterable[str], size: int, folder: Path) -> ModelDirectory:
+def trim_vocabulary(
+    model: ModelDirectory, texts: Iterable[str], size: int, folder: Path, *, chat_template: str = ""
+) -> ModelDirectory:
     """Write `model` with a vocabulary of `size` tokens as the new model directory `folder`.
 
-    `texts` are what the model will read and write, as it sees it: control tokens in them count. Raises
-    ModelFormatError for a vocabulary that cannot be cut, UsageError for a size that cannot be had.
+    `texts` are what the model will read and write, as it sees it: control tokens in them count. It gets
+    `chat_template` in the place of its own, if that is given (`folding`). Raises ModelFormatError for a
+    vocabulary that cannot be cut, UsageError for a size that cannot be had.
     """
     check_target(folder)
     source = model.path / "tokenizer.json"
@@ -64,6 +68,9 @@ def trim_vocabulary(model: ModelDirectory, texts: Iterable[str], size: int, fold
         values = weights.bf16(name)
         return values[kept] if name in _EMBEDDINGS else values
 
+    files = {"tokenizer.json": trimmed.text, **_renumbered_files(model.path, new_ids)}
+    if chat_template:
+        files["chat_template.jinja"] = chat_template
     bos = architecture.bos_token_id
     made = MadeModel(
         architecture=replace(
@@ -78,7 +85,7 @@ def trim_vocabulary(model: ModelDirectory, texts: Iterable[str], size: int, fold
             "tokens": f"{len(kept)} of {architecture.vocab_size}",
             "texts": f"sha256:{digest.hexdigest()}",
         },
-        texts={"tokenizer.json": trimmed.text, **_renumbered_files(model.path, new_ids)},
+        texts=files,
     )
     return write_made(made, model, folder)
 
@@ -130,8 +137,8 @@ def _always_kept(description: Mapping[str, Any], vocab: Mapping[str, int], sourc
     alphabet = _byte_tokens(description)
     if len(bytes_kept := [each for each in alphabet if each in vocab]) < _FEWEST_BYTES:
         raise ModelFormatError(
-            f"{source}: the vocabulary has {len(bytes_kept)} of the 256 bytes, and without them a smaller one "
-            "could not say every text",
+            f"{source}: the vocabulary has {len(bytes_kept)} of the 256 bytes, without which a smaller "
+            "one could not say every text",
             hint="leave the vocabulary as it is",
         )
     extra = [_SPACE] if model.get("byte_fallback") else []
@@ -179,7 +186,7 @@ def _made_of(piece: str, ranks: Mapping[tuple[str, str], int], vocab: Mapping[st
     parts = list(piece)
     while True:
         passed |= dict.fromkeys(part for part in parts if part in vocab)
-        pairs = [ranks.get(pair, len(ranks)) for pair in zip(parts, parts[1:], strict=False)]
+        pairs = [ranks.get(pair, len(ranks)) for pair in pairwise(parts)]
         if not pairs or min(pairs) == len(ranks):
             return list(passed)
         at = pairs.index(min(pairs))

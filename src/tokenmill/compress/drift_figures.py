@@ -37,8 +37,8 @@ class DriftRows(NamedTuple):
 class Drift(NamedTuple):
     """Figures of a text; in llama.cpp's names Mean KLD, 99.9% KLD, Maximum KLD, RMS delta p, Same top p.
 
-    `relative_error` is the norm of the logits' differences over that of the reference's logits (rows centred),
-    `largest_difference` the largest of one logit.
+    `relative_error` is the norm of the logits' differences over that of the reference's logits (rows
+    centred), `largest_difference` the largest of one logit.
     """
 
     num_positions: int
@@ -99,4 +99,5 @@ def drift(parts: Iterable[DriftRows]) -> Drift:
 def _log_softmax(logits_RV: F32Array) -> _Rows:
     wide_RV = logits_RV.astype(np.float64)
     wide_RV -= wide_RV.max(1, keepdims=True)
-    return wide_RV - np.log(np.exp(wide_RV).sum(1, keepdims=True))
+    wide_RV -= np.log(np.exp(wide_RV).sum(1, keepdims=True))
+    return wide_RV
