@@ -5,7 +5,7 @@ select    what they are compared on while there are many
 certify   what the verdict is of; each look is counted
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
@@ -21,7 +21,6 @@ from tokenmill.optimize.records import Range
 from tokenmill.optimize.verdict import Bar
 from tokenmill.runs import content_hash
 from tokenmill.workload import Log, Row, Splits, WorkloadConfig, count_terms
-from tokenmill.workload.clusters import clusters
 
 __all__ = ["DEFAULT_USD_PER_HOUR", "Problem", "problem_of"]
 
@@ -80,8 +79,7 @@ def problem_of(config: WorkloadConfig, log: Log, splits: Splits) -> Problem:
         prices = Prices(
             input_usd=incumbent.price_in, output_usd=incumbent.price_out, cached_usd=incumbent.price_cached
         )
-    heads = _heads(log.rows, config.split.near)
-    to_case = partial(_case, rules=rules, prices=prices, heads=heads)
+    to_case = partial(_case, rules=rules, prices=prices, heads=splits.clusters)
     denied = frozenset(row.id for row in log.rows if config.terms.ruling(row).action == "deny")
     certify = tuple(map(to_case, splits.certify))
     usd_per_hour = DEFAULT_USD_PER_HOUR if config.price_per_hour is None else config.price_per_hour
@@ -103,12 +101,6 @@ def problem_of(config: WorkloadConfig, log: Log, splits: Splits) -> Problem:
 
 def _case(row: Row, *, rules: Rules, prices: Prices | None, heads: Mapping[str, str]) -> Case:
     return replace(case_of(row, rules.score, rules.passes, prices), cluster=heads[row.id])
-
-
-def _heads(rows: Sequence[Row], near: float) -> dict[str, str]:
-    """The cluster of each row, named by its first row."""
-    found = clusters(rows, near)
-    return {row.id: rows[head].id for row, head in zip(rows, found, strict=True)}
 
 
 def _slo(config: WorkloadConfig) -> Slo | None:
@@ -157,7 +149,7 @@ def _about(
         "faults": [str(each) for each in log.faults[:20]],
         "parts": {name: len(getattr(splits, name)) for name in ("train", "select", "certify")},
         "split_by": splits.by,
-        "num_clusters": splits.num_clusters,
+        "num_clusters": len(set(splits.clusters.values())),
         "num_denied": num_denied,
         "slices": slices[:200],
         "labels": len(config.labels),
