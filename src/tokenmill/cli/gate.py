@@ -13,8 +13,8 @@ EXIT_CODES: Final = {"pass": 0, "fail": 1, "undecided": 3}
 """A folder that is no finished run is an error of use (2), so that it is never taken for a verdict."""
 
 _DESCRIPTION = """\
-Say what a run of `tokenmill optimize` decided: the exit code is 0 if something passes and is to be deployed, 1
-if the incumbent is kept because nothing passes or is cheaper, 3 if more rows might decide.
+Say what a run of `tokenmill optimize` decided: the exit code is 0 if something passes and is to be deployed,
+1 if the incumbent is kept because nothing passes or is cheaper, 3 if more rows might decide.
 
   tokenmill gate run && tokenmill serve run/deployment.yaml
 """

@@ -255,14 +255,14 @@ def _show_plan(plan: "Plan", out: Output, *, to_stdout: bool = False) -> None:
         say(f"{plan.num_certify} rows certify, which prove nothing: a longer log is needed")
     elif plan.provable > plan.margin:
         say(
-            f"{plan.num_certify} rows certify: they can rule out a loss of {plan.provable:.3f} if a tenth of the "
-            f"answers differ, and {plan.margin:g} is asked for; a verdict may stay undecided"
+            f"{plan.num_certify} rows certify: they can rule out a loss of {plan.provable:.3f} if a tenth of "
+            f"the answers differ, and {plan.margin:g} is asked for; a verdict may stay undecided"
         )
 
 
 def _show(outcome: "Outcome", folder: Path, out: Output) -> None:
     """The result for people."""
-    from tokenmill.optimize.choice import usd
+    from tokenmill.optimize.choice import usd_million
 
     rows = []
     for name, entry in outcome.entries.items():
@@ -272,7 +272,7 @@ def _show(outcome: "Outcome", folder: Path, out: Output) -> None:
                 name,
                 outcome.judged[name].outcome,
                 f"{figures.quality.estimate or 0:.3f}",
-                usd(figures.usd_per_pass.estimate),
+                usd_million(figures.usd_per_pass.estimate),
                 f"{figures.p99_ms.estimate or 0:.1f}",
                 f"{figures.requests_per_s:.1f}",
             ]
@@ -281,9 +281,9 @@ def _show(outcome: "Outcome", folder: Path, out: Output) -> None:
     about = outcome.problem.about["incumbent"]
     certify = outcome.problem.certify
     quality = sum(case.score for case in certify) / len(certify)
-    price = "unknown" if cost is None else usd(cost.estimate)
+    price = "unknown" if cost is None else usd_million(cost.estimate)
     rows.append([about["name"], "incumbent", f"{quality:.3f}", price, "-", "-"])
-    out.table(["candidate", "verdict", "quality", "$ a passing answer", "p99, ms", "calls/s"], rows)
+    out.table(["candidate", "verdict", "quality", "$ 1M passing", "p99, ms", "calls/s"], rows)
     for name, reason in sorted(outcome.choice.lost.items()):
         out.note(f"{name}: {reason}")
     out.text(outcome.choice.why)

@@ -68,7 +68,10 @@ def pareto_chart(marks: Sequence[Mark], bar: float | None) -> str:
     lowest = min([mark.quality[1] for mark in marks] + ([bar] if bar is not None else []))
     low = max(0.0, math.floor((lowest - 0.02) * 10) / 10)
     y = _Scale(low, 1.0, _HEIGHT - _BOTTOM, _TOP, False)
-    parts = [*_log_axis(x, "USD for each passing answer", usd), *_share_axis(y, "quality")]
+    parts = [
+        *_log_axis(x, "USD for a million passing answers (logarithmic)", usd),
+        *_share_axis(y, "quality"),
+    ]
     if bar is not None:
         parts.append(
             f'<line class="bar" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y.at(bar)}" y2="{y.at(bar)}"/>'

@@ -12,7 +12,7 @@ from typing import Any
 from tokenmill.optimize.records import Figures, Lost, Range
 from tokenmill.optimize.verdict import Judged
 
-__all__ = ["Choice", "choose", "pareto", "usd"]
+__all__ = ["Choice", "choose", "pareto", "usd", "usd_million"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +54,8 @@ def choose(
         lost[name] = f"it passes, but costs more: {_compared(figures[name], figures[winner].usd_per_pass)}"
     saving = _saving(figures[winner], incumbent)
     rest = "" if saving is None else f", {saving:.1%} less than the incumbent"
-    cost = usd(figures[winner].usd_per_pass.estimate)
-    why = f"{winner} is the cheapest that passes: {cost} a passing answer{rest}"
+    cost = usd_million(figures[winner].usd_per_pass.estimate)
+    why = f"{winner} is the cheapest that passes: {cost} for a million passing answers{rest}"
     return Choice(winner=winner, why=why, saving=saving, lost=lost)
 
 
@@ -78,7 +78,12 @@ def usd(value: float | None) -> str:
     """Dollars with three digits, however small."""
     if value is None:
         return "unknown"
-    return f"${value:,.2f}" if value >= 1 else f"${value:.3g}" if value >= 1e-3 else f"${value:.2e}"
+    return f"${value:,.2f}" if value >= 1 else f"${value:.3g}" if value >= 1e-4 else f"${value:.2e}"
+
+
+def usd_million(value: float | None) -> str:
+    """Dollars for a million of what costs so much."""
+    return usd(None if value is None else 1e6 * value)
 
 
 _STAGES = {"plan": "not tried", "make": "could not be made", "explore": "given up early"}
@@ -101,10 +106,10 @@ def _is_cheaper(figures: Figures, incumbent: Range | None) -> bool:
 
 def _compared(figures: Figures, other: Range | None) -> str:
     own = figures.usd_per_pass
-    said = f"{usd(own.estimate)} (up to {usd(own.high)}) a passing answer"
+    said = f"{usd_million(own.estimate)} (up to {usd_million(own.high)}) for a million passing answers"
     if other is None:
         return said
-    return f"{said} against {usd(other.estimate)}"
+    return f"{said} against {usd_million(other.estimate)}"
 
 
 def _saving(figures: Figures, incumbent: Range | None) -> float | None:

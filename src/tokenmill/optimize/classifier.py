@@ -9,7 +9,7 @@ import hashlib
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,6 +25,7 @@ from tokenmill.router.linear import CONFIG_NAME, NUMBERS_NAME, LinearClassifier,
 __all__ = ["ClassifierCandidate", "file_digest", "train_classifier"]
 
 _STRENGTHS: Final = (0.3, 1.0)
+_SCALES: Final = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0)
 _MIN_ROWS: Final = 2
 _MAX_TERMS: Final = 200_000
 _HELD_OUT: Final = 0.15
@@ -39,14 +40,44 @@ def train_classifier(
     held_out = np.random.default_rng(seed).random(len(texts)) < _HELD_OUT
     inner = [at for at in range(len(texts)) if not held_out[at]]
     outer = [at for at in range(len(texts)) if held_out[at]]
-    best, best_score = strengths[-1], -1.0
-    if len(strengths) > 1 and outer and len({labels[at] for at in inner}) > 1:
+    best, best_score, scale = strengths[-1], -1.0, 1.0
+    if outer and len({labels[at] for at in inner}) > 1:
+        outer_texts, outer_labels = [texts[at] for at in outer], [labels[at] for at in outer]
         for strength in strengths:
             model = _fitted([texts[at] for at in inner], [labels[at] for at in inner], strength, seed)
-            right = sum(model.guess(texts[at]).label == labels[at] for at in outer)
+            right = sum(
+                model.guess(text).label == label
+                for text, label in zip(outer_texts, outer_labels, strict=True)
+            )
             if right > best_score:
-                best, best_score = strength, right
-    return _fitted(texts, labels, best, seed)
+                best, best_score, scale = strength, right, _scale(model, outer_texts, outer_labels)
+    return _scaled(_fitted(texts, labels, best, seed), scale)
+
+
+def _scale(model: LinearClassifier, texts: Sequence[str], labels: Sequence[str]) -> float:
+    """The factor for its scores that makes the probabilities of these labels largest: how sure it may be."""
+    places = {label: at for at, label in enumerate(model.labels)}
+    known = [
+        (model.scores(text), places[label])
+        for text, label in zip(texts, labels, strict=True)
+        if label in places
+    ]
+    if not known:
+        return 1.0
+    scores_NC = np.stack([scores for scores, _ in known]).astype(np.float64)
+    rows_N, right_N = np.arange(len(known)), np.array([place for _, place in known])
+
+    def loss(scale: float) -> float:
+        moved_NC = scale * (scores_NC - scores_NC.max(axis=1, keepdims=True))
+        return float((np.log(np.exp(moved_NC).sum(axis=1)) - moved_NC[rows_N, right_N]).mean())
+
+    return min(_SCALES, key=loss)
+
+
+def _scaled(model: LinearClassifier, scale: float) -> LinearClassifier:
+    """The same labels, with scores of another size."""
+    factor = np.float32(scale)
+    return replace(model, weights_FC=factor * model.weights_FC, bias_C=factor * model.bias_C)
 
 
 def _fitted(texts: Sequence[str], labels: Sequence[str], strength: float, seed: int) -> LinearClassifier:

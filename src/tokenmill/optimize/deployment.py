@@ -21,7 +21,10 @@ _INCUMBENT: Final = "incumbent"
 def served_name(outcome: Outcome) -> str:
     """What clients ask for: the workload's name."""
     log = outcome.problem.config.log
-    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", (log.parent if log.stem == "log" else log).stem).strip("-._")
+    name = log.name.partition(".")[0]
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", log.resolve().parent.name if name == "log" else name).strip(
+        "-._"
+    )
     return plain[:60] or "workload"
 
 

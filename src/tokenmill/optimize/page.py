@@ -11,7 +11,7 @@ import jinja2
 from markupsafe import Markup
 
 from tokenmill.optimize.charts import Curve, Mark, latency_chart, pareto_chart
-from tokenmill.optimize.choice import usd
+from tokenmill.optimize.choice import usd, usd_million
 
 __all__ = ["report_page"]
 
@@ -26,6 +26,7 @@ def report_page(document: Mapping[str, Any]) -> str:
     )
     environment.filters |= {
         "usd": usd,
+        "usd_million": usd_million,
         "range": _range,
         "share": _share,
         "share_range": _share_range,
@@ -76,9 +77,9 @@ def _tiles(document: Mapping[str, Any]) -> list[dict[str, str]]:
     factor = cost["estimate"] / own["estimate"] if cost and cost["estimate"] and own["estimate"] else None
     tiles = [
         {
-            "title": "A passing answer costs",
-            "figure": usd(own["estimate"]),
-            "note": f"{_usd_range(own)}" + (f"; the incumbent {usd(cost['estimate'])}" if cost else ""),
+            "title": "A million passing answers cost",
+            "figure": usd_million(own["estimate"]),
+            "note": _usd_range(own) + (f"; the incumbent {usd_million(cost['estimate'])}" if cost else ""),
         },
         {
             "title": "Saving" if saving is not None else "Against the incumbent",
@@ -111,12 +112,12 @@ def _pareto(document: Mapping[str, Any]) -> str:
         cost, quality = each["figures"]["usd_per_pass"], each["figures"]["quality"]
         if not cost["estimate"] or quality["estimate"] is None:
             continue
-        marks.append(Mark(each["name"], _kind(document, each), _three(cost), _three(quality)))
+        marks.append(Mark(each["name"], _kind(document, each), _three(cost, 1e6), _three(quality)))
     incumbent = document["incumbent"]
     cost = incumbent["usd_per_pass"]
     if cost and cost["estimate"]:
         own = incumbent["quality"]
-        marks.append(Mark(incumbent["name"], "incumbent", _three(cost), (own, own, own)))
+        marks.append(Mark(incumbent["name"], "incumbent", _three(cost, 1e6), (own, own, own)))
     return pareto_chart(marks, _bar(document))
 
 
@@ -133,11 +134,11 @@ def _kind(document: Mapping[str, Any], candidate: Mapping[str, Any]) -> str:
     return "passing" if candidate["judged"]["outcome"] == "pass" else "losing"
 
 
-def _three(value: Mapping[str, Any]) -> tuple[float, float, float]:
+def _three(value: Mapping[str, Any], scale: float = 1.0) -> tuple[float, float, float]:
     estimate = float(value["estimate"])
     low = estimate if value["low"] is None else float(value["low"])
     high = estimate if value["high"] is None else float(value["high"])
-    return estimate, low, high
+    return scale * estimate, scale * low, scale * high
 
 
 def _latency(document: Mapping[str, Any]) -> str:
@@ -190,8 +191,8 @@ def _usd_range(value: Mapping[str, Any] | None) -> str:
     if value is None:
         return "-"
     if value["high"] is None:
-        return f"at least {usd(value['low'])}"
-    return f"{usd(value['low'])} to {usd(value['high'])}"
+        return f"at least {usd_million(value['low'])}"
+    return f"{usd_million(value['low'])} to {usd_million(value['high'])}"
 
 
 def _ms(value: float | None) -> str:

@@ -26,6 +26,10 @@ from tokenmill.runs import content_hash
 __all__ = ["Explorer", "Finalist", "SearchConfig", "select_key"]
 
 _NAME_CHARS: Final = 12
+_FIRST_ROWS: Final = 48
+"""After so many rows of select it is seen whether more are worth asking."""
+_HOPELESS: Final = 0.001
+_UNLIKELY: Final = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +107,13 @@ class Explorer:
         if artefact is None:
             return None
         num = max(1, math.ceil(share * len(self._problem.select)))
+        is_whole = share == 1.0 or not candidate.is_trained
         try:
+            if is_whole and not candidate.is_control and num > 2 * _FIRST_ROWS:
+                first = self._answers(candidate, artefact, key, _FIRST_ROWS)
+                if self._reach(first, _HOPELESS)[0] < self._bar(first):
+                    self._lose(candidate, "explore", self._why(first, share, _HOPELESS))
+                    return None
             items = self._answers(candidate, artefact, key, num)
         except StorageError:
             raise
@@ -167,26 +177,27 @@ class Explorer:
         """Controls, and the best of the others."""
         rivals = sorted((each for each in found if not each.candidate.is_control), key=self._promise)
         for each in rivals[keep:]:
-            self._lose(each.candidate, "explore", self._why(each, share))
+            self._lose(each.candidate, "explore", self._why(each.select, share, _UNLIKELY))
         kept = {each.key for each in rivals[:keep]}
         ordered = [each for each in found if each.candidate.is_control]
         return [*ordered, *(each for each in rivals if each.key in kept)]
 
     def _promise(self, finalist: Finalist) -> tuple[bool, float, float]:
         """Smaller is better: may it reach the bar, how far below it is, what it costs."""
-        reach, score = self._reach(finalist.select)
+        reach, score = self._reach(finalist.select, _UNLIKELY)
         bar = self._bar(finalist.select)
         cost = math.fsum(each.usd for each in finalist.select) / max(1, len(finalist.select))
         return (reach < bar, -min(score, bar) if reach < bar else 0.0, cost / max(score, 1e-6))
 
-    def _reach(self, items: Sequence[Item]) -> tuple[float, float]:
-        """The most that its score may be, and the score."""
+    def _reach(self, items: Sequence[Item], alpha: float) -> tuple[float, float]:
+        """The most that its score may be, but for a probability of `alpha`, and the score."""
         mean = math.fsum(each.score for each in items) / len(items)
         if self._problem.bar.absolute is not None:
-            return mean_interval([each.score for each in items], confidence=0.9, bounds=(0.0, 1.0)).high, mean
+            found = mean_interval([each.score for each in items], confidence=1 - 2 * alpha, bounds=(0.0, 1.0))
+            return found.high, mean
         incumbent = math.fsum(each.incumbent_score for each in items) / len(items)
         evidence = paired([each.score for each in items], [each.incumbent_score for each in items])
-        return incumbent + evidence.upper(0.05), mean
+        return incumbent + evidence.upper(alpha), mean
 
     def _bar(self, items: Sequence[Item]) -> float:
         bar = self._problem.bar
@@ -194,10 +205,10 @@ class Explorer:
             return bar.absolute
         return math.fsum(each.incumbent_score for each in items) / len(items) - bar.margin
 
-    def _why(self, finalist: Finalist, share: float) -> str:
-        reach, score = self._reach(finalist.select)
-        bar = self._bar(finalist.select)
-        rows = f"on {len(finalist.select)} rows of select"
+    def _why(self, items: Sequence[Item], share: float, alpha: float) -> str:
+        reach, score = self._reach(items, alpha)
+        bar = self._bar(items)
+        rows = f"on {len(items)} rows of select"
         if reach < bar:
             return f"{rows} it scores {score:.3f}, at most {reach:.3f}; {bar:.3f} is needed"
         return f"{rows} others promised more: it scores {score:.3f} (share of training {share:g})"

@@ -45,7 +45,8 @@ __all__ = ["StudentRecipe", "TeacherRecipe", "TrainedCandidate", "trained_candid
 _FLOPS: Final = 6e11
 """Operations a second that training gets out of two cores with AMX, for the plan; others take as long as they
 take."""
-_GUESSED_TOKENS: Final = 70
+_STUDENT_TOKENS_PER_S: Final = 10_000.0
+_GUESSED_TOKENS: Final = 60
 _START_S: Final = 6.0
 _NUM_CALIBRATION: Final = 128
 _NUM_VALIDATION: Final = 200
@@ -55,16 +56,19 @@ _SHARED: Final = "teachers"
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherRecipe:
-    """How the model itself is tuned: `vocabulary` tokens are kept, None leaves it as it is."""
+    """How the model itself is tuned: `vocabulary` tokens are kept, None leaves it as it is. Without `train`
+    it is not tuned, and only something to cut a student out of.
+    """
 
     vocabulary: int | None = _MAX_VOCABULARY
-    train: TrainConfig = field(
+    train: TrainConfig | None = field(
         default_factory=lambda: TrainConfig(learning_rate=2e-4, num_epochs=2, tokens_per_step=4096)
     )
 
     def to_json(self) -> dict[str, Any]:
         """What decides it."""
-        return {"vocabulary": self.vocabulary, "train": self.train.decisive()}
+        tuning = None if self.train is None else self.train.decisive()
+        return {"vocabulary": self.vocabulary, "train": tuning}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,11 +120,14 @@ class TrainedCandidate:
     def expected(self, workshop: Workshop, num_items: int) -> Expected:
         """By operations; a teacher that another candidate makes as well is counted with both."""
         num_tokens = _GUESSED_TOKENS * len(workshop.train)
-        flops = 6.0 * self.num_params * num_tokens * self.teacher.train.num_epochs
+        make_s = 0.0
+        if self.teacher.train is not None:
+            make_s += 6.0 * self.num_params * num_tokens * self.teacher.train.num_epochs / _FLOPS
         if self.student is not None:
-            flops += 2.0 * self.num_params * num_tokens
-            flops += 6.0 * 4e6 * num_tokens * self.student.distil.train.num_epochs
-        return Expected(flops / _FLOPS, 2 * _START_S + 0.02 * num_items)
+            if self.student.distil.hard_share < 1:
+                make_s += 2.0 * self.num_params * num_tokens / _FLOPS
+            make_s += num_tokens * self.student.distil.train.num_epochs / _STUDENT_TOKENS_PER_S
+        return Expected(make_s, 2 * _START_S + 0.01 * num_items)
 
     def make(self, workshop: Workshop, share: float) -> Artefact:
         """Make the teacher, and the student from it; both are gone on with after a kill."""
@@ -131,7 +138,7 @@ class TrainedCandidate:
         made = teacher if self.student is None else _made_student(teacher, self.student, rows, workshop)
         rows_of_log = Lineage(what="trained on", name=f"{len(rows)} rows of the log", terms=_terms(rows))
         lineage = [lineage_of(base), rows_of_log]
-        if self.student is not None:
+        if self.student is not None and self.teacher.train is not None:
             lineage.append(Lineage(what="teacher", name=teacher.name, digest=teacher.digest))
         return Artefact(
             path=str(made.path),
@@ -169,11 +176,14 @@ def trained_candidates(directory: ModelDirectory, problem: Problem) -> list[Cand
         num_params=directory.architecture.num_params,
     )
     logits = StudentRecipe()
-    on_policy = StudentRecipe(distil=replace(logits.distil, on_policy=OnPolicyConfig()))
+    answers = replace(logits, distil=replace(logits.distil, hard_share=1.0))
+    on_policy = replace(logits, distil=replace(logits.distil, on_policy=OnPolicyConfig()))
+    student = f"student {logits.preset} of {directory.name}"
     return [
         first,
-        replace(first, name=f"student {logits.preset} of {directory.name}, logits", student=logits),
-        replace(first, name=f"student {on_policy.preset} of {directory.name}, on-policy", student=on_policy),
+        replace(first, name=f"{student}, answers", student=answers, teacher=TeacherRecipe(train=None)),
+        replace(first, name=f"{student}, logits", student=logits),
+        replace(first, name=f"{student}, on-policy", student=on_policy),
     ]
 
 
@@ -202,6 +212,8 @@ def _made_teacher(
         return ModelDirectory.open(target)
     folder.mkdir(parents=True, exist_ok=True)
     start = _trimmed(base, recipe, rows, folder / "trimmed")
+    if recipe.train is None:
+        return start
     examples, validation = _examples(start, rows), _examples(start, workshop.select[:_NUM_VALIDATION])
     config = replace(recipe.train, seed=workshop.seed)
     model = TorchDecoder.load(start.architecture, start.weights())

@@ -1,7 +1,8 @@
 """Checks a finished run again: what can be recomputed is, and what does not hold is named.
 
 The seal and the hashes of files; the rows from the log, split again; the verdicts, the costs and the choice
-from the lines of certify; the winner's files. Answers are not asked again: that takes the machine, and another run.
+from the lines of certify; the winner's files. Answers are not asked again: that takes the machine, and
+another run.
 """
 
 import json
@@ -107,8 +108,8 @@ def _files(folder: Path, certificate: Mapping[str, Any]) -> Iterator[Check]:
 
 def _equal(name: str, found: object, wanted: object, what: str) -> Check:
     if found == wanted:
-        return Check(name=name, outcome="holds", words=f"{what} is as certified")
-    return Check(name=name, outcome="does not hold", words=f"{what} is not what was certified")
+        return Check(name=name, outcome="holds", words=f"{what}: as certified")
+    return Check(name=name, outcome="does not hold", words=f"{what}: not what was certified")
 
 
 def _workload(folder: Path, certificate: Mapping[str, Any]) -> tuple[Problem | None, list[Check]]:

@@ -67,7 +67,7 @@ class LinearClassifier:
     idf_F: NDArray[np.float32]
     weights_FC: NDArray[np.float32]
     bias_C: NDArray[np.float32]
-    _places: dict[str, int] = field(init=False, repr=False, compare=False)
+    _places: dict[str, int] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         num, classes = len(self.terms), len(self.labels)
