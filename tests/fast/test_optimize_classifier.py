@@ -1,4 +1,4 @@
-"""The classifier: it learns, is stored as data, answers as it was trained, and is served; prompted backends."""
+"""The classifier: it learns, is stored as data, answers as it was trained, is served; prompted backends."""
 
 import asyncio
 import json

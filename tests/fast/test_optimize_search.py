@@ -1,4 +1,4 @@
-"""The main job with scripted candidates: the cheapest that passes wins, and the others lose for their reason."""
+"""The main job with scripted candidates: the cheapest that passes wins, others lose for their reason."""
 
 import hashlib
 from collections.abc import Callable

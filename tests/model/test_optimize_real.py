@@ -1,7 +1,7 @@
 """The main job with the real model on a few rows: as it is, with examples and grammar, fine-tuned, distilled.
 
-So few rows prove nothing about quality; what is held is that every kind of candidate is made, served, measured
-and written down, and that the deployment serves what was measured.
+So few rows prove nothing about quality; what is held is that every kind of candidate is made, served,
+measured and written down, and that the deployment serves what was measured.
 """
 
 import gzip
