@@ -14,6 +14,7 @@ find a 5xx.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,6 @@ from scripts.scorecard.__main__ import as_json, as_text
 
 __all__ = ["Found", "main", "read_events", "run"]
 
-_ROOT: Final = Path(__file__).parents[2]
 _UNGUARDED: Final = """\
 from tokenmill.core import SamplingParams
 from tokenmill.server import openai_batches
@@ -151,15 +151,25 @@ def run(
             command += [f"--max-failures={most}"] if most else []
             said = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
             is_alive = server.process.poll() is None
+            errors = [] if is_alive and not said.returncode else _errors(server.log)
         found = read_events(events) if events.exists() else Found()
     if not found.finished:
         found.wrong[f"Schemathesis did not end: {said.stdout[-300:]}{said.stderr[-300:]}"] += 1
     if not is_alive:
         found.wrong["the server is gone"] += 1
-    return _line(found, begun_s)
+    return _line(found, begun_s, errors)
 
 
-def _line(found: Found, begun_s: float) -> Line:
+def _errors(log: Path) -> list[str]:
+    """The first errors that the server logged, refusals of probes aside."""
+    with log.open(encoding="utf-8", errors="replace") as lines:
+        errors = [
+            line.strip()[:2000] for line in lines if '"level":"info"' not in line and "/health/" not in line
+        ]
+    return errors[:_SHOWN]
+
+
+def _line(found: Found, begun_s: float, errors: list[str]) -> Line:
     kinds = [f"{kind} ({number})" for kind, number in found.wrong.most_common(_SHOWN)]
     figures: dict[str, float | int | str] = {
         "operations": found.selected,
@@ -170,6 +180,7 @@ def _line(found: Found, begun_s: float) -> Line:
         "valid": found.valid,
         "accepted": found.accepted,
         **{f"wrong {at}": kind for at, kind in enumerate(kinds, 1)},
+        **({f"log {at}": text for at, text in enumerate(errors, 1)} if found.wrong else {}),
     }
     return Line(
         name="S12",
@@ -186,12 +197,11 @@ def _tool() -> Iterator[str]:
 
 
 def _environment(folder: Path, guard: bool) -> dict[str, str]:
-    """The server's: this tree's code; for the control, without the guard."""
-    places = [str(_ROOT / "src"), str(_ROOT)]
-    if not guard:
-        (folder / "sitecustomize.py").write_text(_UNGUARDED, encoding="utf-8")
-        places.insert(0, str(folder))
-    return {"PYTHONPATH": ":".join(places)}
+    """The server's; for the control, without the guard."""
+    if guard:
+        return {}
+    (folder / "sitecustomize.py").write_text(_UNGUARDED, encoding="utf-8")
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH", ""))))}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -61,7 +61,7 @@ def test_check_takes_a_log_and_says_what_it_left_out(run: Runner, tmp_path: Path
     write_lines(tmp_path / "calls.jsonl", lines)
     result = run("workload", "check", "calls.jsonl", "--rejected", "calls.rejected.jsonl")
     assert result.code == 0, result.err
-    assert "50 calls, read as exchange; 2 lines make none" in result.out
+    assert "50 calls of 1.4 days, read as exchange; 2 lines are none" in result.out
     assert "line 51: is no JSON" in result.err and "line 52: is a list" in result.err
     kept = [json.loads(line) for line in Path("calls.rejected.jsonl").read_text().splitlines()]
     assert [each["line"] for each in kept] == [51, 52]

@@ -1,4 +1,4 @@
-"""A workload's file is read strictly: what is wrong has file, line and field. What init writes is read back."""
+"""A workload file is read strictly: what is wrong has file, line and field. What init writes is read back."""
 
 from pathlib import Path
 

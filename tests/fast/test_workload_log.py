@@ -144,6 +144,40 @@ def test_csv_faults_have_their_line(tmp_path: Path) -> None:
     assert [fault.number for fault in log.faults] == [4, 5, 6]
 
 
+def test_a_csv_file_of_another_country_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_bytes("\ufeffFrage;Antwort\na, b;1\n".encode() + "ä;2\n".encode("latin-1") + "ü;3\n".encode())
+    log = read_log(path, columns={"prompt": "Frage", "answer": "Antwort"})
+    assert [(row.number, row.answer) for row in log.rows] == [(2, "1"), (4, "3")]
+    assert [str(fault) for fault in log.faults] == ["3: is not UTF-8"]
+
+
+def test_a_quote_that_never_ends_is_named_with_what_it_swallowed(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text('prompt,answer\na,1\n"b,2\n' + f"{'c' * 1000},3\n" * 200 + "d,4\n")
+    log = read_log(path)
+    assert log.rows[0].number == 2 and log.rows[-1].answer == "4"
+    [fault] = log.faults
+    assert fault.number == 3 and "up to line" in fault.reason
+
+
+def test_a_list_larger_than_the_buffer_is_read_with_its_lines(tmp_path: Path) -> None:
+    entries = [
+        json.dumps(json.loads(good(number)) | {"note": "é" * 3000}, ensure_ascii=False)
+        for number in range(1, 801)
+    ]
+    path = tmp_path / "log.json"
+    path.write_text("\ufeff \n[\n" + ",\n".join(entries) + "\n]\n")
+    assert path.stat().st_size > 4 << 20
+    log = read_log(path)
+    assert [row.number for row in log.rows] == list(range(3, 803)) and not log.faults
+    with pytest.raises(UsageError, match=r"log\.json:3: .*longer than 1000 bytes"):
+        read_log(path, max_line_bytes=1000)
+    path.write_text("[\n" + ",\n".join(entries))
+    with pytest.raises(UsageError, match=r"log\.json:802: .*does not end|Expecting value"):
+        read_log(path)
+
+
 def test_random_damage_never_ends_in_an_unknown_error(tmp_path: Path) -> None:
     from tests.fast.test_workload_formats import LINES
 
@@ -163,7 +197,7 @@ def test_random_damage_never_ends_in_an_unknown_error(tmp_path: Path) -> None:
             log = read_log(path)
         except TokenmillError:
             continue
-        numbers = {each.number for each in (*log.rows, *log.faults)}
+        numbers = {each.number for each in log.rows} | {each.number for each in log.faults}
         assert numbers >= {at for at, line in enumerate(bytes(data).split(b"\n"), 1) if line.strip()}
 
 
@@ -179,7 +213,8 @@ def test_any_value_in_the_place_of_any_field_is_a_row_or_a_fault(tmp_path: Path)
         lines += [json.dumps(each) for each in _replaced(whole, odd)]
         path.write_text("\n".join(lines))
         log = read_log(path)
-        assert {each.number for each in (*log.rows, *log.faults)} == set(range(1, len(lines) + 1))
+        numbers = {each.number for each in log.rows} | {each.number for each in log.faults}
+        assert numbers == set(range(1, len(lines) + 1))
 
 
 def _replaced(value: Any, odd: list[Any]) -> list[Any]:

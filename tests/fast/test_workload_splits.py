@@ -140,6 +140,13 @@ def test_a_system_prompt_makes_nobody_alike() -> None:
     assert len(set(clusters(rows, 0.7))) > 95
 
 
+def test_a_service_that_asks_everything_is_no_conversation() -> None:
+    rows = [row(n, conversation="backend" if n % 2 else f"c{n // 20}") for n in range(400)]
+    heads = clusters(rows, 0.9)
+    assert len({heads[at] for at in range(1, 400, 2)}) == 200
+    assert len({heads[at] for at in range(0, 400, 2)}) == 20
+
+
 def test_odd_texts_are_clustered_too() -> None:
     texts = ["", "a", "\U0001f600", "\ud800", "x" * 100_000, " ", "\uff21\uff22\uff23", "abc"]
     heads = clusters([row(at, text) for at, text in enumerate(texts)], 0.8)

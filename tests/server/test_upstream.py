@@ -53,7 +53,7 @@ async def upstream(fake: FakeEndpoint, **more: Any) -> AsyncIterator[UpstreamBac
         "model": "their-model",
         "key_env": "TEST_KEY",
         "price": PRICE,
-        "connect_s": 1.0,
+        "connect_s": 5.0,
         "first_token_s": 1.0,
         "between_s": 0.5,
         "total_s": 3.0,

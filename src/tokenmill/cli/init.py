@@ -93,10 +93,10 @@ def _init(args: argparse.Namespace, out: Output) -> int:
 
 
 def show_faults(faults: list[str], out: Output) -> None:
-    """The first lines that make no call, as a warning."""
+    """The first lines that are no call, as a warning."""
     if not faults:
         return
-    out.warn(f"{len(faults)} lines make no call and are left out:")
+    out.warn(f"{len(faults)} lines are no call and are left out:")
     for each in faults[:_SHOWN]:
         out.note(f"  line {each}")
     if len(faults) > _SHOWN:

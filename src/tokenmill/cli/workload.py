@@ -14,7 +14,7 @@ from tokenmill.core import UsageError
 if TYPE_CHECKING:
     from tokenmill.workload import Log, Quality, Summary, WorkloadConfig
 
-__all__ = ["add_parser"]
+__all__ = ["DISAGREEMENTS", "add_parser"]
 
 DISAGREEMENTS: Final = (0.05, 0.10, 0.20)
 """Shares of rows on which exactly one of two systems may be right; nobody knows it before."""
@@ -43,7 +43,7 @@ def add_parser(subparsers: Subparsers) -> None:
     check = add_command(actions, "check", _check, summary="look at a workload", description=_CHECK)
     check.add_argument("workload", type=Path, metavar="WORKLOAD", help="a workload.yaml, or a log")
     check.add_argument(
-        "--rejected", type=Path, metavar="FILE", help="write the lines that make no call to this file"
+        "--rejected", type=Path, metavar="FILE", help="write the lines that are no call to this file"
     )
     add_column_flag(check)
     add_shared_flags(check)
@@ -114,9 +114,7 @@ def _show(
     config: "WorkloadConfig", summary: "Summary", proofs: Sequence[dict[str, Any]], out: Output
 ) -> None:
     days = "" if summary.days is None else f" of {summary.days:.1f} days"
-    out.text(
-        f"{summary.num_rows} calls{days}, read as {summary.format}; {summary.num_faults} lines make none"
-    )
+    out.text(f"{summary.num_rows} calls{days}, read as {summary.format}; {summary.num_faults} lines are none")
     out.text(
         f"split by {summary.split_by}: {summary.num_train} train, {summary.num_select} select, "
         f"{summary.num_certify} certify ({summary.split_digest[:12]})"
@@ -211,8 +209,8 @@ def _show_reach(quality: "Quality", summary: "Summary", out: Output) -> None:
     if not isinstance(quality.bar, str):
         known = wilson_interval(round(quality.bar * num), num, confidence=quality.confidence)
         out.text(
-            f"The bar is a score of {quality.bar:g}: one of about that is known to lie between {known.low:.3f} "
-            f"and {known.high:.3f}"
+            f"The bar is a score of {quality.bar:g}: one of about that is known to lie between "
+            f"{known.low:.3f} and {known.high:.3f}"
         )
         return
     needed = [

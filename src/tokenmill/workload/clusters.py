@@ -7,6 +7,7 @@ at 0.8 all but one in 10,000. Rewordings with other words are not found.
 """
 
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Final
 
@@ -25,6 +26,8 @@ _LOOKED_AT: Final = 8
 """Rows of a bucket with which a new one is compared."""
 _NOISE: Final = 0.2
 """More than three standard deviations of an estimate from 64 hashes."""
+_MOST_TURNS: Final = 50
+"""A conversation with more rows than this, and than a tenth of all, is no conversation: a service asks."""
 _ODD: Final = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -33,11 +36,13 @@ def clusters(rows: Sequence[Row], near: float) -> list[int]:
     or have `near` of their pieces in common (Jaccard, 0 to 1), also by way of others.
     """
     heads = _Heads(len(rows))
+    most = max(_MOST_TURNS, len(rows) // 10)
+    turns = Counter(row.conversation for row in rows)
     by_name: dict[str, int] = {}
     texts: list[str] = []
     by_text: dict[str, int] = {}
     for at, row in enumerate(rows):
-        if row.conversation:
+        if row.conversation and turns[row.conversation] <= most:
             heads.join(at, by_name.setdefault(row.conversation, at))
         text = _plain(prompt_text(row.request, with_system=False))
         first = by_text.setdefault(text, at)
@@ -99,7 +104,7 @@ def _near_pairs(texts: Sequence[str], near: float) -> Iterator[tuple[int, int]]:
 
 def _likeness(first: str, second: str) -> float:
     """The share of pieces in common."""
-    pieces, others = _pieces(first), _pieces(second)
+    pieces, others = np.unique(_pieces(first)), np.unique(_pieces(second))
     common = len(np.intersect1d(pieces, others, assume_unique=True))
     return common / (len(pieces) + len(others) - common)
 
@@ -110,7 +115,7 @@ def _plain(text: str) -> str:
 
 
 def _pieces(text: str) -> NDArray[np.uint64]:
-    """A hash for each different piece of the beginning of a text; a shorter text is one piece."""
+    """A hash for each piece of the beginning of a text, in order; a shorter text is one piece."""
     data = text[:_MAX_CHARS].encode("utf-32-le", "surrogatepass")
     codes = np.frombuffer(data, np.uint32).astype(np.uint64)
     size = max(1, min(_PIECE, len(codes)))
@@ -119,4 +124,4 @@ def _pieces(text: str) -> NDArray[np.uint64]:
     for at in range(min(size, len(codes))):
         mixed = (mixed ^ codes[at : at + num]) * _ODD
         mixed ^= mixed >> np.uint64(29)
-    return np.unique(mixed)
+    return mixed

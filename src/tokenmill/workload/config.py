@@ -225,7 +225,14 @@ def read_workload(path: Path) -> WorkloadConfig:
     except UsageError as error:
         place = error.message.split()[0].strip(",")
         raise UsageError(f"{_where(path, lines, place)}: {error.message}", hint=error.hint or _HINT) from None
-    return dataclasses.replace(found, log=path.parent / found.log)
+    return dataclasses.replace(found, log=path.parent / found.log, incumbent=_placed(found.incumbent, path))
+
+
+def _placed(incumbent: Incumbent, path: Path) -> Incumbent:
+    """With the folder of a model, which begins with ./ or ../, as seen from the file's folder."""
+    if incumbent.kind != "model" or not incumbent.name.startswith(("./", "../")):
+        return incumbent
+    return dataclasses.replace(incumbent, name=str((path.parent / incumbent.name).resolve()))
 
 
 def _where(path: Path, lines: Mapping[str, int], place: str) -> str:

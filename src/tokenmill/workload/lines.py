@@ -9,6 +9,7 @@ import codecs
 import csv
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,9 @@ MAX_LINE_BYTES: Final = 4 << 20
 _CHUNK: Final = 1 << 16
 _EXCERPT: Final = 200
 _BOM: Final = b"\xef\xbb\xbf"
+_BEFORE_LIST: Final = re.compile(r"\ufeff?\s*\[")
+_BETWEEN: Final = re.compile(r"[\s,]+")
+_DELIMITERS: Final = (",", ";", "\t")
 
 
 class Line(NamedTuple):
@@ -47,7 +51,7 @@ def read_lines(path: Path, *, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[
     with _read_errors(path), _open(path) as file:
         suffixes = [each.lower() for each in path.suffixes if each.lower() not in (".gz", ".bz2")]
         if suffixes[-1:] in ([".csv"], [".tsv"]):
-            yield from _csv_rows(file, path, max_line_bytes, "\t" if suffixes[-1] == ".tsv" else ",")
+            yield from _csv_rows(file, path, max_line_bytes)
             return
         head = file.peek(_CHUNK)[:_CHUNK].removeprefix(_BOM).lstrip()
         if head.startswith(b"["):
@@ -121,56 +125,69 @@ def _kind(value: Any) -> str:
 
 def _json_list(file: IO[bytes], path: Path, max_bytes: int) -> Iterator[Line | Fault]:
     """The entries of a list. Raises UsageError where it is damaged: where would the next begin?"""
-    decoder, text, number = json.JSONDecoder(), "", 1
-    reader = _Utf8(file)
-    text = reader.more().lstrip("\ufeff")
-    number += text[: text.index("[")].count("\n")
-    text = text[text.index("[") + 1 :]
+    decoder, number = json.JSONDecoder(), 1
+    buffer = _Buffer(file, path)
+    number += buffer.skip(_BEFORE_LIST)
     while True:
-        stripped = text.lstrip(" \t\r\n,")
-        number += text[: len(text) - len(stripped)].count("\n")
-        text = stripped
-        if text.startswith("]"):
+        number += buffer.skip(_BETWEEN)
+        if buffer.text.startswith("]", buffer.at):
             return
+        said = "the list does not end"
         try:
-            value, end = decoder.raw_decode(text)
-            is_whole = end < len(text)
+            value, end = decoder.raw_decode(buffer.text, buffer.at)
         except (ValueError, RecursionError) as error:
-            value, end, is_whole, said = None, 0, False, str(error)
-        else:
-            said = "the list does not end"
-        if not is_whole:
-            chunk = reader.more() if len(text) <= max_bytes else ""
-            if not chunk:
-                where = f"{path}:{number}"
-                hint = "mend it, or write an object a line"
-                raise UsageError(f"{where}: is no JSON, or longer than {max_bytes} bytes ({said})", hint=hint)
-            text += chunk
+            end, said = len(buffer.text), str(error)
+        if end == len(buffer.text):  # not all of it is here yet, or it would not be the end
+            if len(buffer.text) - buffer.at > max_bytes or not buffer.grow():
+                where = f"{path}:{number}: is no JSON, or longer than {max_bytes} bytes ({said})"
+                raise UsageError(where, hint="mend it, or write an object a line")
             continue
         if isinstance(value, dict):
             yield Line(number, value)
         else:
-            yield Fault(number, f"is {_kind(value)}, expected an object", line=text[: min(end, _EXCERPT)])
-        number += text[:end].count("\n")
-        text = text[end:]
+            shown = buffer.text[buffer.at : min(end, buffer.at + _EXCERPT)]
+            yield Fault(number, f"is {_kind(value)}, expected an object", line=shown)
+        number += buffer.text.count("\n", buffer.at, end)
+        buffer.at = end
 
 
-class _Utf8:
-    """Chunks of text; a character that is cut in two waits for its second half."""
+class _Buffer:
+    """Text of a file from `at` on, as much as was asked for; half a character waits for its other half."""
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: IO[bytes], path: Path) -> None:
+        self.text = ""
+        self.at = 0
         self._file = file
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._path = path
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
 
-    def more(self) -> str:
-        data = self._file.read(_CHUNK * 16)
-        return self._decoder.decode(data, final=not data)
+    def grow(self) -> bool:
+        """Read more; whether there was any. Raises UsageError."""
+        data = self._file.read(16 * _CHUNK)
+        try:
+            more = self._decoder.decode(data, final=not data)
+        except UnicodeDecodeError:
+            raise UsageError(f"{self._path} is not UTF-8", hint="write it as UTF-8") from None
+        self.text, self.at = self.text[self.at :] + more, 0
+        return bool(data)
+
+    def skip(self, pattern: "re.Pattern[str]") -> int:
+        """Go on behind what fits, reading more if need be; how many line ends were in it."""
+        num_lines = 0
+        while True:
+            match = pattern.match(self.text, self.at)
+            end = match.end() if match else self.at
+            num_lines += self.text.count("\n", self.at, end)
+            self.at = end
+            if end < len(self.text) or not self.grow():
+                return num_lines
 
 
-def _csv_rows(file: IO[bytes], path: Path, max_bytes: int, delimiter: str) -> Iterator[Line | Fault]:
+def _csv_rows(file: Any, path: Path, max_bytes: int) -> Iterator[Line | Fault]:
     """The rows under a header. Fields may hold line ends, so a row's number is where it begins."""
-    too_long: list[int] = []
-    reader = csv.reader(_csv_lines(file, max_bytes, too_long), delimiter=delimiter, strict=True)
+    aside: list[Fault] = []
+    delimiter = _delimiter(file.peek(_CHUNK)[:_CHUNK])
+    reader = csv.reader(_csv_lines(file, max_bytes, aside), delimiter=delimiter, strict=True)
     header: list[str] = []
     begins = 1
     while True:
@@ -179,29 +196,41 @@ def _csv_rows(file: IO[bytes], path: Path, max_bytes: int, delimiter: str) -> It
         except StopIteration:
             return
         except csv.Error as error:
-            yield Fault(begins, f"is no CSV ({error})")
+            yield Fault(begins, f"is no CSV ({error}, up to line {reader.line_num})")
             begins = reader.line_num + 1
             continue
         finally:
-            yield from (Fault(each, f"is longer than {max_bytes} bytes") for each in too_long)
-            too_long.clear()
+            yield from aside
+            aside.clear()
         number, begins = begins, reader.line_num + 1
         if not header:
             header = _header(row, path)
         elif row and len(row) != len(header):
-            yield Fault(
-                number, f"has {len(row)} fields, expected {len(header)}", line=delimiter.join(row)[:_EXCERPT]
-            )
+            shown = delimiter.join(row)[:_EXCERPT]
+            yield Fault(number, f"has {len(row)} fields, expected {len(header)}", line=shown)
         elif row:
             yield Line(number, dict(zip(header, row, strict=True)))
 
 
-def _csv_lines(file: IO[bytes], max_bytes: int, too_long: list[int]) -> Iterator[str]:
-    """The lines as text; one that is too long is blank, and its number is noted."""
+def _delimiter(head: bytes) -> str:
+    """What stands between the columns' names most often."""
+    first = head.splitlines()[0].decode("utf-8", "replace") if head.strip() else ""
+    return max(_DELIMITERS, key=first.count)
+
+
+def _csv_lines(file: IO[bytes], max_bytes: int, aside: list[Fault]) -> Iterator[str]:
+    """The lines as text; one that cannot be read is blank, and noted."""
     for number, data in _bounded_lines(file, max_bytes):
         if data is None:
-            too_long.append(number)
-        yield "" if data is None else data.decode("utf-8", "replace").removeprefix("\ufeff")
+            aside.append(Fault(number, f"is longer than {max_bytes} bytes"))
+            yield ""
+            continue
+        try:
+            yield data.decode("utf-8").removeprefix("\ufeff")
+        except UnicodeDecodeError:
+            shown = data[:_EXCERPT].decode("utf-8", "replace").rstrip("\r\n")
+            aside.append(Fault(number, "is not UTF-8", line=shown))
+            yield ""
 
 
 def _header(row: list[str], path: Path) -> list[str]:

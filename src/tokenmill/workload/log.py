@@ -148,12 +148,15 @@ class _Reader:
                 raise DraftError(_mismatch(line.value, format))
             drafts = format.drafts(line.value)
         except DraftError as error:
-            self._fault(line.number, str(error))
+            self._fault(line.number, error.message)
             return
         for draft in drafts:
             self._add(line.number, draft)
 
     def _fault(self, number: int, reason: str, line: str = "") -> None:
+        if len(self.faults) >= self._max_rows:
+            hint = "is it a log of calls? see docs/workload.md"
+            raise ResourceError(f"more than {self._max_rows} lines are no call", hint=hint)
         self.faults.append(Fault(number, reason, self.file, line))
 
     def _add(self, number: int, draft: Draft) -> None:

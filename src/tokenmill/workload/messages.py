@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from tokenmill.core import UsageError
 from tokenmill.workload.row import canonical_json
 
 __all__ = ["DraftError", "answer_of_message", "answer_of_response", "canonical_calls", "clean_request"]
@@ -23,7 +24,7 @@ _ROLES: Final = frozenset(("system", "developer", "user", "assistant", "tool", "
 _EMPTY: Final[tuple[object, ...]] = (None, [], {})
 
 
-class DraftError(Exception):
+class DraftError(UsageError):
     """Why a line makes no row."""
 
 

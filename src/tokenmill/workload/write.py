@@ -39,7 +39,7 @@ def _lines(inference: Inference, folder: Path) -> Iterator[str]:
     config, log, reasons = inference.config, inference.log, inference.reasons
     yield f"# {len(log.rows)} calls, read as {log.format}. Made by `tokenmill init`: mend what it got wrong."
     if log.faults:
-        yield f"# {len(log.faults)} lines make no call; `tokenmill workload check` lists them."
+        yield f"# {len(log.faults)} lines are no call; `tokenmill workload check` lists them."
     yield f"log: {_text(_relative(config.log, folder))}"
     if config.columns:
         yield "columns:                        # which column has what"
@@ -155,7 +155,7 @@ def _relative(path: Path, folder: Path) -> str:
 
 
 def write_rejected(path: Path, faults: Sequence[Fault]) -> None:
-    """Write the lines that make no row, each with its number and the reason. Raises StorageError."""
+    """Write the lines that are no row, each with its number and the reason. Raises StorageError."""
     lines = (
         json.dumps({"file": each.file, "line": each.number, "reason": each.reason, "text": each.line})
         for each in faults
