@@ -113,7 +113,10 @@ def test_what_belongs_to_something_else_is_refused(
     cache_teacher(teacher, examples, tmp_path / "cache")
     config, other = CacheConfig(), teacher
     if what == "data":
-        examples = [*examples[:2], Example(examples[2].tokens, [False, *[True] * (len(examples[2].tokens) - 1)])]
+        examples = [
+            *examples[:2],
+            Example(examples[2].tokens, [False, *[True] * (len(examples[2].tokens) - 1)]),
+        ]
     elif what == "top_k":
         config = CacheConfig(top_k=7)
     else:

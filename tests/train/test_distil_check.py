@@ -72,7 +72,9 @@ def test_a_broken_export_is_blocked(model: ModelDirectory, damage: Damage) -> No
         model.path / "model.safetensors", shapes, "BF16", lambda name: round_to_bf16(tensors[name])
     )
     broken = ModelDirectory.open(model.path)
-    with pytest.raises(ExportMismatch, match="the engine differs from the torch twin .bf16: relative error"):
+    with pytest.raises(
+        ExportMismatch, match=r"the engine differs from the torch twin \(bf16: relative error"
+    ):
         check_export(broken, windows(model), twin=trained)
 
 

@@ -1,4 +1,4 @@
-"""Distillation from end to end on a tiny teacher: each recipe learns, and a killed run comes to the same bits."""
+"""Distillation from end to end on a tiny teacher: recipes learn, a killed run comes to the same bits."""
 
 import shutil
 from dataclasses import replace
@@ -18,8 +18,8 @@ from tokenmill.compress import (
     distil,
     make_student,
     prompt_of,
+    recipes,
 )
-from tokenmill.compress import recipes
 from tokenmill.core import UsageError
 from tokenmill.models.store.directory import ModelDirectory
 from tokenmill.models.torch_twin import TorchDecoder
@@ -42,7 +42,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> ModelDirectory:
     folder = tmp_path_factory.mktemp("models")
     base = make_teacher(folder / "base")
     model = TorchDecoder.load(base.architecture, base.weights())
-    train(model, examples_of(base), replace(SETTINGS, num_epochs=25))
+    train(model, examples_of(base), replace(SETTINGS, num_epochs=16))
     return save_model(model, base, folder / "teacher", recipe={"step": "fine-tune"})
 
 
@@ -75,9 +75,11 @@ def test_each_recipe_learns(
 ) -> None:
     examples = examples_of(teacher)
     work = tmp_path / "work"
-    made = distil(teacher, student, examples[8:], config, tmp_path / "out", work=work, validation=examples[:8])
+    made = distil(
+        teacher, student, examples[8:], config, tmp_path / "out", work=work, validation=examples[:8]
+    )
     losses = [loss for _, loss in made.stages[0].validation_losses]
-    assert losses[-1] < 0.6 * losses[0]
+    assert losses[-1] < 0.7 * losses[0]
     assert made.model.manifest is not None
     assert made.model.manifest.recipe["recipe"] == config.recipe
     assert made.model.manifest.recipe["teacher"] == f"sha256:{teacher.digest}"
@@ -133,7 +135,9 @@ def test_other_vocabularies_are_refused(
     path.write_text(path.read_text() + " ")
     other = ModelDirectory.open(tmp_path / "other")
     with pytest.raises(UsageError, match="other vocabularies"):
-        distil(teacher, other, examples_of(teacher, 4), DistilConfig(), tmp_path / "out", work=tmp_path / "work")
+        distil(
+            teacher, other, examples_of(teacher, 4), DistilConfig(), tmp_path / "out", work=tmp_path / "work"
+        )
 
 
 def test_a_student_that_is_not_served_as_trained_is_not_left_behind(

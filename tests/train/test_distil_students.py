@@ -51,7 +51,9 @@ def test_a_smaller_student_has_its_shape_and_lineage(teacher: ModelDirectory, tm
         name = "model.layers.{}.input_layernorm.weight"
         both = set(zip(final, teacher.weights().float32(name.format(there)), strict=True))
         mine = student.weights()
-        assert set(zip(mine.float32("model.norm.weight"), mine.float32(name.format(here)), strict=True)) <= both
+        assert (
+            set(zip(mine.float32("model.norm.weight"), mine.float32(name.format(here)), strict=True)) <= both
+        )
 
 
 def test_key_value_heads_are_averaged(teacher: ModelDirectory, tmp_path: Path) -> None:
@@ -84,7 +86,9 @@ def _overwrite(model: ModelDirectory, tensors: dict[str, np.ndarray]) -> None:
     from tokenmill.models.formats.safetensors import write_safetensors
 
     shapes = {name: values.shape for name, values in tensors.items()}
-    write_safetensors(model.path / "model.safetensors", shapes, "BF16", lambda name: round_to_bf16(tensors[name]))
+    write_safetensors(
+        model.path / "model.safetensors", shapes, "BF16", lambda name: round_to_bf16(tensors[name])
+    )
 
 
 def test_a_random_student_follows_from_its_seed(teacher: ModelDirectory, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from tokenmill.models.store.directory import ModelDirectory
 from tokenmill.models.torch_twin import TorchDecoder
 
 CORPUS = [rendered(*pair) for pair in zip(TEXTS[:24], ANSWERS[:24], strict=True)]
-STRANGE = ["", " ", "héllo 世界 🎉", "\x00\x01\x7f", "<|im_end|>", " a  b\n\n\tc", "please play anna", "ＡＢ"]
+STRANGE = ["", " ", "héllo 世界 🎉", "\x00\x01\x7f", "<|im_end|>", " a  b\n\n\tc", "please play anna", "ﬁn"]
 
 
 def counts_of(text: str, corpus: list[str]) -> Counter[int]:
@@ -40,7 +40,7 @@ def random_texts(count: int) -> list[str]:
     return texts
 
 
-@pytest.mark.parametrize("size", [270, 300, 350])
+@pytest.mark.parametrize("size", [268, 290, 320])
 def test_every_text_comes_back_and_kept_tokens_cut_as_before(size: int) -> None:
     text = tokenizer_json()
     trimmed = trim_tokenizer(text, counts_of(text, CORPUS), size, "test")
@@ -79,9 +79,7 @@ def test_without_its_parents_a_token_is_never_made() -> None:
 def test_logits_of_kept_tokens_are_the_same_to_the_bit(tmp_path: Path) -> None:
     model = make_teacher(tmp_path / "full")
     small = trim_vocabulary(model, CORPUS, 330, tmp_path / "small")
-    kept = trim_tokenizer(
-        (model.path / "tokenizer.json").read_text(), token_counts(model), 330, "test"
-    ).kept
+    kept = trim_tokenizer((model.path / "tokenizer.json").read_text(), token_counts(model), 330, "test").kept
     before, after = model.tokenizer(), small.tokenizer()
     twins = [TorchDecoder.load(each.architecture, each.weights()) for each in (model, small)]
     compared = 0
@@ -90,7 +88,9 @@ def test_logits_of_kept_tokens_are_the_same_to_the_bit(tmp_path: Path) -> None:
         if [kept[token] for token in new] == old:
             compared += 1
             with torch.inference_mode():
-                full, cut = (twin(torch.tensor([ids]))[0] for twin, ids in zip(twins, (old, new), strict=True))
+                full, cut = (
+                    twin(torch.tensor([ids]))[0] for twin, ids in zip(twins, (old, new), strict=True)
+                )
             assert torch.equal(full[:, list(kept)], cut)
     assert compared > 10
 
@@ -111,12 +111,18 @@ def test_ids_are_renumbered_wherever_they_stand(tmp_path: Path) -> None:
         each["id"] = swap.get(each["id"], each["id"])
     moved["post_processor"] = {
         "type": "TemplateProcessing",
-        "single": [{"SpecialToken": {"id": "<|im_end|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "single": [
+            {"SpecialToken": {"id": "<|im_end|>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
         "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
         "special_tokens": {"<|im_end|>": {"id": "<|im_end|>", "ids": [last], "tokens": ["<|im_end|>"]}},
     }
     path.write_text(json.dumps(moved))
-    for name, change in (("config.json", {"eos_token_id": last}), ("generation_config.json", {"eos_token_id": [last]})):
+    for name, change in (
+        ("config.json", {"eos_token_id": last}),
+        ("generation_config.json", {"eos_token_id": [last]}),
+    ):
         config: dict[str, Any] = json.loads((model.path / name).read_text())
         (model.path / name).write_text(json.dumps(config | change))
     (model.path / "tokenizer_config.json").write_text(
@@ -127,7 +133,9 @@ def test_ids_are_renumbered_wherever_they_stand(tmp_path: Path) -> None:
     (end,) = small.architecture.eos_token_ids
     assert tokenizer.special_tokens["<|im_end|>"] == end == 319
     assert tokenizer.prompt_prefix == (end,)
-    assert json.loads((small.path / "tokenizer_config.json").read_text())["added_tokens_decoder"].keys() == {"319"}
+    assert json.loads((small.path / "tokenizer_config.json").read_text())["added_tokens_decoder"].keys() == {
+        "319"
+    }
 
 
 def test_lineage_is_in_the_manifest(tmp_path: Path) -> None:
@@ -145,7 +153,7 @@ def test_what_cannot_be_trimmed_is_refused() -> None:
     with pytest.raises(ModelFormatError, match="Unigram, and only a BPE vocabulary can be trimmed"):
         trim_tokenizer(unigram.to_str(), {}, 1, "test")
     plain = tokenizers.Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "ab": 2}, merges=[("a", "b")]))
-    with pytest.raises(ModelFormatError, match="0 of the 256 bytes|2 of the 256 bytes"):
+    with pytest.raises(ModelFormatError, match="has 2 of the 256 bytes"):
         trim_tokenizer(plain.to_str(), {}, 2, "test")
     with pytest.raises(UsageError, match="no room for the 259"):
         trim_tokenizer(tokenizer_json(), {}, 100, "test")

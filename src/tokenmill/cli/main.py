@@ -47,6 +47,7 @@ COMMANDS: Final = (
     "keys",
     "ledger",
     "erase",
+    "distil",
     "export",
     "completion",
 )

@@ -4,19 +4,23 @@ Of a teacher they are what a student learns from where none was recorded (sequen
 and Rush 2016); of the student itself, what its teacher corrects (on-policy).
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final, NamedTuple
 
 from tokenmill.core import SamplingParams
 from tokenmill.engine import LLM, LLMConfig
 from tokenmill.kernels import KV_BLOCK
+from tokenmill.models.files import atomic_file, disk_errors
 from tokenmill.models.packing.pack import WeightFormat
 from tokenmill.models.store.directory import ModelDirectory
 from tokenmill.train import Example
 
-__all__ = ["Answers", "answer_prompts", "prompt_of"]
+__all__ = ["Answers", "answer_prompts", "kept_examples", "longest_answer", "prompt_of"]
 
-_MAX_BATCH = 64
+_MAX_BATCH: Final = 64
+_LARGER_ANSWER: Final = 1.25
 
 
 class Answers(NamedTuple):
@@ -36,6 +40,22 @@ def prompt_of(example: Example) -> list[int]:
     return list(example.tokens[:first])
 
 
+def longest_answer(examples: Sequence[Example]) -> int:
+    """A bound for an answer of this kind: a quarter more tokens than the longest has."""
+    return round(_LARGER_ANSWER * max(each.num_targets for each in examples)) + 1
+
+
+def kept_examples(path: Path, make: Callable[[], Sequence[Example]]) -> Sequence[Example]:
+    """Examples that are in the file `path`; else they are made, and put there."""
+    with disk_errors(path):
+        if path.is_file():
+            return [Example(*each) for each in json.loads(path.read_text())]
+    examples = make()
+    with atomic_file(path) as file:
+        file.write(json.dumps([[list(each.tokens), list(each.is_target)] for each in examples]).encode())
+    return examples
+
+
 def answer_prompts(
     model: ModelDirectory,
     prompts: Sequence[Sequence[int]],
@@ -51,6 +71,8 @@ def answer_prompts(
 
     An answer that is cut off by `max_tokens` is left out; with `keep_cut` its tokens are kept.
     """
+    if not prompts:
+        return Answers((), (), 0)
     limit = min(max_tokens, model.architecture.max_positions - max(map(len, prompts)))
     longest = max(map(len, prompts)) + limit
     blocks = -(-longest // KV_BLOCK) + 1

@@ -25,11 +25,12 @@ import torch
 from torch import Tensor
 
 from tokenmill.compress.export_check import ExportMismatch, ExportReport, check_export
-from tokenmill.compress.generation import answer_prompts, prompt_of
+from tokenmill.compress.generation import answer_prompts, kept_examples, longest_answer, prompt_of
 from tokenmill.compress.made import check_target
 from tokenmill.compress.teacher_logits import CacheConfig, TeacherLogits, cache_teacher, examples_digest
 from tokenmill.core import UsageError
 from tokenmill.models.files import hash_file
+from tokenmill.models.packing.compile import forget_packed
 from tokenmill.models.store.directory import ModelDirectory
 from tokenmill.models.torch_twin import TorchDecoder
 from tokenmill.runs import RunFolder
@@ -48,7 +49,6 @@ __all__ = ["DistilConfig", "Distilled", "OnPolicyConfig", "distil"]
 Divergence = Literal["reverse_kl", "jsd"]
 
 _CHECK_WINDOWS: Final = 16
-_LARGER_ANSWER: Final = 1.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +195,11 @@ class _Distillation:
         rng = np.random.default_rng((self._config.train.seed, number))
         order = rng.permutation(len(self._examples))
         asked, kept = order[: config.prompts], order[: config.prompts * config.recorded]
-        own = self._own_answers(number, [prompt_of(self._examples[i]) for i in asked], config)
+        prompts = [prompt_of(self._examples[i]) for i in asked]
+        # Kept, so that a round that is killed goes on with them.
+        own = kept_examples(
+            self._work / f"round-{number}-answers.json", lambda: self._own_answers(number, prompts, config)
+        )
         cached = cache_teacher(
             self._teacher,
             own,
@@ -212,27 +216,23 @@ class _Distillation:
     def _own_answers(
         self, number: int, prompts: Sequence[Sequence[int]], config: OnPolicyConfig
     ) -> Sequence[Example]:
-        """What the student answers now, as the engine serves it; kept for a round that is killed."""
-        path = self._work / f"round-{number}-answers.json"
-        if path.is_file():
-            return [Example(*each) for each in json.loads(path.read_text())]
+        """What the student answers now, as the engine serves it."""
         exported = self._work / f"round-{number}-student"
         shutil.rmtree(exported, ignore_errors=True)
         current = save_model(self._model, self._student, exported, recipe={"step": "on-policy round"})
-        longest = max(each.num_targets for each in self._examples)
-        answers = answer_prompts(
-            current,
-            prompts,
-            max_tokens=round(_LARGER_ANSWER * longest) + 1,
-            temperature=config.temperature,
-            seed=1 + number * len(prompts),
-            keep_cut=True,
-            weights="bf16",
-        )
-        shutil.rmtree(exported, ignore_errors=True)
-        draft = path.with_suffix(".draft")
-        draft.write_text(json.dumps([[each.tokens, each.is_target] for each in answers.examples]))
-        draft.replace(path)
+        try:
+            answers = answer_prompts(
+                current,
+                prompts,
+                max_tokens=longest_answer(self._examples),
+                temperature=config.temperature,
+                seed=1 + number * len(prompts),
+                keep_cut=True,
+                weights="bf16",
+            )
+        finally:
+            forget_packed(exported)
+            shutil.rmtree(exported, ignore_errors=True)
         return answers.examples
 
     def _export(self, folder: Path, stages: tuple[TrainResult, ...]) -> Distilled:
@@ -248,6 +248,7 @@ class _Distillation:
         try:
             report = check_export(made, windows, twin=self._model.float())
         except ExportMismatch:
+            forget_packed(folder)
             shutil.rmtree(folder, ignore_errors=True)
             raise
         return Distilled(made, stages, report)
