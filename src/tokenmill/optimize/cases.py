@@ -40,6 +40,7 @@ class Case:
     there is no price; `usd_is_estimated` says that the log has no token counts and they were reckoned.
     """
 
+    row: Row
     id: str
     number: int
     slice: str
@@ -67,6 +68,7 @@ def case_of(
     if prices is not None:
         usd = cost_of_tokens(prices, num_input, num_output, row.num_cached_tokens or 0)
     return Case(
+        row=row,
         id=row.id,
         number=row.number,
         slice=row.slice,

@@ -8,7 +8,6 @@ compared with what was trained before anybody asks it anything; one that differs
 Importing this needs torch (the `train` extra).
 """
 
-import json
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -18,27 +17,25 @@ from typing import Any, Final, Literal
 
 from tokenmill.compress import (
     PRESETS,
+    Conversation,
     DistilConfig,
     OnPolicyConfig,
-    check_export,
-    common_system_prompt,
+    conversations_of,
     distil,
-    examples_digest,
-    folded_template,
+    examples_of,
     make_student,
-    trim_vocabulary,
+    prepare_teacher,
+    train_teacher,
 )
-from tokenmill.core import Message, ToolCall, UsageError
 from tokenmill.models.store.directory import ModelDirectory
-from tokenmill.models.torch_twin import TorchDecoder
 from tokenmill.optimize.candidate import Candidate, CannotBeMadeError, Expected, Opened, Workshop
 from tokenmill.optimize.cases import Case
 from tokenmill.optimize.local import directory_bytes, lineage_of
 from tokenmill.optimize.problem import Problem
 from tokenmill.optimize.records import Artefact, Kind, Lineage
 from tokenmill.optimize.served import ServedModel, answer_limit, opened_model
-from tokenmill.runs import RunFolder, content_hash
-from tokenmill.train import ConversationEncoder, Example, TrainConfig, fitting, save_model, train
+from tokenmill.runs import content_hash
+from tokenmill.train import TrainConfig
 
 __all__ = ["StudentRecipe", "TeacherRecipe", "TrainedCandidate", "trained_candidates"]
 
@@ -51,7 +48,6 @@ _START_S: Final = 6.0
 _NUM_CALIBRATION: Final = 128
 _NUM_VALIDATION: Final = 200
 _MAX_VOCABULARY: Final = 4096
-_SHARED: Final = "teachers"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +58,7 @@ class TeacherRecipe:
 
     vocabulary: int | None = _MAX_VOCABULARY
     train: TrainConfig | None = field(
-        default_factory=lambda: TrainConfig(learning_rate=2e-4, num_epochs=2, tokens_per_step=4096)
+        default_factory=lambda: TrainConfig(learning_rate=2e-4, num_epochs=1, tokens_per_step=2048)
     )
 
     def to_json(self) -> dict[str, Any]:
@@ -203,56 +199,37 @@ def _terms(rows: Sequence[Case]) -> tuple[str, ...]:
 def _made_teacher(
     base: ModelDirectory, recipe: TeacherRecipe, rows: Sequence[Case], workshop: Workshop
 ) -> ModelDirectory:
-    """The tuned model in a folder that all candidates of the run share."""
+    """The tuned model in a folder that all candidates of the run share; each step is made once."""
     ids = content_hash([case.id for case in rows])
-    key = content_hash({"base": base.digest, "recipe": recipe.to_json(), "rows": ids, "seed": workshop.seed})
-    folder = workshop.folder.parent / f"{_SHARED}-{key[:12]}"
-    target = folder / "model"
-    if target.is_dir():
-        return ModelDirectory.open(target)
-    folder.mkdir(parents=True, exist_ok=True)
-    start = _trimmed(base, recipe, rows, folder / "trimmed")
+    validation = _conversations(workshop.select[:_NUM_VALIDATION])
+    prepared = _shared(
+        workshop, "trimmed", {"base": base.digest, "vocabulary": recipe.vocabulary, "rows": ids}
+    )
+    start = base
+    if recipe.vocabulary is not None and recipe.vocabulary < base.architecture.vocab_size:
+        start = _kept(prepared) or prepare_teacher(
+            base, _conversations(rows), prepared, vocabulary=recipe.vocabulary
+        )
     if recipe.train is None:
         return start
-    examples, validation = _examples(start, rows), _examples(start, workshop.select[:_NUM_VALIDATION])
     config = replace(recipe.train, seed=workshop.seed)
-    model = TorchDecoder.load(start.architecture, start.weights())
-    header = {"start": start.digest, "examples": examples_digest(examples), "train": config.decisive()}
-    with RunFolder(folder / "training", header, resume=True) as run:
-        train(model, examples, config, validation=validation, run_folder=run, progress=workshop.progress)
-    staging = folder / "exported"
-    if not staging.is_dir():
-        save_model(model, start, staging, recipe={"step": "fine-tune", "rows": str(len(rows))})
-    made = ModelDirectory.open(staging)
-    check_export(made, [example.tokens for example in examples[:16]], twin=model)
-    staging.rename(target)
-    return ModelDirectory.open(target)
+    decisive = {"start": start.digest, "train": config.decisive(), "rows": ids}
+    folder = _shared(workshop, "teacher", decisive)
+    return _kept(folder) or train_teacher(
+        start,
+        examples_of(start, _conversations(rows)),
+        config,
+        folder,
+        work=_shared(workshop, "teacher-run", decisive),
+        validation=examples_of(start, validation),
+        progress=workshop.progress,
+    )
 
 
-def _trimmed(
-    base: ModelDirectory, recipe: TeacherRecipe, rows: Sequence[Case], folder: Path
-) -> ModelDirectory:
-    """The model with as much vocabulary as the workload needs, and its system prompt folded."""
-    if folder.is_dir():
-        return ModelDirectory.open(folder)
-    size = recipe.vocabulary
-    if size is None or base.architecture.vocab_size <= size:
-        return base
-    conversations = [case.call.messages for case in rows if case.call is not None]
-    system = common_system_prompt(conversations)
-    try:
-        template = folded_template(base, system) if system else ""
-    except UsageError:
-        template = ""
-    texts = (text for case in rows for text in _texts(case, "" if not template else system))
-    return trim_vocabulary(base, texts, size, folder, chat_template=template)
-
-
-def _texts(case: Case, folded: str) -> list[str]:
-    """What the model will read and write of a row."""
-    assert case.call is not None
-    read = [each.content for each in case.call.messages if each.content and each.content != folded]
-    return [*read, case.wanted]
+def _shared(workshop: Workshop, what: str, decisive: Mapping[str, Any]) -> Path:
+    """A folder beside those of the candidates, named by what decides it."""
+    workshop.folder.parent.mkdir(parents=True, exist_ok=True)
+    return workshop.folder.parent / f"{what}-{content_hash(dict(decisive))[:12]}"
 
 
 def _made_student(
@@ -260,63 +237,31 @@ def _made_student(
 ) -> ModelDirectory:
     """A student in the candidate's own folder."""
     target = workshop.folder / "model"
-    if target.is_dir():
-        return ModelDirectory.open(target)
+    made = _kept(target)
+    if made is not None:
+        return made
     workshop.folder.mkdir(parents=True, exist_ok=True)
-    examples = _examples(teacher, rows)
-    start = workshop.folder / "start"
+    examples = examples_of(teacher, _conversations(rows))
     windows = [example.tokens for example in examples[:_NUM_CALIBRATION]]
-    if not start.is_dir():
-        make_student(teacher, PRESETS[recipe.preset], start, windows, seed=workshop.seed)
-    config = replace(recipe.distil, train=replace(recipe.distil.train, seed=workshop.seed))
+    cut = workshop.folder / "cut"
+    start = _kept(cut) or make_student(teacher, PRESETS[recipe.preset], cut, windows, seed=workshop.seed)
     found = distil(
         teacher,
-        ModelDirectory.open(start),
+        start,
         examples,
-        config,
+        replace(recipe.distil, train=replace(recipe.distil.train, seed=workshop.seed)),
         target,
         work=workshop.folder / "work",
-        validation=_examples(teacher, workshop.select[:_NUM_VALIDATION]),
+        validation=examples_of(teacher, _conversations(workshop.select[:_NUM_VALIDATION])),
         progress=workshop.progress,
     )
     return found.model
 
 
-def _examples(model: ModelDirectory, rows: Sequence[Case]) -> list[Example]:
-    """The rows as this model reads them; what it cannot read is left out."""
-    encoder = ConversationEncoder(model)
-    examples = []
-    for case in rows:
-        if case.call is None:
-            continue
-        try:
-            prompt = (*case.call.messages, _answer(case))
-            examples.append(encoder.example(prompt, case.call.tools))
-        except UsageError:
-            continue
-    kept = fitting(examples, model.architecture.max_positions)
-    if not kept:
-        raise CannotBeMadeError(f"{model.name} can read none of the rows", hint="try another model")
-    return [examples[at] for at in kept]
+def _conversations(cases: Sequence[Case]) -> list[Conversation]:
+    return conversations_of(case.row for case in cases)
 
 
-def _answer(case: Case) -> Message:
-    """What was wanted, as the assistant's message; tool calls where the row has tools and they are calls."""
-    assert case.call is not None
-    if case.call.tools:
-        calls = _calls(case.wanted)
-        if calls:
-            return Message(role="assistant", content=None, tool_calls=calls)
-    return Message(role="assistant", content=case.wanted)
-
-
-def _calls(text: str) -> tuple[ToolCall, ...]:
-    """Tool calls out of their canonical JSON; none if it is not that."""
-    try:
-        value = json.loads(text)
-        return tuple(
-            ToolCall(name=each["name"], arguments=json.dumps(each["arguments"], ensure_ascii=False))
-            for each in value
-        )
-    except (ValueError, TypeError, KeyError, UsageError):
-        return ()
+def _kept(folder: Path) -> ModelDirectory | None:
+    """What is there already: directories appear whole."""
+    return ModelDirectory.open(folder) if folder.is_dir() else None
