@@ -13,12 +13,12 @@ from tokenmill.optimize.candidate import Candidate
 from tokenmill.optimize.classifier import ClassifierCandidate
 from tokenmill.optimize.local import local_candidates
 from tokenmill.optimize.problem import Problem
+from tokenmill.optimize.scored import ScoredCandidate
 from tokenmill.optimize.served import answer_grammar
 
 __all__ = ["default_candidates"]
 
 _SHOTS: Final = 4
-_MAX_SHOT_LABELS: Final = 40
 
 
 def default_candidates(problem: Problem, models: Sequence[ModelDirectory]) -> list[Candidate]:
@@ -28,6 +28,9 @@ def default_candidates(problem: Problem, models: Sequence[ModelDirectory]) -> li
         found.append(ClassifierCandidate())
     has_form = answer_grammar(problem.train, problem.labels) is not None
     for directory in models:
+        if problem.labels:
+            name = f"{directory.name} w8a8, scored labels"
+            found.append(ScoredCandidate(name=name, path=str(directory.path), digest=directory.digest))
         found += local_candidates(directory, shots=_SHOTS, has_form=has_form)
         if _can_train():
             found += _trained()(directory, problem)

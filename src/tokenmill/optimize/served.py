@@ -25,7 +25,7 @@ from tokenmill.optimize.cases import Case
 from tokenmill.router.local import LocalBackend, LocalConfig
 from tokenmill.router.prompted import PromptedBackend, PromptedConfig, Turn
 
-__all__ = ["ServedModel", "answer_grammar", "answer_limit", "chosen_shots", "opened_model"]
+__all__ = ["ServedModel", "answer_grammar", "answer_limit", "chosen_shots", "opened_model", "resident_bytes"]
 
 _MAX_SHOT_CHARS: Final = 1200
 _MAX_LABEL_GRAMMAR: Final = 1000
@@ -116,9 +116,12 @@ async def opened_model(
 
 
 def resident_bytes(pid: int) -> int:
-    """The most memory that a process had, weights that it shares with others included; 0 if it is gone."""
+    """The most memory that a process had, weights that it shares with others included; 0 if it is gone.
+
+    `pid` 0 is this process.
+    """
     try:
-        text = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
+        text = Path(f"/proc/{pid or 'self'}/status").read_text(encoding="ascii", errors="replace")
     except OSError:
         return 0
     found = re.search(r"^VmHWM:\s+(\d+) kB", text, flags=re.MULTILINE)

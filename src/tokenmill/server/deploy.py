@@ -24,6 +24,7 @@ from tokenmill.models.store.library import Library
 from tokenmill.router import Backend, Price, Router, UpstreamBackend
 from tokenmill.router.cascade import CascadeBackend
 from tokenmill.router.classifier import ClassifierBackend
+from tokenmill.router.labels import LabelBackend
 from tokenmill.router.local import LocalBackend, LocalConfig
 from tokenmill.router.prompted import PromptedBackend
 from tokenmill.server.anthropic_batches import AnthropicBatches
@@ -141,6 +142,10 @@ async def _backends(deployment: Deployment, stack: contextlib.AsyncExitStack) ->
     hour = deployment.machine.usd_per_hour
     for classifier in deployment.classifiers:
         backends.append(await asyncio.to_thread(ClassifierBackend.open, classifier, usd_per_hour=hour))
+    for scored in deployment.scored:
+        labels = await asyncio.to_thread(LabelBackend.open, scored, usd_per_hour=hour)
+        stack.push_async_callback(labels.close)
+        backends.append(labels)
     for prompted in deployment.prompted:
         backends.append(PromptedBackend(prompted, _named(backends, prompted.backend, prompted.name)))
     for cascade in deployment.cascades:
@@ -167,6 +172,7 @@ def check_deployment(deployment: Deployment) -> list[str]:
         lines.append(f"{model.served_name}: {what}")
     lines += [f"{each.name}: {each.model} at {each.url}" for each in deployment.upstreams]
     lines += [f"{each.name}: a classifier in {each.folder}" for each in deployment.classifiers]
+    lines += [f"{each.name}: {len(each.labels)} labels scored by {each.model}" for each in deployment.scored]
     lines += [f"{each.name}: {each.backend} with more told to it" for each in deployment.prompted]
     lines += [f"{each.name}: {each.first}, then {each.second}" for each in deployment.cascades]
     return lines
