@@ -37,7 +37,7 @@ def finished(folder: Path, *candidates: Any) -> Outcome:
 def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that the classifier wins."""
     folder = tmp_path_factory.mktemp("done")
-    finished(folder, ClassifierCandidate(), BAD, FakeCandidate(name="slow", delay_s=0.01))
+    finished(folder, ClassifierCandidate(), BAD, FakeCandidate(name="slow", delay_s=0.2))
     return folder / "run"
 
 

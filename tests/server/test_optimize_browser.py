@@ -46,7 +46,7 @@ def page_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     candidates = [
         ClassifierCandidate(),
-        FakeCandidate(name="a model with a rather long name, w8a8, 4 examples, grammar", delay_s=0.002),
+        FakeCandidate(name="a model with a rather long name, w8a8, 4 examples, grammar", delay_s=0.2),
         FakeCandidate(name="unsure", answer=flaky),
         FakeCandidate(name="broken", make_error=CannotBeMadeError("the export is not what was trained")),
     ]
