@@ -1,5 +1,6 @@
 """A workload file is read strictly: what is wrong has file, line and field. What init writes is read back."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,16 @@ def test_only_the_log_must_be_given_and_paths_are_from_the_file(tmp_path: Path) 
     config = read_workload(path)
     incumbent = Incumbent(price_in=1, price_out=2, price_date="2026-08-05")
     assert config == WorkloadConfig(log=tmp_path / "a/b.jsonl", incumbent=incumbent)
+
+
+def test_the_example_of_the_page_is_one(tmp_path: Path) -> None:
+    page = (EXAMPLES.parent / "docs" / "workload.md").read_text(encoding="utf-8")
+    path = tmp_path / "workload.yaml"
+    path.write_text(page.split("```yaml\n")[1].split("```")[0])
+    config = read_workload(path)
+    named = {each.name for each in dataclasses.fields(WorkloadConfig)}
+    assert all(f"\n{name}:" in "\n" + path.read_text() for name in named)
+    assert config.split == WorkloadConfig(log=Path("x")).split
 
 
 @pytest.mark.parametrize("name", ["slots", "banking77"])
