@@ -15,6 +15,9 @@ from tokenmill.core import errors
 ROOT = Path(__file__).parents[2]
 ALLOW_FILE = Path(__file__).with_name("house_allow.toml")
 OPTIONAL_LIBRARIES = ("torch", "transformers", "safetensors", "gguf", "ray")
+TORCH_ROOMS = ("tokenmill.train", "tokenmill.compress")
+"""The making side is torch code: the twin says how to get torch before anything of them is imported."""
+
 SKIPPED_FOLDERS = {"build", "dist", "wheelhouse", "__pycache__"}
 RULES = (
     "annotations",
@@ -61,7 +64,9 @@ def source_faults() -> Iterator[Fault]:
         module = module_name(path)
         yield from house_rules.import_faults(module, text, layers)
         yield from house_rules.lazy_import_faults(module, text)
-        yield from house_rules.optional_import_faults(module, text, OPTIONAL_LIBRARIES)
+        needed = {"torch"} if module.startswith(TORCH_ROOMS) else set()
+        optional = [library for library in OPTIONAL_LIBRARIES if library not in needed]
+        yield from house_rules.optional_import_faults(module, text, optional)
         yield from house_rules.export_faults(module, text, path.endswith("__init__.py"))
         yield from house_rules.dataclass_faults(module, text)
         yield from house_rules.global_faults(module, text)

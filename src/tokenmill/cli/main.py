@@ -36,6 +36,7 @@ COMMANDS: Final = (
     "eval",
     "compare",
     "decontaminate",
+    "train",
     "serve",
     "load",
     "versus",

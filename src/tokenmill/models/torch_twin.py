@@ -24,10 +24,9 @@ A routed block has `mlp.hook_route` BTX, the weights of each token's experts, in
 with norms on its outputs has no `hook_normalized`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from typing import Any, Final, NamedTuple, Self, TypeAlias
 
 from tokenmill.core.errors import ModelFormatError, UsageError
@@ -39,9 +38,12 @@ from tokenmill.models.weights import WeightSource
 try:
     import torch
     from torch import Tensor, nn
+    from torch.autograd.function import once_differentiable
     from torch.nn import functional
 except ModuleNotFoundError as error:
     raise UsageError("torch is not installed", hint="run: pip install 'tokenmill[train]'") from error
+
+from tokenmill.models.packed_row import SHORT, PackedRow, attend_short, pad, unpad
 
 __all__ = ["HEAD_ROWS", "Hook", "Hooks", "PackedRow", "TorchDecoder"]
 
@@ -56,86 +58,6 @@ _ACTIVATIONS: Final[Mapping[Activation, Callable[[Tensor], Tensor]]] = {
     "gelu_tanh": partial(functional.gelu, approximate="tanh"),
     "relu": functional.relu,
 }
-
-
-class _Group(NamedTuple):
-    """Sequences of about one length: `size` of them, each in `length` rows of P from `start` on."""
-
-    start: int
-    size: int
-    length: int
-
-
-_GROUP_FILL: Final = 0.75
-"""A sequence shorter than this share of its group's longest begins another group."""
-
-
-class PackedRow:
-    """How the sequences of one row of tokens lie: one after the other, each from position 0.
-
-    For attention, sequences of about one length are one group, padded to its longest. Padding stands behind
-    the tokens, which look back only, so that no mask is needed.
-    """
-
-    def __init__(self, lengths: Sequence[int]) -> None:
-        assert lengths and min(lengths) > 0, lengths
-        self.lengths = tuple(lengths)
-        self.positions_T = torch.cat([torch.arange(length) for length in lengths])
-        starts = [0, *accumulate(lengths)]
-        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-        groups: list[_Group] = []
-        places: list[int] = [0] * len(lengths)
-        end = 0
-        for i in order:
-            if not groups or lengths[i] < _GROUP_FILL * groups[-1].length:
-                groups.append(_Group(end, 0, lengths[i]))
-            group = groups[-1]
-            places[i] = end
-            groups[-1] = group._replace(size=group.size + 1)
-            end += group.length
-        self.groups = tuple(groups)
-        self.padded_T = torch.cat([torch.arange(n) + place for n, place in zip(lengths, places, strict=True)])
-        self.packed_P = torch.zeros(end, dtype=torch.long)
-        self.packed_P[self.padded_T] = torch.arange(starts[-1])
-        is_padding_P = torch.ones(end, dtype=torch.bool)
-        is_padding_P[self.padded_T] = False
-        self.padding = is_padding_P.nonzero().flatten()
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the row."""
-        return len(self.positions_T)
-
-
-class _Pad(torch.autograd.Function):
-    """[T, ...] to [P, ...]; what stands in the padding is finite and read by nobody."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, row: PackedRow) -> Tensor:
-        ctx.row = row
-        return x.index_select(0, row.packed_P)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0].index_select(0, ctx.row.padded_T), None
-
-
-class _Unpad(torch.autograd.Function):
-    """[P, ...] to [T, ...]; the padding has no gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, row: PackedRow) -> Tensor:
-        ctx.row = row
-        return x.index_select(0, row.padded_T)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        padded = grads[0].index_select(0, ctx.row.packed_P)
-        return padded.index_fill_(0, ctx.row.padding, 0), None
-
-
-_pad: Final[Callable[[Tensor, PackedRow], Tensor]] = _Pad.apply
-_unpad: Final[Callable[[Tensor, PackedRow], Tensor]] = _Unpad.apply
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +92,32 @@ class _Places(NamedTuple):
     row: PackedRow | None
 
 
+class _RmsNormFunction(torch.autograd.Function):
+    """x / rms(x) * weight; a backward pass of few operations, in the type of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        normed = (wide * scale).to(x.dtype)
+        ctx.save_for_backward(normed, scale, weight)
+        return weight * normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        normed, scale, weight = ctx.saved_tensors
+        grad_weight = (grads[0] * normed).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        if not ctx.needs_input_grad[0]:
+            return None, grad_weight, None
+        grad = grads[0] * weight
+        along = (grad * normed).mean(-1, keepdim=True, dtype=scale.dtype).to(grad.dtype)
+        return torch.addcmul(grad, normed, along, value=-1).mul_(scale.to(grad.dtype)), grad_weight, None
+
+
+_rms_norm: Final[Callable[[Tensor, Tensor, float], Tensor]] = _RmsNormFunction.apply
+
+
 class _RmsNorm(nn.Module):
     """x / rms(x) * weight, computed in at least float32 (Zhang and Sennrich 2019)."""
 
@@ -179,9 +127,7 @@ class _RmsNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        return _rms_norm(x, self.weight, self.eps)
 
 
 class _Attention(nn.Module):
@@ -227,12 +173,14 @@ class _Attention(nn.Module):
 
     def _attend_packed(self, qkv_TSE: Tensor, row: PackedRow) -> Tensor:
         """[T, H, E] from queries, keys and values side by side (S heads of E), a group at a time."""
-        qkv_PSE = _pad(qkv_TSE, row)
+        qkv_PSE = pad(qkv_TSE, row)
         parts = []
         for start, size, length in row.groups:
             qkv_BTSE = qkv_PSE[start : start + size * length].view(size, length, *qkv_PSE.shape[1:])
-            parts.append(self._attend(*torch.split(qkv_BTSE, self.num_heads, dim=2)).flatten(0, 1))
-        return _unpad(torch.cat(parts), row)
+            is_short = length <= min(SHORT, self.kind.window or SHORT)
+            attend = attend_short if is_short else self._attend
+            parts.append(attend(*torch.split(qkv_BTSE, self.num_heads, dim=2)).flatten(0, 1))
+        return unpad(torch.cat(parts), row)
 
     def _normed(self, x: Tensor, norm: str) -> Tensor:
         """[B, T, heads * E] to [B, T, heads, E], by way of the norm over each head or over all of them."""

@@ -246,8 +246,7 @@ class _Run:
 
     def _report(self) -> None:
         if self.progress is not None:
-            name = f"train, loss {self._state.losses[-1]:.3f}"
-            self.progress(name, self._trainer.step_number, self._trainer.num_steps)
+            self.progress("train", self._trainer.step_number, self._trainer.num_steps)
 
     def _result(self, is_early: bool) -> TrainResult:
         state, last = self._state, max(1, len(self._state.losses) // 10)
