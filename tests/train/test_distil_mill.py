@@ -140,7 +140,8 @@ def test_the_whole_chain_and_again_from_what_is_there(model: ModelDirectory, tmp
 
 
 def test_a_student_learns_from_its_teachers_answers(model: ModelDirectory, tmp_path: Path) -> None:
-    used = conversations_of(ROWS[:60])
+    rows = [row(i, *pair, "s") for i, pair in enumerate(zip(TEXTS[:60], ANSWERS[:60], strict=True))]
+    used = conversations_of(rows)
     config = MillConfig(
         student=SHAPE,
         vocabulary=None,

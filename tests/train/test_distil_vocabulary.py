@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tokenizers
 import torch
-from tokenizers import models
+from tokenizers import decoders, models, normalizers
 
 from tests.train.tiny_teacher import ANSWERS, TEXTS, make_teacher, rendered, tokenizer_json
 from tokenmill.compress import trim_vocabulary
@@ -58,6 +58,63 @@ def test_every_text_comes_back_and_kept_tokens_cut_as_before(size: int) -> None:
             same += 1
             assert ids == [new_ids[token] for token in old]
     assert same > 10
+
+
+def test_a_vocabulary_that_takes_whole_words_keeps_them() -> None:
+    """As Llama 3: a word that is a token is one, whatever merges say."""
+    text = tokenizer_json()
+    description = json.loads(text)
+    description["model"]["ignore_merges"] = True
+    description["model"]["vocab"]["Ġplxy"] = len(description["model"]["vocab"])  # no merge leads to it
+    text = json.dumps(description)
+    corpus = [*["please plxy"] * 50, *CORPUS]
+    trimmed = trim_tokenizer(text, counts_of(text, corpus), 300, "test")
+    before, after = (tokenizers.Tokenizer.from_str(each) for each in (text, trimmed.text))
+    new_ids = {old: new for new, old in enumerate(trimmed.kept)}
+    same = 0
+    for each in [*STRANGE, *corpus, *random_texts(100)]:
+        old, new = before.encode(each).ids, after.encode(each).ids
+        assert after.decode(new, skip_special_tokens=False) == before.decode(old, skip_special_tokens=False)
+        if all(token in new_ids for token in old):
+            same += 1
+            assert new == [new_ids[token] for token in old]
+    assert "Ġplxy" in after.encode("please plxy").tokens and same > 10
+
+
+def sentencepiece_json() -> str:
+    """As Llama 2: spaces are written as a sign, characters that are not there as bytes."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdeghilmnoprstuy"]
+    merges = [
+        ("l", "a"),
+        ("▁", "p"),
+        ("▁p", "la"),
+        ("▁pla", "y"),
+        ("a", "n"),
+        ("an", "n"),
+        ("ann", "a"),
+        ("s", "o"),
+    ]
+    vocab = {piece: number for number, piece in enumerate([*pieces, *map("".join, merges)])}
+    inner = tokenizers.Tokenizer(
+        models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    inner.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return str(inner.to_str())
+
+
+def test_sentencepiece_vocabularies_fall_back_to_bytes() -> None:
+    text = sentencepiece_json()
+    counts = counts_of(text, ["play anna", "play play"])
+    trimmed = trim_tokenizer(text, counts, 3 + 256 + 1 + 8, "test")
+    before, after = (tokenizers.Tokenizer.from_str(each) for each in (text, trimmed.text))
+    assert after.encode("play").tokens == ["▁play"]
+    assert "<0x73>" in after.encode("some song").tokens  # an s, which is no token any more
+    for each in ["play anna", "some song", "héllo 世界", "", "  two  spaces"]:
+        assert after.decode(after.encode(each).ids) == before.decode(before.encode(each).ids)
 
 
 def test_without_its_parents_a_token_is_never_made() -> None:

@@ -37,6 +37,7 @@ COMMANDS: Final = (
     "compare",
     "decontaminate",
     "train",
+    "distil",
     "serve",
     "load",
     "versus",
@@ -48,7 +49,6 @@ COMMANDS: Final = (
     "keys",
     "ledger",
     "erase",
-    "distil",
     "export",
     "completion",
 )

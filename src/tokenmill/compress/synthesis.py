@@ -53,9 +53,7 @@ class PromptGate:
         self._known = Decontaminator(_rows(known), near=near)
         hidden = list(certify)
         self._hidden = Decontaminator(_rows(hidden), near=near) if hidden else None
-        self._new: list[str] = []
-        self._own: Decontaminator | None = None
-        self._unindexed: list[str] = []
+        self._new: list[_Known] = []
 
     def __call__(self, prompt: str) -> Verdict:
         """What becomes of a prompt; one that is new is known from now on."""
@@ -64,21 +62,24 @@ class PromptGate:
             return "unusable"
         if self._hidden is not None and self._hidden.find(row):
             return "leak"
-        if _is_repeated(self._known, row) or self._is_repeated_here(row):
+        if any(_is_repeated(each, row) for each in (self._known, *(known.index for known in self._new))):
             return "duplicate"
-        self._unindexed.append(prompt)
+        self._remember(prompt)
         return "new"
 
-    def _is_repeated_here(self, row: TextRow) -> bool:
-        """Whether it is like another new one; those of late are compared one by one."""
-        if len(self._unindexed) > 100:
-            self._new += self._unindexed
-            self._unindexed.clear()
-            self._own = Decontaminator(_rows(self._new), near=self._near)
-        if self._own is not None and _is_repeated(self._own, row):
-            return True
-        late = self._unindexed
-        return bool(late) and _is_repeated(Decontaminator(_rows(late), near=self._near), row)
+    def _remember(self, prompt: str) -> None:
+        """Add a prompt. Indexes cannot grow, so there are several, each of twice the texts of the next."""
+        texts = [prompt]
+        while self._new and len(self._new[-1].texts) <= len(texts):
+            texts = [*self._new.pop().texts, *texts]
+        self._new.append(_Known(texts, Decontaminator(_rows(texts), near=self._near)))
+
+
+class _Known(NamedTuple):
+    """Some texts, ready to be compared with."""
+
+    texts: list[str]
+    index: Decontaminator
 
 
 def synthesise(
