@@ -18,9 +18,10 @@ from tokenmill.optimize import (
     SearchConfig,
     optimize,
 )
-from tokenmill.workload import Incumbent, Quality, Slo
+from tokenmill.workload import Incumbent, Quality, Slo, Terms
 
 CHEAP = Machine(usd_per_hour=0.1)
+DENYING = Terms(rules={"no-training": "deny"})
 
 
 def flaky(share: float, salt: str = "") -> Callable[[str], tuple[str, float]]:
@@ -76,19 +77,13 @@ def test_over_fitted_to_select_loses(tmp_path: Path) -> None:
 
 
 def test_trained_on_denied_rows_blocks(tmp_path: Path) -> None:
-    problem = workload(tmp_path, row_terms=lambda at: ("own",) if at % 2 else ("no-training",), **_denying())
+    problem = workload(tmp_path, row_terms=lambda at: ("own",) if at % 2 else ("no-training",), terms=DENYING)
     assert problem.denied and not problem.denied & {case.id for case in problem.train}
     thief = FakeCandidate(name="thief", trained=[*problem.denied][:3])
     honest = FakeCandidate(name="honest", delay_s=0.01)
     found = run(problem, tmp_path, thief, honest)
     assert found.choice.winner == "honest"
     assert "made from 3 rows whose terms deny that" in found.choice.lost["thief"]
-
-
-def _denying() -> dict[str, object]:
-    from tokenmill.workload import Terms
-
-    return {"terms": Terms(rules={"no-training": "deny"})}
 
 
 def test_too_slow_for_the_limits_loses(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_rows_that_hang_together_count_once() -> None:
 def test_a_gate_that_does_not_hold_is_no_pass() -> None:
     items = lines("c", np.ones(400))
     for outcome in ("fail", "undecided"):
-        gates = {"c": [Gate("terms", outcome, "because")]}  # type: ignore[arg-type]
+        gates = {"c": [Gate("terms", outcome, "because")]}
         found = judge_all(items, Bar(margin=0.05), {}, gates)["c"]
         assert found.outcome == outcome and found.reasons == ("because",)
 

@@ -14,7 +14,7 @@ import pytest
 from tokenmill.compress import DistilConfig
 from tokenmill.core import UsageError
 from tokenmill.models.store.library import Library
-from tokenmill.optimize import Machine, OptimizeConfig, Problem, SearchConfig, optimize, problem_of
+from tokenmill.optimize import Candidate, Machine, OptimizeConfig, Problem, SearchConfig, optimize, problem_of
 from tokenmill.optimize.local import local_candidates
 from tokenmill.optimize.trained import StudentRecipe, TeacherRecipe, TrainedCandidate
 from tokenmill.optimize.verify import verify
@@ -25,7 +25,7 @@ from tokenmill.train import TrainConfig
 from tokenmill.workload import read_rows, read_workload, split_rows
 
 ROOT = Path(__file__).parents[2]
-NUM_ROWS = 160
+NUM_ROWS = 90
 FAST = TrainConfig(learning_rate=2e-4, num_epochs=1, tokens_per_step=1024)
 
 
@@ -55,8 +55,8 @@ def test_every_kind_of_candidate_is_made_served_and_measured(problem: Problem, t
     )
     distil = DistilConfig(train=replace(FAST, learning_rate=2e-3, num_epochs=2))
     student = replace(tuned, name="student", student=StudentRecipe(preset="mill-2M", distil=distil))
-    candidates = [plain, formed, tuned, student]
-    settings = OptimizeConfig(budget_s=1e6, search=SearchConfig(max_finalists=4))
+    candidates: list[Candidate] = [plain, formed, tuned, student]
+    settings = OptimizeConfig(budget_s=1e6, search=SearchConfig(max_finalists=4), with_cascades=False)
     folder = tmp_path / "run"
     found = optimize(problem, folder, candidates, Machine(usd_per_hour=0.1), settings)
     assert set(found.entries) >= {each.name for each in candidates}, found.lost

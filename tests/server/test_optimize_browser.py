@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.fast.optimize_fakes import FakeCandidate, right, workload, wrong
-from tokenmill.optimize import CannotBeMadeError, Machine, optimize
+from tokenmill.optimize import Candidate, CannotBeMadeError, Machine, optimize
 from tokenmill.optimize.classifier import ClassifierCandidate
 from tokenmill.optimize.write import write_outcome
 from tokenmill.workload import Slo
@@ -44,7 +44,7 @@ def page_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         place = int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 0xFFFFFFFF
         return (wrong(text), 0.3 + place) if place < 0.15 else (right(text), 0.9)
 
-    candidates = [
+    candidates: list[Candidate] = [
         ClassifierCandidate(),
         FakeCandidate(name="a model with a rather long name, w8a8, 4 examples, grammar", delay_s=0.2),
         FakeCandidate(name="unsure", answer=flaky),

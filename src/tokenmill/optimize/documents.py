@@ -49,7 +49,7 @@ def report(outcome: Outcome, machine: Mapping[str, Any], *, now: datetime | None
         for name, entry in outcome.entries.items()
     }
     known = {name: (usd, quality) for name, (usd, quality) in points.items() if usd and quality is not None}
-    front = pareto(known)  # type: ignore[arg-type]
+    front = pareto(known)
     cases = {case.id: case for case in problem.certify}
     return {
         "format": _FORMAT,

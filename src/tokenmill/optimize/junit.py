@@ -32,7 +32,7 @@ def _suite(root: Element, name: str, cases: list[tuple[str, str, str]]) -> None:
     failed = sum(outcome == "fail" for _, outcome, _ in cases)
     skipped = sum(outcome == "undecided" for _, outcome, _ in cases)
     numbers = {"tests": str(len(cases)), "failures": str(failed), "skipped": str(skipped), "errors": "0"}
-    suite = SubElement(root, "testsuite", name=_plain(name), **numbers)
+    suite = SubElement(root, "testsuite", {"name": _plain(name), **numbers})
     for title, outcome, words in cases:
         case = SubElement(suite, "testcase", classname=_plain(name), name=_plain(title))
         if outcome == "fail":

@@ -150,8 +150,9 @@ class Deployment:
     def __post_init__(self) -> None:
         if not any((self.models, self.upstreams, self.classifiers, self.scored)):
             raise UsageError("nothing is served", hint="name a model (models:) or an endpoint (upstreams:)")
-        others = (*self.upstreams, *self.classifiers, *self.scored, *self.prompted, *self.cascades)
-        names = [each.served_name for each in self.models] + [each.name for each in others]
+        names = [each.served_name for each in self.models] + [each.name for each in self.upstreams]
+        names += [each.name for each in self.classifiers] + [each.name for each in self.scored]
+        names += [each.name for each in self.prompted] + [each.name for each in self.cascades]
         for name in names:
             if names.count(name) > 1:
                 raise UsageError(f"two deployments are called {name!r}", hint="give each a name of its own")
