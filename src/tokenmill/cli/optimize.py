@@ -15,6 +15,7 @@ from tokenmill.core import UsageError
 if TYPE_CHECKING:
     from tokenmill.models.store.directory import ModelDirectory
     from tokenmill.optimize import Machine, Outcome
+    from tokenmill.optimize.defaults import Maker
     from tokenmill.optimize.plan import Plan
     from tokenmill.workload import Log, WorkloadConfig
 
@@ -103,7 +104,7 @@ def _optimize(args: argparse.Namespace, out: Output) -> int:
         raise UsageError(f"--watts is {args.watts:g}", hint="give watts above 0")
     config, log = _workload(args, out)
     problem = problem_of(config, log, split_rows(config, log))
-    candidates = default_candidates(problem, _models(args.model, config))
+    candidates = default_candidates(problem, _models(args.model, config), _trained())
     search = SearchConfig(max_finalists=args.finalists, seed=args.seed)
     settings = OptimizeConfig(budget_s=args.budget or config.budget_s, search=search)
     if args.plan:
@@ -162,6 +163,17 @@ def _models(names: Sequence[str], config: "WorkloadConfig") -> "list[ModelDirect
     if incumbent.kind == "model" and incumbent.name not in wanted:
         wanted.append(incumbent.name)
     return [library.find(name) for name in wanted]
+
+
+def _trained() -> "Maker | None":
+    """What trains candidates; None without torch."""
+    import importlib.util
+
+    if importlib.util.find_spec("torch") is None:
+        return None
+    from tokenmill.optimize.trained import trained_candidates
+
+    return trained_candidates
 
 
 def _machine(usd_per_hour: float, watts: float | None, out: Output) -> "tuple[Machine, Mapping[str, Any]]":

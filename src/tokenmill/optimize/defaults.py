@@ -4,9 +4,8 @@ there.
 The list follows from the workload and the models that are given, so that the same call makes the same one.
 """
 
-import importlib.util
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, TypeAlias
 
 from tokenmill.models.store.directory import ModelDirectory
 from tokenmill.optimize.candidate import Candidate
@@ -16,13 +15,21 @@ from tokenmill.optimize.problem import Problem
 from tokenmill.optimize.scored import ScoredCandidate
 from tokenmill.optimize.served import answer_grammar
 
-__all__ = ["default_candidates"]
+__all__ = ["Maker", "default_candidates"]
+
+Maker: TypeAlias = Callable[[ModelDirectory, Problem], Sequence[Candidate]]
+"""Candidates of a model for a problem."""
 
 _SHOTS: Final = 4
 
 
-def default_candidates(problem: Problem, models: Sequence[ModelDirectory]) -> list[Candidate]:
-    """The classifier where answers are a closed set; each model as it is, with examples, with a grammar."""
+def default_candidates(
+    problem: Problem, models: Sequence[ModelDirectory], trained: Maker | None = None
+) -> list[Candidate]:
+    """The classifier where answers are a closed set; each model as it is, with examples, with a grammar.
+
+    `trained` makes more of a model: `trained.trained_candidates`, for who has torch.
+    """
     found: list[Candidate] = []
     if problem.labels:
         found.append(ClassifierCandidate())
@@ -32,17 +39,6 @@ def default_candidates(problem: Problem, models: Sequence[ModelDirectory]) -> li
             name = f"{directory.name} w8a8, scored labels"
             found.append(ScoredCandidate(name=name, path=str(directory.path), digest=directory.digest))
         found += local_candidates(directory, shots=_SHOTS, has_form=has_form)
-        if _can_train():
-            found += _trained()(directory, problem)
+        if trained is not None:
+            found += trained(directory, problem)
     return found
-
-
-def _can_train() -> bool:
-    return importlib.util.find_spec("torch") is not None
-
-
-def _trained() -> Callable[[ModelDirectory, Problem], list[Candidate]]:
-    """A factory: training needs torch, which not everybody has."""
-    from tokenmill.optimize.trained import trained_candidates
-
-    return trained_candidates

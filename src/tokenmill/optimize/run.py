@@ -27,7 +27,7 @@ from tokenmill.optimize.verdict import Gate, Judged, judge_all
 from tokenmill.runs import RunFolder, content_hash
 from tokenmill.workload import freeze, look, num_looks
 
-__all__ = ["Entry", "OptimizeConfig", "Outcome", "gates_of", "header_of", "optimize", "terms_gate"]
+__all__ = ["Entry", "OptimizeConfig", "Outcome", "Say", "gates_of", "header_of", "optimize", "terms_gate"]
 
 _FORMAT: Final = 1
 

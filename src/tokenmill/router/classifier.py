@@ -16,7 +16,7 @@ from tokenmill.router.backend import BackendState, Embedded, Job, Prepared, Spen
 from tokenmill.router.linear import LabelGuess, LinearClassifier
 from tokenmill.wire import Begin, Call, FieldError, Finish, Piece, Prompt, TextPiece, TokenText, Totals
 
-__all__ = ["ClassifierBackend", "ClassifierConfig", "classified_text"]
+__all__ = ["ClassifierAttempt", "ClassifierBackend", "ClassifierConfig", "classified_text"]
 
 _USAGE: Final = Usage(num_prompt_tokens=0, num_cached_tokens=0, num_output_tokens=1)
 _NANO: Final = 1_000_000_000

@@ -24,7 +24,7 @@ from tokenmill.router.classifier import classified_text
 from tokenmill.router.linear import LabelGuess
 from tokenmill.wire import Begin, Call, FieldError, Finish, Piece, Prompt, TextPiece, TokenText, Totals
 
-__all__ = ["LabelBackend", "LabelConfig", "LabelExample", "LabelScorer", "likeliest"]
+__all__ = ["LabelAttempt", "LabelBackend", "LabelConfig", "LabelExample", "LabelScorer", "likeliest"]
 
 _MAX_LABELS = 1000
 _NANO = 1_000_000_000
