@@ -138,9 +138,9 @@ def test_many_candidates_are_halved_and_controls_stay(tmp_path: Path) -> None:
     control = FakeCandidate(name="control", answer=lambda text: ("none", 0.1), is_control=True)
     search = SearchConfig(shares=(0.25, 1.0), max_finalists=2)
     found = run(problem, tmp_path, *rivals, control, search=search, with_cascades=False)
-    assert set(found.entries) == {"control", "r0", "r1"} or {"control", "r0"} < set(found.entries)
+    assert {"control", "r0"} < set(found.entries)
     assert len(found.entries) == 3 and found.num_looks == 3
-    assert all(each.num_made == 2 for each in rivals[:1]) and rivals[7].num_made == 1
+    assert rivals[0].num_made == 2 and rivals[7].num_made == 1
     assert "is needed" in found.choice.lost["r7"]
 
 
@@ -168,7 +168,7 @@ def test_a_killed_run_goes_on_and_asks_nothing_twice(tmp_path: Path) -> None:
     again = [FakeCandidate(name="a", answer=flaky(0.02)), FakeCandidate(name="b", answer=flaky(0.04))]
     found = run(problem, tmp_path, *again)
     assert [each.num_made for each in again] == [0, 0]
-    assert again[0].num_asked == 0 and again[1].num_asked > 0
+    assert sorted(each.num_asked > 0 for each in again) == [False, True]
     whole = run(problem, tmp_path / "other", *_copies(first))
     assert found.num_looks == whole.num_looks == 2
     for name in ("a", "b"):

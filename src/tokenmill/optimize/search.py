@@ -1,9 +1,9 @@
 """The search: many candidates on little, fewer on more, the last ones on everything but certify.
 
 Successive halving (Jamieson and Talwalkar 2016): each round gives those that are left a larger share of their
-training and of the rows of select, and keeps the better half; controls always stay. Better is who may still
-reach the bar, then who is cheaper: quality above the bar earns nothing. What is finished is in the book, so a
-run that was killed asks nothing twice.
+training and of the rows of select, and keeps the better half; controls always stay. First come those that
+reach the bar, the cheapest of them first: quality above the bar earns nothing. Then those that still may.
+What is finished is in the book, so a run that was killed asks nothing twice.
 """
 
 import asyncio
@@ -182,12 +182,14 @@ class Explorer:
         ordered = [each for each in found if each.candidate.is_control]
         return [*ordered, *(each for each in rivals if each.key in kept)]
 
-    def _promise(self, finalist: Finalist) -> tuple[bool, float, float]:
-        """Smaller is better: may it reach the bar, how far below it is, what it costs."""
+    def _promise(self, finalist: Finalist) -> tuple[int, float]:
+        """Smaller is better: who reaches the bar, by cost; who still may, and who may not, by score."""
         reach, score = self._reach(finalist.select, _UNLIKELY)
         bar = self._bar(finalist.select)
-        cost = math.fsum(each.usd for each in finalist.select) / max(1, len(finalist.select))
-        return (reach < bar, -min(score, bar) if reach < bar else 0.0, cost / max(score, 1e-6))
+        if score >= bar:
+            cost = math.fsum(each.usd for each in finalist.select) / len(finalist.select)
+            return 0, cost / max(score, 1e-6)
+        return (1 if reach >= bar else 2), -score
 
     def _reach(self, items: Sequence[Item], alpha: float) -> tuple[float, float]:
         """The most that its score may be, but for a probability of `alpha`, and the score."""
