@@ -35,7 +35,7 @@ def decoder(window: int | None = None) -> TorchDecoder:
 def test_packed_equals_one_at_a_time_with_gradients(name: str, window: int | None) -> None:
     lengths, model = LENGTHS[name], decoder(window)
     tokens = torch.randint(100, (1, sum(lengths)), generator=torch.Generator().manual_seed(1))
-    parts = tokens.split(lengths, dim=1)
+    parts = torch.split(tokens, lengths, dim=1)
     packed = model(tokens, row=PackedRow(lengths))[0]
     alone = torch.cat([model(each)[0] for each in parts])
     assert worst(packed - alone) < 1e-9

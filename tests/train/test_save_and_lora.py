@@ -15,7 +15,7 @@ from tests.train import tools
 from tokenmill.core import UsageError
 from tokenmill.kernels import F32Array, create_executor
 from tokenmill.models.adapter import pack_adapter, read_adapter
-from tokenmill.models.packing.compile import compile_plan
+from tokenmill.models.packing.layout import compile_plan
 from tokenmill.models.packing.pack import pack_model
 from tokenmill.models.store.directory import ModelDirectory
 from tokenmill.models.store.library import Library

@@ -45,7 +45,7 @@ except ModuleNotFoundError as error:
 
 from tokenmill.models.packed_row import SHORT, PackedRow, attend_short, pad, unpad
 
-__all__ = ["HEAD_ROWS", "Hook", "Hooks", "PackedRow", "TorchDecoder"]
+__all__ = ["HEAD_ROWS", "Hook", "Hooks", "TorchDecoder"]
 
 Hook: TypeAlias = Callable[[Tensor], Tensor | None]
 Hooks: TypeAlias = Mapping[str, Hook]

@@ -3,7 +3,8 @@
 Importing this needs torch (the `train` extra).
 """
 
-from tokenmill.models.torch_twin import PackedRow, TorchDecoder
+from tokenmill.models.packed_row import PackedRow
+from tokenmill.models.torch_twin import TorchDecoder
 from tokenmill.train.checkpoint import discard_checkpoint
 from tokenmill.train.config import TrainConfig
 from tokenmill.train.conversations import ConversationEncoder

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenmill.models.torch_twin import PackedRow
+from tokenmill.models.packed_row import PackedRow
 from tokenmill.train.examples import Example
 
 __all__ = ["Targets", "TrainRow", "make_row", "num_steps_of", "plan_epoch", "plan_rows"]
