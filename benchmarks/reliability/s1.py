@@ -54,7 +54,7 @@ async def _measure(server: Server, cases: int, draw: random.Random) -> tuple[dic
     tasks, due_s = [], begun_s
     for _ in range(cases):
         tasks.append(asyncio.create_task(_call(server.port)))
-        due_s += draw.expovariate(offered)  # from when the last one was due: a late one must not make the rest late
+        due_s += draw.expovariate(offered)  # not from now: a late call must not make the rest late
         await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
     sent_s = time.perf_counter() - begun_s
     answers = await asyncio.gather(*tasks)

@@ -42,7 +42,7 @@ def test_rows_are_the_teachers_likeliest_tokens(teacher: ModelDirectory, tmp_pat
     targets = targets_of(examples, [7, 0, 3])  # in any order
     tokens_RK, logprobs_RK = cached.rows(targets)
     want = dense(teacher, examples, targets)
-    assert (want.gather(1, tokens_RK) - logprobs_RK).abs().max() < 0.03
+    assert (want.gather(1, tokens_RK) - logprobs_RK).abs().max() < 0.1  # bf16
     assert (want.topk(8).values.exp().sum(1) - logprobs_RK.exp().sum(1)).abs().max() < 0.01
     assert (logprobs_RK.exp().sum(1) < 1).all()  # the tail has its share
 

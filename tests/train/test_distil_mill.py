@@ -171,7 +171,7 @@ def write_log(path: Path, terms: str = "CC0-1.0") -> Path:
 def test_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model: ModelDirectory
 ) -> None:
-    monkeypatch.setitem(PRESETS, "mill-2M", SHAPE)  # type: ignore[arg-type]
+    monkeypatch.setitem(PRESETS, "mill-2M", SHAPE)
     log = write_log(tmp_path / "log.jsonl.gz")
     words = ["distil", str(model.path), str(log), "--output", str(tmp_path / "out"), "--student", "mill-2M"]
     words += ["--vocabulary", "300", "--epochs", "2", "--rows", "40", "--json"]

@@ -1,6 +1,7 @@
 """What the trainer writes, the engine serves: whole models, and adapters as PEFT lays them out."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +32,15 @@ from tokenmill.train import (
 
 CONFIG = TrainConfig(learning_rate=1e-2, num_epochs=4, tokens_per_step=100, tokens_per_row=100)
 TOKENS = [5, 17, 3, 88, 41, 2, 9, 60, 31, 7, 12]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models as small as these are slower with more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

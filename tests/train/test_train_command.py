@@ -2,9 +2,11 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.fast.cli_tools import Runner, make_home, make_runner
 from tokenmill.core import Message, UsageError
@@ -13,6 +15,15 @@ from tokenmill.models.store.library import Library
 from tokenmill.train import ConversationEncoder
 
 ANSWERS = {"hi": "hell", "tell": "he", "who": "the"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models as small as these are slower with more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

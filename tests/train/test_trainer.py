@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,15 @@ from tokenmill.train.config import learning_rate_at
 from tokenmill.train.losses import target_loss
 
 HEADER = {"what": "a test"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models as small as these are slower with more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def plain_loop(model: TorchDecoder, examples: list[Example], config: TrainConfig) -> None:
@@ -73,9 +83,10 @@ def test_the_trainer_equals_a_plain_loop(tied: bool) -> None:
     before = tools.flat(slow)
     result = train(fast, examples, config)
     plain_loop(slow, examples, config)
-    moved = float((tools.flat(slow) - before).abs().max())
-    assert result.num_steps > 6 and moved > 0.02
-    assert float((tools.flat(fast) - tools.flat(slow)).abs().max()) < moved / 500
+    moved = float((tools.flat(slow) - before).norm())
+    assert result.num_steps > 6 and moved > 0.5
+    # Where a gradient is nearly nothing, AdamW makes its rounding a whole step.
+    assert float((tools.flat(fast) - tools.flat(slow)).norm()) < moved / 1000
 
 
 def test_bf16_learns_as_float32_does() -> None:
@@ -186,14 +197,9 @@ def test_killed_by_the_system_and_run_again_gives_the_same_bits(tmp_path: Path, 
     command = [sys.executable, "-c", _CHILD, str(tmp_path / "cut"), str(step)]
     child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert child.returncode == -signal.SIGKILL, child.stderr
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        config = tools.config(checkpoint_seconds=0.0)
-        got = run(tmp_path / "cut", config, validation=())
-        assert torch.equal(got, run(tmp_path / "whole", config, validation=()))
-    finally:
-        torch.set_num_threads(threads)
+    config = tools.config(checkpoint_seconds=0.0)
+    got = run(tmp_path / "cut", config, validation=())
+    assert torch.equal(got, run(tmp_path / "whole", config, validation=()))
 
 
 def test_the_log_has_a_line_a_step_and_the_checkpoint_can_be_discarded(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ is in DIR.work; a run that was stopped goes on from there. Whether the student i
 def add_parser(subparsers: Subparsers) -> None:
     """Add `distil`."""
     parser = add_command(
-        subparsers, "distil", _distil, summary="make a small model for a workload", description=_DESCRIPTION
+        subparsers, "distil", _distil, summary="distil a small model for a workload", description=_DESCRIPTION
     )
     parser.add_argument("teacher", metavar="TEACHER", help="a model of `tokenmill models`, or its folder")
     parser.add_argument("data", type=Path, metavar="DATA", help="a workload.yaml, or a log of calls")

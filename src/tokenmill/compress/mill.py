@@ -98,7 +98,7 @@ def mill(
             trimmed = _kept(work / "trimmed") or prepare_teacher(
                 model, rows, work / "trimmed", vocabulary=config.vocabulary, fold=config.fold
             )
-        examples = examples_of(trimmed, rows)
+        examples: Sequence[Example] = examples_of(trimmed, rows)
         held = examples_of(trimmed, validation) if validation else []
         teacher = trimmed
         if config.teacher is not None:

@@ -44,7 +44,7 @@ from tokenmill.train.losses import (
     target_loss,
 )
 
-__all__ = ["DistilConfig", "Distilled", "OnPolicyConfig", "distil"]
+__all__ = ["DistilConfig", "Distilled", "Divergence", "OnPolicyConfig", "distil"]
 
 Divergence = Literal["reverse_kl", "jsd"]
 
@@ -77,13 +77,13 @@ class OnPolicyConfig:
 class DistilConfig:
     """How a student learns. `hard_share` is the weight of the examples' own tokens: 1 needs no teacher.
 
-    The learning rate is that of small models: ten times a large one's.
+    The learning rate is that of small models, ten times a large one's, and the steps are small, too.
     """
 
     hard_share: float = 0.5
     cache: CacheConfig = field(default_factory=CacheConfig)
     train: TrainConfig = field(
-        default_factory=lambda: TrainConfig(learning_rate=2e-3, num_epochs=8, tokens_per_step=4096)
+        default_factory=lambda: TrainConfig(learning_rate=2e-3, num_epochs=8, tokens_per_step=1024)
     )
     on_policy: OnPolicyConfig | None = None
 

@@ -62,7 +62,7 @@ class PromptGate:
             return "unusable"
         if self._hidden is not None and self._hidden.find(row):
             return "leak"
-        if any(_is_repeated(each, row) for each in (self._known, *(known.index for known in self._new))):
+        if any(_is_repeated(each, row) for each in (self._known, *(known.finder for known in self._new))):
             return "duplicate"
         self._remember(prompt)
         return "new"
@@ -79,7 +79,7 @@ class _Known(NamedTuple):
     """Some texts, ready to be compared with."""
 
     texts: list[str]
-    index: Decontaminator
+    finder: Decontaminator
 
 
 def synthesise(

@@ -188,7 +188,7 @@ def _computed(
         row = make_row(examples, indices)
         hidden_RD = model.hidden(row.tokens_BT, row=row.packed)[0].index_select(0, row.rows_R)
         step = max(1, _HEAD_BYTES // (4 * model.architecture.vocab_size))
-        parts = [_top(model.lm_head(part), temperature, top_k) for part in hidden_RD.split(step)]
+        parts = [_top(model.lm_head(part), temperature, top_k) for part in torch.split(hidden_RD, step)]
         tokens, logprobs = (torch.cat(each) for each in zip(*parts, strict=True))
         yield len(indices), (tokens.numpy(), logprobs.numpy())
 

@@ -434,4 +434,3 @@ class Scheduler:
         assert len(self._running) <= self.limits.max_sequences, "more sequences than allowed"
         assert all(c.num_rows > 0 for c in schedule.chunks), "an empty chunk"
         assert schedule.chunks or not self.has_work, "there is work, and no step"
-

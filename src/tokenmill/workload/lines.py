@@ -138,11 +138,13 @@ def _json_list(file: IO[bytes], path: Path, max_bytes: int) -> Iterator[Line | F
         except (ValueError, RecursionError) as error:
             end, said = len(buffer.text), str(error)
         if end == len(buffer.text):  # not all of it is here yet, or it would not be the end
-            if len(buffer.text) - buffer.at > max_bytes or not buffer.grow():
+            if len(buffer.text) - buffer.at > max_bytes + 16 * _CHUNK or not buffer.grow():
                 where = f"{path}:{number}: is no JSON, or longer than {max_bytes} bytes ({said})"
                 raise UsageError(where, hint="mend it, or write an object a line")
             continue
-        if isinstance(value, dict):
+        if end - buffer.at > max_bytes:
+            yield Fault(number, f"is longer than {max_bytes} bytes")
+        elif isinstance(value, dict):
             yield Line(number, value)
         else:
             shown = buffer.text[buffer.at : min(end, buffer.at + _EXCERPT)]
