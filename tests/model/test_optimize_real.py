@@ -25,7 +25,7 @@ from tokenmill.train import TrainConfig
 from tokenmill.workload import read_rows, read_workload, split_rows
 
 ROOT = Path(__file__).parents[2]
-NUM_ROWS = 90
+NUM_ROWS = 60
 FAST = TrainConfig(learning_rate=2e-4, num_epochs=1, tokens_per_step=1024)
 
 

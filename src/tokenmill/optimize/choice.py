@@ -53,7 +53,7 @@ def choose(
     for name in left[1:]:
         lost[name] = f"it passes, but costs more: {_compared(figures[name], figures[winner].usd_per_pass)}"
     saving = _saving(figures[winner], incumbent)
-    rest = "" if saving is None else f", {saving:.1%} less than the incumbent"
+    rest = "" if saving is None else f", {_words(saving)} less than the incumbent"
     cost = usd_million(figures[winner].usd_per_pass.estimate)
     why = f"{winner} is the cheapest that passes: {cost} for a million passing answers{rest}"
     return Choice(winner=winner, why=why, saving=saving, lost=lost)
@@ -110,6 +110,11 @@ def _compared(figures: Figures, other: Range | None) -> str:
     if other is None:
         return said
     return f"{said} against {usd_million(other.estimate)}"
+
+
+def _words(saving: float) -> str:
+    """A share, or where hardly anything is left, how many times less."""
+    return f"{saving:.1%}" if saving < 0.95 else f"{1 / max(1 - saving, 1e-9):,.0f} times"
 
 
 def _saving(figures: Figures, incumbent: Range | None) -> float | None:
