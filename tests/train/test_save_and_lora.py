@@ -161,7 +161,7 @@ def test_only_the_adapter_is_trained_and_at_first_it_adds_nothing(source: ModelD
     train(model, tools.examples(20), replace(CONFIG, dtype="float32"))
     now = dict(model.named_parameters())
     assert all(torch.equal(now[name], weight) for name, weight in before.items())
-    assert now.keys() - before.keys() and float(now["model.layers.0.self_attn.q_proj.up"].abs().max()) > 0
+    assert now.keys() - before.keys() and now["model.layers.0.self_attn.q_proj.up"].any()
     with pytest.raises(UsageError, match="has an adapter already"):
         add_lora(model, LoraConfig())
 

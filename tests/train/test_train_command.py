@@ -76,7 +76,7 @@ def test_an_adapter_alone_is_written(run: Runner, data: Path, tmp_path: Path, ho
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "has no conversation"),
+        ("", "has no items"),
         ("{\n", "train.jsonl:1: "),
         (line("a", "b") + '{"prompt": "x"}\n', "train.jsonl:2: there is no messages"),
         (

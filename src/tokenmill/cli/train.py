@@ -204,7 +204,8 @@ def _run(job: _Job, args: argparse.Namespace, folder: "RunFolder", out: Output) 
     else:
         if job.lora is not None:
             merge_lora(decoder)
-        recipe = {"step": "train", **{key: json.dumps(value) for key, value in folder.header.items()}}
+        settings = {key: _text(value) for key, value in folder.header.items() if value is not None}
+        recipe = {"step": "train", **settings}
         save_model(decoder, job.model, job.output, recipe=recipe, licences=args.licence)
     discard_checkpoint(folder)
     return result
@@ -245,6 +246,10 @@ def _read(path: Path, encoder: "ConversationEncoder") -> "Iterator[tuple[str, Ex
             yield str(row.place), encoder.example(call.messages, call.tools)
         except TokenmillError as error:
             row.place.refuse(error.message, error.hint or "mend the line, or remove it")
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _sha256(path: Path) -> str:

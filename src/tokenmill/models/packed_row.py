@@ -26,7 +26,7 @@ class _Group(NamedTuple):
     length: int
 
 
-_GROUP_FILL: Final = 0.75
+_GROUP_FILL: Final = 0.6
 """A sequence shorter than this share of its group's longest begins another group."""
 
 
