@@ -51,10 +51,11 @@ async def _measure(server: Server, cases: int, draw: random.Random) -> tuple[dic
     peak = await _closed(server.port)
     offered = peak * _OVERLOAD
     begun_s = time.perf_counter()
-    tasks = []
+    tasks, due_s = [], begun_s
     for _ in range(cases):
         tasks.append(asyncio.create_task(_call(server.port)))
-        await asyncio.sleep(draw.expovariate(offered))
+        due_s += draw.expovariate(offered)  # not from now: a late call must not make the rest late
+        await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
     sent_s = time.perf_counter() - begun_s
     answers = await asyncio.gather(*tasks)
     elapsed_s = time.perf_counter() - begun_s

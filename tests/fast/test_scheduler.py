@@ -354,22 +354,22 @@ def test_fast_work_takes_the_place_of_batch_work_and_of_nothing_else() -> None:
         assert sim.finished[0].request_id == ("fast" if displaced else "running")
 
 
-def test_a_long_prompt_leaves_half_of_each_step_to_short_ones_and_keeps_half() -> None:
+def test_a_long_prompt_leaves_most_of_each_step_to_short_ones_and_keeps_a_quarter() -> None:
     sim = simulator(256)
     long = generation("long", 1000, 2)
     sim.scheduler.submit(long)
     sim.step()
     for name in ("b", "a"):
-        sim.scheduler.submit(generation(name, 20, 50))
+        sim.scheduler.submit(generation(name, 30, 50))
     assert [(c.sequence.request_id, c.num_rows) for c in sim.step().chunks] == [
-        ("long", 32),
-        ("b", 20),
-        ("a", 12),
+        ("b", 30),
+        ("a", 18),
+        ("long", 16),
     ]
     assert [(c.sequence.request_id, c.num_rows) for c in sim.step().chunks] == [
         ("b", 1),
-        ("long", 55),
-        ("a", 8),
+        ("a", 12),
+        ("long", 51),
     ]
 
 

@@ -117,6 +117,12 @@ def test_streams_come_back(chat: list[Piece], text: list[Piece], anthropic: list
         assert [Totals(p.usage) if isinstance(p, Totals) else p for p in found] == pieces
 
 
+def test_a_load_generator_may_ask_for_counts_in_every_event() -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "stream": True}
+    assert parse_openai_chat(json.dumps(body | {"stream_options": options}).encode(), PLAIN).include_usage
+
+
 def test_a_stream_of_several_completions_names_each() -> None:
     writer, builder = OpenAIWriter(chat=True, include_usage=True), ReplyBuilder()
     pieces: list[Piece] = [

@@ -14,7 +14,7 @@ from benchmarks.reliability import s23
 from benchmarks.reliability.client import post
 from benchmarks.reliability.server import Server, deployment
 from benchmarks.reliability.tenants import once, tenant_server
-from tokenmill.workload import WorkloadCall, WorkloadFolder, read_calls, verify_erasures
+from tokenmill.workload import WorkloadCall, WorkloadFolder, read_calls, read_log, verify_erasures
 
 CHAT: dict[str, Any] = {
     "model": "both",
@@ -77,6 +77,9 @@ def test_calls_are_captured_and_erased_while_the_server_runs(tmp_path: Path) -> 
         lines = lines_of(folder, 5)
         pairs = [each for each in lines if each.shadow is not None]
         assert len(lines) == 5 and len(pairs) == 1
+        log = read_log(folder.path)  # what was captured is a workload's log as it is
+        assert (log.format, len(log.rows)) == ("capture", 4)
+        assert ["raw text" in each.reason for each in log.faults] == [True]
         assert pairs[0].shadow is not None and pairs[0].shadow.origin.model != ""
         assert pairs[0].shadow.response["choices"] != pairs[0].response["choices"]
         text = "".join(path.read_text() for path in folder.files())

@@ -23,6 +23,11 @@ from tokenmill.core import TokenmillError
 __all__ = ["BROKEN_PIPE", "COMMANDS", "INTERRUPTED", "TERMINATED", "UNEXPECTED", "build_parser", "main"]
 
 COMMANDS: Final = (
+    "init",
+    "workload",
+    "optimize",
+    "verify",
+    "gate",
     "run",
     "chat",
     "score",
@@ -32,6 +37,7 @@ COMMANDS: Final = (
     "compare",
     "decontaminate",
     "train",
+    "distil",
     "serve",
     "load",
     "versus",

@@ -8,8 +8,8 @@ lets the second number catch up with the first. Every step is planned in this or
              run the others take turns, and beside others batch work gets only so many rows as it is given
     draft    guessed tokens, where rows and blocks are left over
     admit    waiting sequences start, as long as the first of them fits
-    fill     the other rows: at most half of them to the sequence that has waited longest, the rest to
-             those that lack least, so that neither long nor short prompts stand still
+    fill     the other rows: a quarter of them to the sequence that has waited longest, the rest to those
+             that lack least, so that neither long nor short prompts stand still
 
 Sequences are ordered by `place`: the time of submission plus a delay for later tiers. When blocks run out,
 the last in that order gives its blocks back: to a swap file, or to be computed again later, whichever
@@ -279,27 +279,28 @@ class Scheduler:
             gets_rows = not filling or sequence.place < filling[0].place
             if not gets_rows:
                 first, *others = [each.num_pending for each in filling]
-                gets_rows = min(plan.num_rows // 2, first) + sum(others) < plan.num_rows
+                gets_rows = min(plan.num_rows // 4, first) + sum(others) < plan.num_rows
             if not gets_rows or not self._can_start(sequence):
                 break
             self._start(sequence, plan)
             insort(filling, sequence, key=lambda each: each.place)
 
     def _fill(self, plan: StepDraft, resting: Set[SequenceState]) -> None:
-        """Hand out the rows that are left: half to the first in line, the rest to those that lack least."""
+        """Hand out the rows that are left: a quarter to the first in line, the rest to those that lack least.
+
+        So a long prompt is never slower than at a quarter of the machine, and short ones hardly notice it.
+        """
         planned = {id(chunk.sequence) for chunk in plan.chunks}
         filling = [
             each
             for each in self._running
             if each.num_pending > 0 and id(each) not in planned and each not in resting
         ]
-        if not filling:
-            return
-        first, others = filling[0], sorted(filling[1:], key=lambda each: each.num_pending)
-        num_others = sum(sequence.num_pending for sequence in others)
-        plan.take(first, max(-(-plan.num_rows // 2), plan.num_rows - num_others))
-        for sequence in others:
-            plan.take(sequence, plan.num_rows)
+        num_kept = min(-(-plan.num_rows // 4), filling[0].num_pending) if filling else 0
+        for sequence in sorted(filling, key=lambda each: each.num_pending):
+            if sequence is filling[0]:
+                num_kept = 0
+            plan.take(sequence, plan.num_rows - num_kept)
 
     def _can_start(self, sequence: SequenceState) -> bool:
         if len(self._running) >= self.limits.max_sequences:

@@ -24,7 +24,11 @@ import yaml
 from tokenmill.core import NotFoundError, StorageError, Tier, UsageError
 from tokenmill.engine import LLMConfig
 from tokenmill.engine.mock import MockScript
+from tokenmill.router.cascade import CascadeConfig
+from tokenmill.router.classifier import ClassifierConfig
 from tokenmill.router.config import Price, RouteConfig, UpstreamConfig
+from tokenmill.router.labels import LabelConfig
+from tokenmill.router.prompted import PromptedConfig
 from tokenmill.server.batches import BatchConfig
 from tokenmill.server.capture import CaptureConfig
 from tokenmill.server.edge import is_loopback
@@ -123,11 +127,17 @@ class ModelConfig:
 class Deployment:
     """Everything that a server is told. `store` is the path of a file, or postgresql://...
 
+    `classifiers` answer with a label, `scored` with the likeliest one of a model; `prompted` tell a
+    deployment more before it answers; `cascades` ask one deployment first and another where it is not sure.
     `prices` are what keys pay for routes and upstreams, by name and tier; an upstream's own price otherwise.
     """
 
     models: tuple[ModelConfig, ...] = ()
     upstreams: tuple[UpstreamConfig, ...] = ()
+    classifiers: tuple[ClassifierConfig, ...] = ()
+    scored: tuple[LabelConfig, ...] = ()
+    prompted: tuple[PromptedConfig, ...] = ()
+    cascades: tuple[CascadeConfig, ...] = ()
     routes: tuple[RouteConfig, ...] = ()
     http: HttpConfig = field(default_factory=HttpConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
@@ -138,9 +148,11 @@ class Deployment:
     store: str = ""
 
     def __post_init__(self) -> None:
-        if not self.models and not self.upstreams:
+        if not any((self.models, self.upstreams, self.classifiers, self.scored)):
             raise UsageError("nothing is served", hint="name a model (models:) or an endpoint (upstreams:)")
         names = [each.served_name for each in self.models] + [each.name for each in self.upstreams]
+        names += [each.name for each in self.classifiers] + [each.name for each in self.scored]
+        names += [each.name for each in self.prompted] + [each.name for each in self.cascades]
         for name in names:
             if names.count(name) > 1:
                 raise UsageError(f"two deployments are called {name!r}", hint="give each a name of its own")
@@ -175,6 +187,12 @@ def read_deployment(path: Path) -> Deployment:
     folder = found.capture.folder
     return dataclasses.replace(
         found,
+        classifiers=tuple(
+            dataclasses.replace(each, folder=_from(path.parent, each.folder)) for each in found.classifiers
+        ),
+        scored=tuple(
+            dataclasses.replace(each, model=_from(path.parent, each.model)) for each in found.scored
+        ),
         capture=dataclasses.replace(found.capture, folder=_from(path.parent, folder) if folder else ""),
         store=_from(path.parent, found.store) if found.store else "",
         models=tuple(

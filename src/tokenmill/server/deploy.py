@@ -3,6 +3,7 @@
 Whatever is opened here is closed here, in the reverse order and also if a later part fails.
 """
 
+import asyncio
 import contextlib
 import logging
 import time
@@ -13,7 +14,7 @@ from typing import Final
 
 from starlette.routing import Route
 
-from tokenmill.core import Tier
+from tokenmill.core import Tier, UsageError
 from tokenmill.costs.prices import load_prices
 from tokenmill.engine.mock import MockModel
 from tokenmill.engine.serving.messages import EngineSpec
@@ -21,7 +22,11 @@ from tokenmill.engine.serving.supervisor import SupervisorConfig
 from tokenmill.models.store.directory import ModelDirectory
 from tokenmill.models.store.library import Library
 from tokenmill.router import Backend, Price, Router, UpstreamBackend
+from tokenmill.router.cascade import CascadeBackend
+from tokenmill.router.classifier import ClassifierBackend
+from tokenmill.router.labels import LabelBackend
 from tokenmill.router.local import LocalBackend, LocalConfig
+from tokenmill.router.prompted import PromptedBackend
 from tokenmill.server.anthropic_batches import AnthropicBatches
 from tokenmill.server.app import api_routes, create_app
 from tokenmill.server.batch_room import BatchRoom, endpoints_of
@@ -134,7 +139,28 @@ async def _backends(deployment: Deployment, stack: contextlib.AsyncExitStack) ->
         endpoint = UpstreamBackend(upstream)
         stack.push_async_callback(endpoint.close)
         backends.append(endpoint)
+    hour = deployment.machine.usd_per_hour
+    for classifier in deployment.classifiers:
+        backends.append(await asyncio.to_thread(ClassifierBackend.open, classifier, usd_per_hour=hour))
+    for scored in deployment.scored:
+        labels = await asyncio.to_thread(LabelBackend.open, scored, usd_per_hour=hour)
+        stack.push_async_callback(labels.close)
+        backends.append(labels)
+    for prompted in deployment.prompted:
+        backends.append(PromptedBackend(prompted, _named(backends, prompted.backend, prompted.name)))
+    for cascade in deployment.cascades:
+        parts = [_named(backends, each, cascade.name) for each in (cascade.first, cascade.second)]
+        backends.append(CascadeBackend(cascade, *parts))
     return backends
+
+
+def _named(backends: list[Backend], name: str, asker: str) -> Backend:
+    """The deployment of this name. Raises UsageError if there is none before the one that asks for it."""
+    for backend in backends:
+        if backend.name == name:
+            return backend
+    known = ", ".join(each.name for each in backends)
+    raise UsageError(f"{asker} names the deployment {name}, which is not there", hint=f"known: {known}")
 
 
 def check_deployment(deployment: Deployment) -> list[str]:
@@ -145,6 +171,10 @@ def check_deployment(deployment: Deployment) -> list[str]:
         what = "a mock" if model.mock else f"{directory.path}, {model.engine.weights}"
         lines.append(f"{model.served_name}: {what}")
     lines += [f"{each.name}: {each.model} at {each.url}" for each in deployment.upstreams]
+    lines += [f"{each.name}: a classifier in {each.folder}" for each in deployment.classifiers]
+    lines += [f"{each.name}: {len(each.labels)} labels scored by {each.model}" for each in deployment.scored]
+    lines += [f"{each.name}: {each.backend} with more told to it" for each in deployment.prompted]
+    lines += [f"{each.name}: {each.first}, then {each.second}" for each in deployment.cascades]
     return lines
 
 
@@ -162,6 +192,9 @@ def _origins(deployment: Deployment) -> dict[str, Provenance]:
             origin=Origin(model=directory.name, source=source, digest=manifest.digest if manifest else ""),
             terms=manifest.licences if manifest else (),
         )
+    for each in deployment.classifiers:
+        origins[each.name] = Provenance(origin=Origin(model=each.name, source=each.folder))
+    origins |= {each.name: origins[each.backend] for each in deployment.prompted if each.backend in origins}
     return origins
 
 

@@ -98,7 +98,10 @@ class _Tool(_Strict, kw_only=True):
 
 
 class _StreamOptions(_Strict, kw_only=True):
+    """`continuous_usage_stats` is vLLM's; load generators send it. The counts come once all the same."""
+
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
     include_obfuscation: Literal[False] | None = None
 
 
