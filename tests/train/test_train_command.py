@@ -102,6 +102,7 @@ def test_wrong_flags_are_refused_before_anything_is_read(run: Runner, data: Path
         (["--output", str(tmp_path / "no" / "mine")], "is no folder"),
         (["--output", place, "--adapter"], "--adapter is for --lora"),
         (["--output", place, "--alpha", "3"], "are for --lora"),
+        (["--output", place, "--patience", "2"], "--patience is for --validation"),
         (["--output", place, "--learning-rate", "-1"], "learning_rate is -1.0"),
         (["--output", place, "--lora", "4", "--targets", "x"], "no matrix is named 'x'"),
     ):

@@ -105,6 +105,8 @@ def _train(args: argparse.Namespace, out: Output) -> int:
         raise UsageError("--adapter is for --lora", hint="give --lora RANK")
     if args.lora is None and (args.alpha is not None or args.targets):
         raise UsageError("--alpha and --targets are for --lora", hint="give --lora RANK")
+    if args.patience is not None and args.validation is None:
+        raise UsageError("--patience is for --validation", hint="give --validation FILE")
     if args.threads:
         torch.set_num_threads(args.threads)
     job = _job(args, output, out)
