@@ -73,7 +73,7 @@ _CALLS = frozenset(
     {"eval", "exec", "compile", "__import__", "torch.load", "torch.hub.load", "torch.jit.load"}
 )
 _CALLS_OF_OS = frozenset({"os.system", "os.popen", "os.startfile"})
-_YAML = "yaml.safe_load"
+_YAML = ("yaml.safe_load", "yaml.safe_dump", "yaml.compose")
 """The one way to read YAML that makes no objects."""
 _FLAGS = frozenset({"allow_pickle", "trust_remote_code", "shell"})
 _BAD_MODULE = (
@@ -136,8 +136,8 @@ def unsafe_uses(source: str) -> Iterator[str]:
 
 
 def _is_bad_yaml(name: str) -> bool:
-    """Whether this is of the YAML library, and not the safe way to read."""
-    return name.startswith("yaml.") and name != _YAML
+    """Whether this is of the YAML library, and may make more of a text than plain values or nodes."""
+    return name.startswith("yaml.") and name not in _YAML
 
 
 def listening(pids: set[int]) -> list[str]:

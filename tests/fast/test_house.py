@@ -15,8 +15,8 @@ from tokenmill.core import errors
 ROOT = Path(__file__).parents[2]
 ALLOW_FILE = Path(__file__).with_name("house_allow.toml")
 OPTIONAL_LIBRARIES = ("torch", "transformers", "safetensors", "gguf", "ray")
-TORCH_ROOMS = ("tokenmill.train", "tokenmill.compress")
-"""The making side is torch code: the twin says how to get torch before anything of them is imported."""
+TORCH_ROOMS = ("tokenmill.train", "tokenmill.compress", "tokenmill.optimize.trained")
+"""The making side, and what drives it: the twin says how to get torch before anything of it is imported."""
 
 SKIPPED_FOLDERS = {"build", "dist", "wheelhouse", "__pycache__"}
 RULES = (
