@@ -64,9 +64,7 @@ def test_every_kind_of_candidate_is_made_served_and_measured(problem: Problem, t
         assert entry.figures.num_errors == 0 or name == plain.name
         assert entry.figures.requests_per_s > 0 and entry.figures.memory_bytes > 1 << 20
     entry = found.entries[formed.name]
-    limit = entry.artefact.settings[
-        "max_tokens"
-    ]  # an answer that was cut off there is the beginning of an object
+    limit = entry.artefact.settings["max_tokens"]  # an answer cut off there is half an object
     whole = [item for item in entry.items if not item.error and item.num_output_tokens < limit]
     assert all(item.answer.lstrip().startswith("{") for item in entry.items if not item.error)
     assert all(isinstance(json.loads(item.answer), dict) for item in whole), "the grammar holds"
