@@ -11,7 +11,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from tokenmill.core import TokenmillError, Usage
+from tokenmill.core import TokenmillError, Usage, UsageError
 from tokenmill.optimize import Artefact, Expected, Opened, Problem, Workshop, problem_of
 from tokenmill.optimize.records import Kind, Lineage
 from tokenmill.router.backend import BackendState, Embedded, Job, Prepared, Spent
@@ -96,7 +96,7 @@ class FakeBackend:
         return FakeAttempt(self, prepared.call, job)
 
     async def embed(self, texts: Sequence[Prompt], job: Job) -> Embedded:
-        raise NotImplementedError
+        raise UsageError("a fake has no vectors")
 
     async def drain(self, deadline_s: float) -> None: ...
 

@@ -202,4 +202,4 @@ def test_the_bound_of_many_is_not_that_of_one() -> None:
     counts = PairedCounts(wins=3, losses=9, num_items=500)
     assert verdict(counts, margin=0.03).outcome == "pass"
     assert verdict(counts, margin=0.03, num_candidates=20).outcome == "undecided"
-    assert PRICED.has_price
+    assert PRICED.price_in is not None

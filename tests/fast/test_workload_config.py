@@ -177,7 +177,7 @@ def test_the_incumbent_has_the_newest_price_of_its_model(tmp_path: Path) -> None
     found = infer_log(log, prices=prices).config.incumbent
     assert (found.name, found.price_date, found.price_cached) == ("gpt-5-mini-2025-08-07", "2026-08-05", 0.5)
     assert "openai gpt-5-mini" in found.price_source
-    assert not infer_log(log, prices=[price("openai", "gpt-5")]).config.incumbent.has_price
+    assert infer_log(log, prices=[price("openai", "gpt-5")]).config.incumbent.price_in is None
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
-"""One server for all checks of the official `openai` client, and clients that do not try again."""
+"""One server for all checks of the official `openai` client, clients that do not try again, and a browser."""
 
 import os
 import select
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -9,6 +10,20 @@ from typing import Any
 
 import openai
 import pytest
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium, where it is installed."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright to drive a browser")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed")
+    with playwright.sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
 
 
 @pytest.fixture(scope="session")

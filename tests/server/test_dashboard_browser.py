@@ -7,7 +7,6 @@ Skipped, with the reason, where there is no Chromium or no Playwright to drive i
 import asyncio
 import os
 import re
-import shutil
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,6 @@ from tests.server import fake_load
 from tokenmill.store import SqliteStore, new_key_id, new_secret
 from tokenmill.store.records import Key, Scope
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FORMS = [(scheme, width) for scheme in ("light", "dark") for width in (360, 1600)]
 OBJECTIVES = [
     {"tier": "standard", "percentile": 95, "ttft_ms": 2000, "availability": 99},
@@ -34,17 +32,6 @@ MOCK = {"answers": [], "step_s": 0.002}
 
 # A mock ends an answer when it likes, after 8 tokens at the latest.
 SAID = re.compile(r" tokens in, [1-8] out\b")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright to drive a browser")
-    if CHROMIUM is None:
-        pytest.skip("no Chromium is installed")
-    with playwright.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,6 @@ Skipped, with the reason, where there is no Chromium or no Playwright to drive i
 
 import hashlib
 import os
-import shutil
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,20 +18,8 @@ from tokenmill.optimize.classifier import ClassifierCandidate
 from tokenmill.optimize.write import write_outcome
 from tokenmill.workload import Slo
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FORMS = [(scheme, width) for scheme in ("light", "dark") for width in (360, 1280)]
 CHECKS = Path(__file__).with_name("dashboard_checks.js").read_text(encoding="utf-8")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright to drive a browser")
-    if CHROMIUM is None:
-        pytest.skip("no Chromium is installed")
-    with playwright.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture(scope="module")

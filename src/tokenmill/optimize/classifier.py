@@ -19,7 +19,8 @@ from tokenmill.core import UsageError
 from tokenmill.optimize.candidate import CannotBeMadeError, Expected, Opened, Workshop
 from tokenmill.optimize.cases import Case
 from tokenmill.optimize.records import Artefact, Kind, Lineage
-from tokenmill.router.classifier import ClassifierBackend, ClassifierConfig, classified_text
+from tokenmill.router.classifier import ClassifierBackend, ClassifierConfig
+from tokenmill.router.labeller import classified_text
 from tokenmill.router.linear import CONFIG_NAME, NUMBERS_NAME, LinearClassifier, ngrams
 
 __all__ = ["ClassifierCandidate", "file_digest", "train_classifier"]

@@ -6,17 +6,16 @@ served.
 """
 
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tokenmill.models.packing.pack import WeightFormat
 from tokenmill.models.store.directory import ModelDirectory
-from tokenmill.optimize.candidate import Expected, Opened, Workshop
+from tokenmill.optimize.candidate import Expected, Workshop
 from tokenmill.optimize.records import Artefact, Kind, Lineage
-from tokenmill.optimize.served import ServedModel, answer_grammar, answer_limit, chosen_shots, opened_model
+from tokenmill.optimize.served import ServedCandidate, ServedModel, answer_grammar, answer_limit, chosen_shots
 
 __all__ = ["LocalCandidate", "directory_bytes", "lineage_of", "local_candidates"]
 
@@ -27,7 +26,7 @@ _GUESSED_TOKENS = 40
 
 
 @dataclass(frozen=True, kw_only=True)
-class LocalCandidate:
+class LocalCandidate(ServedCandidate):
     """A model directory with settings. `shots` examples stand in front; `constrained` bounds the answers."""
 
     name: str
@@ -84,19 +83,6 @@ class LocalCandidate:
             trained_on=tuple(case.id for case in workshop.train) if messages else (),
             settings=served.to_json(),
         )
-
-    @asynccontextmanager
-    async def opened(self, artefact: Artefact, workshop: Workshop) -> AsyncIterator[Opened]:
-        """Its engine."""
-        served = ServedModel.from_json(artefact.settings)
-        async with opened_model(
-            artefact.path, served, "candidate", usd_per_hour=workshop.usd_per_hour
-        ) as opened:
-            yield opened
-
-    def deployment(self, artefact: Artefact, name: str) -> Mapping[str, Any]:
-        """A model, and what stands in front of it."""
-        return ServedModel.from_json(artefact.settings).deployment(artefact.path, name)
 
 
 def local_candidates(

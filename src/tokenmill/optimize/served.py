@@ -20,13 +20,22 @@ from tokenmill.engine import LLMConfig
 from tokenmill.engine.serving.messages import EngineSpec
 from tokenmill.models.packing.pack import WeightFormat
 from tokenmill.models.store.directory import ModelDirectory
-from tokenmill.optimize.candidate import Opened
+from tokenmill.optimize.candidate import Opened, Workshop
 from tokenmill.optimize.cases import Case
+from tokenmill.optimize.records import Artefact
 from tokenmill.router.local import LocalBackend, LocalConfig
 from tokenmill.router.prompted import PromptedBackend, PromptedConfig, Turn
 
-__all__ = ["ServedModel", "answer_grammar", "answer_limit", "chosen_shots", "opened_model", "resident_bytes"]
+__all__ = [
+    "ServedCandidate",
+    "ServedModel",
+    "answer_grammar",
+    "answer_limit",
+    "chosen_shots",
+    "resident_bytes",
+]
 
+_INNER: Final = "candidate-model"
 _MAX_SHOT_CHARS: Final = 1200
 _MAX_LABEL_GRAMMAR: Final = 1000
 _BYTES_PER_TOKEN: Final = 2
@@ -95,24 +104,28 @@ class ServedModel:
         }
 
 
-@asynccontextmanager
-async def opened_model(
-    path: str, served: ServedModel, name: str, *, usd_per_hour: float
-) -> AsyncIterator[Opened]:
-    """The engine in a process of its own, with what stands in front of it."""
-    directory = await asyncio.to_thread(ModelDirectory.open, Path(path))
-    inner = f"{name}-model"
-    spec = EngineSpec(model=path, config=LLMConfig(weights=served.weights))
-    local = await LocalBackend.open(
-        LocalConfig(name=inner, model=directory.name, usd_per_hour=usd_per_hour), directory, spec
-    )
-    try:
-        yield Opened(
-            PromptedBackend(served.prompted(name, inner), local),
-            lambda: resident_bytes(local.engine.stats.pid),
-        )
-    finally:
-        await local.close()
+class ServedCandidate:
+    """How a candidate whose artefact is a model with settings (`ServedModel`) is opened and deployed."""
+
+    @asynccontextmanager
+    async def opened(self, artefact: Artefact, workshop: Workshop) -> AsyncIterator[Opened]:
+        """The engine in a process of its own, with what stands in front of it."""
+        served = ServedModel.from_json(artefact.settings)
+        directory = await asyncio.to_thread(ModelDirectory.open, Path(artefact.path))
+        spec = EngineSpec(model=artefact.path, config=LLMConfig(weights=served.weights))
+        config = LocalConfig(name=_INNER, model=directory.name, usd_per_hour=workshop.usd_per_hour)
+        local = await LocalBackend.open(config, directory, spec)
+        try:
+            yield Opened(
+                PromptedBackend(served.prompted("candidate", _INNER), local),
+                lambda: resident_bytes(local.engine.stats.pid),
+            )
+        finally:
+            await local.close()
+
+    def deployment(self, artefact: Artefact, name: str) -> Mapping[str, Any]:
+        """A model, and what stands in front of it."""
+        return ServedModel.from_json(artefact.settings).deployment(artefact.path, name)
 
 
 def resident_bytes(pid: int) -> int:

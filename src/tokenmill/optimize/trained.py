@@ -9,8 +9,7 @@ Importing this needs torch (the `train` extra).
 """
 
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -28,12 +27,12 @@ from tokenmill.compress import (
     train_teacher,
 )
 from tokenmill.models.store.directory import ModelDirectory
-from tokenmill.optimize.candidate import Candidate, CannotBeMadeError, Expected, Opened, Workshop
+from tokenmill.optimize.candidate import Candidate, CannotBeMadeError, Expected, Workshop
 from tokenmill.optimize.cases import Case
 from tokenmill.optimize.local import directory_bytes, lineage_of
 from tokenmill.optimize.problem import Problem
 from tokenmill.optimize.records import Artefact, Kind, Lineage
-from tokenmill.optimize.served import ServedModel, answer_limit, opened_model
+from tokenmill.optimize.served import ServedCandidate, ServedModel, answer_limit
 from tokenmill.runs import content_hash
 from tokenmill.train import TrainConfig
 
@@ -80,7 +79,7 @@ class StudentRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainedCandidate:
+class TrainedCandidate(ServedCandidate):
     """A teacher, or with `student` a student of it."""
 
     name: str
@@ -148,19 +147,6 @@ class TrainedCandidate:
                 "num_params": made.architecture.num_params,
             },
         )
-
-    @asynccontextmanager
-    async def opened(self, artefact: Artefact, workshop: Workshop) -> AsyncIterator[Opened]:
-        """Its engine."""
-        served = ServedModel.from_json(artefact.settings)
-        async with opened_model(
-            artefact.path, served, "candidate", usd_per_hour=workshop.usd_per_hour
-        ) as opened:
-            yield opened
-
-    def deployment(self, artefact: Artefact, name: str) -> Mapping[str, Any]:
-        """A model of the run's folder."""
-        return ServedModel.from_json(artefact.settings).deployment(artefact.path, name)
 
 
 def trained_candidates(directory: ModelDirectory, problem: Problem) -> list[Candidate]:

@@ -10,12 +10,14 @@ Whoever starts an attempt waits for `spent` in a task that no client can cancel.
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from typing import Final, Literal, Protocol, TypeAlias
 
 from tokenmill.core import FinishReason, Tier, Usage
 from tokenmill.wire import Call, Piece, Prompt
 
-__all__ = ["Attempt", "Backend", "BackendState", "Embedded", "Job", "Prepared", "Spent"]
+__all__ = ["Attempt", "Backend", "BackendState", "Embedded", "Job", "Prepared", "Spent", "cost_of_time"]
+
+_NANO: Final = 1_000_000_000
 
 BackendState: TypeAlias = Literal["live", "ready", "drained"]
 """As `engine.EngineState`: `ready` takes calls, `live` does not at the moment, `drained` never again."""
@@ -135,3 +137,8 @@ class Backend(Protocol):
     async def close(self) -> None:
         """End everything at once."""
         ...
+
+
+def cost_of_time(nanoseconds: int, usd_per_hour: float) -> int:
+    """Nanodollars of so much time of a machine, rounded up."""
+    return -(-nanoseconds * round(usd_per_hour * _NANO) // (3600 * _NANO))

@@ -15,19 +15,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
-from tokenmill.core import ResourceError, Score, Usage, UsageError
+from tokenmill.core import Score, Usage, UsageError
 from tokenmill.engine import LLM, LLMConfig
 from tokenmill.models.packing.pack import WeightFormat
 from tokenmill.models.store.library import Library
-from tokenmill.router.backend import BackendState, Embedded, Job, Prepared, Spent
-from tokenmill.router.classifier import classified_text
+from tokenmill.router.backend import Job, Prepared, Spent
+from tokenmill.router.labeller import Labeller
 from tokenmill.router.linear import LabelGuess
-from tokenmill.wire import Begin, Call, FieldError, Finish, Piece, Prompt, TextPiece, TokenText, Totals
+from tokenmill.wire import Begin, Call, Finish, Piece, TextPiece, TokenText, Totals
 
 __all__ = ["LabelAttempt", "LabelBackend", "LabelConfig", "LabelExample", "LabelScorer", "likeliest"]
 
 _MAX_LABELS = 1000
-_NANO = 1_000_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,14 +79,13 @@ def likeliest(labels: Sequence[str], scores: Sequence[Score]) -> LabelGuess:
     return LabelGuess(labels[best], share)
 
 
-class LabelBackend:
+class LabelBackend(Labeller):
     """One model with one set of labels."""
 
     def __init__(self, config: LabelConfig, scorer: LabelScorer, *, usd_per_hour: float = 0.0) -> None:
+        super().__init__(config.name, usd_per_hour=usd_per_hour)
         self._config = config
         self._scorer = scorer
-        self._usd_per_hour = usd_per_hour
-        self._is_drained = False
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="labels")
 
     @classmethod
@@ -96,47 +94,11 @@ class LabelBackend:
         llm = LLM(Library().find(config.model), LLMConfig(weights=config.weights))
         return cls(config, llm, usd_per_hour=usd_per_hour)
 
-    @property
-    def name(self) -> str:
-        """The deployment's name."""
-        return self._config.name
-
-    @property
-    def model(self) -> str:
-        """The same."""
-        return self._config.name
-
-    @property
-    def is_local(self) -> bool:
-        """True."""
-        return True
-
-    @property
-    def state(self) -> BackendState:
-        """It takes calls until it is drained."""
-        return "drained" if self._is_drained else "ready"
-
-    async def prepare(self, call: Call) -> Prepared:
-        """Check a call. Raises UsageError for one that a label is no answer to."""
-        if not call.is_chat:
-            raise FieldError("prompt", "is no conversation, and this deployment labels messages", hint="chat")
-        if call.tools:
-            raise FieldError("tools", "are nothing that a label can call", hint="leave them out")
-        if call.params.n != 1 or call.params.grammar is not None:
-            raise FieldError("n", "and response_format are not for labels", hint="leave them out")
-        classified_text(call.messages)
-        return Prepared(call=call, num_prompt_tokens=0, max_output_tokens=1)
-
     def start(self, prepared: Prepared, job: Job) -> "LabelAttempt":
         """Begin to score. Raises ResourceError once drained."""
-        if self._is_drained:
-            raise ResourceError(f"{self.name} takes no more calls", hint="ask another deployment")
-        text = classified_text(prepared.call.messages)
+        self.check_open()
+        text = self.text_of(prepared.call)
         return LabelAttempt(self, job, prepared.call, self._thread.submit(self._score, text))
-
-    async def embed(self, texts: Sequence[Prompt], job: Job) -> Embedded:
-        """Raises UsageError: it has no vectors."""
-        raise UsageError(f"{self.name} has no embeddings", hint="ask a model that has")
 
     async def drain(self, deadline_s: float) -> None:
         """Take no more calls and wait for those that there are."""
@@ -148,10 +110,6 @@ class LabelBackend:
         self._is_drained = True
         await asyncio.to_thread(self._thread.shutdown, True, cancel_futures=True)
         self._scorer.close()
-
-    def cost_of(self, nanoseconds: int) -> int:
-        """Nanodollars of so much time of this machine, rounded up."""
-        return -(-nanoseconds * round(self._usd_per_hour * _NANO) // (3600 * _NANO))
 
     def _score(self, text: str) -> "_Scored":
         """In the thread: the label, the tokens read and the time."""

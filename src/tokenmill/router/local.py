@@ -33,7 +33,7 @@ from tokenmill.models.chat.template import ChatTemplate, encode_chat
 from tokenmill.models.chat.tool_calls import ToolFormat
 from tokenmill.models.chat.tool_reader import ToolReader
 from tokenmill.models.store.directory import ModelDirectory
-from tokenmill.router.backend import BackendState, Embedded, Job, Prepared, Spent
+from tokenmill.router.backend import BackendState, Embedded, Job, Prepared, Spent, cost_of_time
 from tokenmill.wire import Begin, Call, FieldError, Finish, Piece, Prompt, TextPiece, TokenText, Totals
 from tokenmill.wire.fields import named_fields
 
@@ -43,7 +43,6 @@ _MAX_TOKEN_BYTES: Final = 64
 """No prompt of so many bytes a token of the context is tokenized: hardly any token is longer."""
 _LONG_CHARS: Final = 64 << 10
 """A call with more text than this waits for others like it, so that two of them do not hold up the rest."""
-_NANO: Final = 1_000_000_000
 _ORDER: Final[tuple[FinishReason, ...]] = (
     "completed",
     "stopped",
@@ -235,8 +234,7 @@ class LocalBackend:
 
     def cost_of(self, nanoseconds: int) -> int:
         """Nanodollars of so much time of this machine, rounded up."""
-        nano_usd_per_hour = round(self._config.usd_per_hour * _NANO)
-        return -(-nanoseconds * nano_usd_per_hour // (3600 * _NANO))
+        return cost_of_time(nanoseconds, self._config.usd_per_hour)
 
     def _check_size(self, call: Call) -> None:
         num_bytes = _num_chars(call)

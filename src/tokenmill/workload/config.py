@@ -78,11 +78,6 @@ class Incumbent:
         if self.kind == "model" and not self.name:
             raise UsageError("kind is model without a name", hint="give its name or folder (name:)")
 
-    @property
-    def has_price(self) -> bool:
-        """Whether anybody said what it costs."""
-        return self.price_in is not None
-
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
